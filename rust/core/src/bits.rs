@@ -1,0 +1,1 @@
+//! Bit packing of codes along K.

@@ -1,0 +1,21 @@
+//! nibblas-core: products of matrices whose entries are smaller than a byte.
+//!
+//! One idea runs through the crate: *decode a tile, multiply it densely, finish it*.
+//!
+//! * [`format`] says what a code means and where its bits are.
+//! * [`qtensor`] holds a matrix in a format, in the portable layout.
+//! * [`pack`] rearranges it into panels for the kernels.
+//! * [`kernel`] multiplies tiles of one compute class on one ISA.
+//! * [`plan`] picks kernel and blocking for a shape; [`gemm`] is the loop nest.
+#![allow(unsafe_code)]
+
+pub mod bits;
+pub mod error;
+pub mod format;
+pub mod matrix;
+pub mod qtensor;
+
+pub use error::{Error, Result};
+pub use format::{Element, Format, ScaleType, ValueMap, ZeroKind};
+pub use matrix::{MatMut, MatRef, Scalar};
+pub use qtensor::{QTensor, QView, Scales, ScalesRef, Zeros, ZerosRef};

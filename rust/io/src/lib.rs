@@ -1,0 +1,2 @@
+//! Bounded readers and atomic writers of tensor files.
+#![forbid(unsafe_code)]
