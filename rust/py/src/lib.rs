@@ -1,8 +1,11 @@
 //! The Python extension module `nibblas._core`.
 use pyo3::prelude::*;
 
+mod io;
+
 /// The compiled core of nibblas.
 #[pymodule]
-fn _core(_m: &Bound<'_, PyModule>) -> PyResult<()> {
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    io::register(m)?;
     Ok(())
 }
