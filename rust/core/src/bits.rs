@@ -1,1 +1,252 @@
 //! Bit packing of codes along K.
+//!
+//! A row of `b`-bit codes is one little-endian bit stream: code `i` occupies bits `i*b .. (i+1)*b`, bit `t` of the
+//! stream is bit `t % 8` of byte `t / 8`. The last byte is padded with zero bits. Eight codes fill exactly `b` bytes,
+//! so every multiple of eight codes starts at a byte; for `b = 3`:
+//!
+//! ```text
+//! byte      2        1        0
+//!       77766655 54443332 22111000     (digit = index of the code; low bits right)
+//! ```
+
+/// Bytes of a row of `len` codes of `bits` bits.
+///
+/// # Panics
+/// If `bits` is not in 1..=8, or the row has 2^61 codes or more.
+pub fn row_bytes(bits: u8, len: usize) -> usize {
+    assert!((1..=8).contains(&bits), "codes have 1 to 8 bits");
+    assert!(len >> (usize::BITS - 3) == 0, "row of {len} codes");
+    (len / 8) * bits as usize + ((len % 8) * bits as usize).div_ceil(8)
+}
+
+/// Keeps the low `b` bits of each of the eight bytes of `x` and moves them together into the low `8*b` bits.
+#[inline(always)]
+fn gather<const B: u32>(x: u64) -> u64 {
+    let x = x & (0x0101_0101_0101_0101 * ((1u64 << B) - 1));
+    let x = (x & 0x00ff_00ff_00ff_00ff) | ((x & 0xff00_ff00_ff00_ff00) >> (8 - B));
+    let x = (x & 0x0000_ffff_0000_ffff) | ((x & 0xffff_0000_ffff_0000) >> (16 - 2 * B));
+    (x & 0xffff_ffff) | ((x >> 32) << (4 * B))
+}
+
+/// The reverse of [`gather`].
+#[inline(always)]
+fn spread<const B: u32>(x: u64) -> u64 {
+    let low = |n: u32| (1u64 << n) - 1;
+    let x = (x & low(4 * B)) | (((x >> (4 * B)) & low(4 * B)) << 32);
+    let m = low(2 * B) * 0x0000_0001_0000_0001;
+    let x = (x & m) | (((x >> (2 * B)) & m) << 16);
+    let m = low(B) * 0x0001_0001_0001_0001;
+    (x & m) | (((x >> B) & m) << 8)
+}
+
+#[inline(always)]
+fn pack_wide<const B: usize>(codes: &[u8], out: &mut [u8]) {
+    let (head, tail) = codes.split_at(codes.len() / 8 * 8);
+    let (out_head, out_tail) = out.split_at_mut(head.len() / 8 * B);
+    for (c, o) in head.chunks_exact(8).zip(out_head.chunks_exact_mut(B)) {
+        let x = u64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]);
+        o.copy_from_slice(&gather_any::<B>(x).to_le_bytes()[..B]);
+    }
+    if !tail.is_empty() {
+        let mut c = [0; 8];
+        c[..tail.len()].copy_from_slice(tail);
+        let bytes = gather_any::<B>(u64::from_le_bytes(c)).to_le_bytes();
+        out_tail.copy_from_slice(&bytes[..out_tail.len()]);
+    }
+}
+
+#[inline(always)]
+fn unpack_wide<const B: usize>(bytes: &[u8], out: &mut [u8]) {
+    let n8 = out.len() / 8;
+    let (head, tail) = out.split_at_mut(n8 * 8);
+    let (bytes_head, bytes_tail) = bytes.split_at(n8 * B);
+    for (b, o) in bytes_head.chunks_exact(B).zip(head.chunks_exact_mut(8)) {
+        let mut x = [0; 8];
+        x[..B].copy_from_slice(b);
+        o.copy_from_slice(&spread_any::<B>(u64::from_le_bytes(x)).to_le_bytes());
+    }
+    if !tail.is_empty() {
+        let need = (tail.len() * B).div_ceil(8);
+        let mut x = [0; 8];
+        x[..need].copy_from_slice(&bytes_tail[..need]);
+        let codes = spread_any::<B>(u64::from_le_bytes(x)).to_le_bytes();
+        tail.copy_from_slice(&codes[..tail.len()]);
+    }
+}
+
+#[inline(always)]
+fn gather_any<const B: usize>(x: u64) -> u64 {
+    match B {
+        1 => gather::<1>(x),
+        2 => gather::<2>(x),
+        3 => gather::<3>(x),
+        4 => gather::<4>(x),
+        5 => gather::<5>(x),
+        6 => gather::<6>(x),
+        7 => gather::<7>(x),
+        _ => x,
+    }
+}
+
+#[inline(always)]
+fn spread_any<const B: usize>(x: u64) -> u64 {
+    match B {
+        1 => spread::<1>(x),
+        2 => spread::<2>(x),
+        3 => spread::<3>(x),
+        4 => spread::<4>(x),
+        5 => spread::<5>(x),
+        6 => spread::<6>(x),
+        7 => spread::<7>(x),
+        _ => x,
+    }
+}
+
+/// Packs `codes` (one per byte; only the low `bits` bits of each are kept) into `out`.
+///
+/// # Panics
+/// If `out` is not `row_bytes(bits, codes.len())` long.
+pub fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
+    pack_inline(bits, codes, out);
+}
+
+/// [`pack`], to be compiled into the caller with the caller's instructions.
+#[inline(always)]
+pub(crate) fn pack_inline(bits: u8, codes: &[u8], out: &mut [u8]) {
+    assert_eq!(out.len(), row_bytes(bits, codes.len()), "packed row length");
+    match bits {
+        1 => pack_wide::<1>(codes, out),
+        2 => pack_wide::<2>(codes, out),
+        3 => pack_wide::<3>(codes, out),
+        4 => pack_wide::<4>(codes, out),
+        5 => pack_wide::<5>(codes, out),
+        6 => pack_wide::<6>(codes, out),
+        7 => pack_wide::<7>(codes, out),
+        _ => out.copy_from_slice(codes),
+    }
+}
+
+/// Unpacks the first `out.len()` codes of the row `bytes`, one per byte of `out`.
+///
+/// # Panics
+/// If `bytes` is shorter than `row_bytes(bits, out.len())`.
+pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
+    unpack_inline(bits, bytes, out);
+}
+
+/// [`unpack`], to be compiled into the caller with the caller's instructions.
+#[inline(always)]
+pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
+    let need = row_bytes(bits, out.len());
+    assert!(
+        bytes.len() >= need,
+        "packed row too short: {} bytes, {need} needed",
+        bytes.len()
+    );
+    match bits {
+        1 => unpack_wide::<1>(bytes, out),
+        2 => unpack_wide::<2>(bytes, out),
+        3 => unpack_wide::<3>(bytes, out),
+        4 => unpack_wide::<4>(bytes, out),
+        5 => unpack_wide::<5>(bytes, out),
+        6 => unpack_wide::<6>(bytes, out),
+        7 => unpack_wide::<7>(bytes, out),
+        _ => out.copy_from_slice(&bytes[..need]),
+    }
+}
+
+/// Unpacks `out.len()` codes from code `start` on; any start.
+///
+/// # Panics
+/// If the codes leave `bytes`.
+pub fn unpack_from(bits: u8, bytes: &[u8], start: usize, out: &mut [u8]) {
+    let lead = (start.wrapping_neg() % 8).min(out.len());
+    let (first, rest) = out.split_at_mut(lead);
+    for (i, o) in first.iter_mut().enumerate() {
+        *o = get(bits, bytes, start + i);
+    }
+    if !rest.is_empty() {
+        unpack(bits, &bytes[row_bytes(bits, start + lead)..], rest);
+    }
+}
+
+/// Code `i` of the row `bytes`.
+///
+/// # Panics
+/// If the code lies outside `bytes`.
+#[inline]
+pub fn get(bits: u8, bytes: &[u8], i: usize) -> u8 {
+    let shift = (i % 8) * bits as usize;
+    let first = (i / 8) * bits as usize + shift / 8;
+    let low = u16::from(bytes[first]) >> (shift % 8);
+    let high = if shift % 8 + bits as usize > 8 {
+        u16::from(bytes[first + 1]) << (8 - shift % 8)
+    } else {
+        0
+    };
+    ((low | high) & ((1 << bits) - 1)) as u8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One bit at a time, straight from the definition.
+    fn pack_by_bit(bits: u8, codes: &[u8]) -> Vec<u8> {
+        let mut out = vec![0u8; row_bytes(bits, codes.len())];
+        for (i, c) in codes.iter().enumerate() {
+            for t in 0..bits as usize {
+                let at = i * bits as usize + t;
+                out[at / 8] |= ((c >> t) & 1) << (at % 8);
+            }
+        }
+        out
+    }
+
+    #[test]
+    fn every_width_and_length_follows_the_definition() {
+        let mut state = 1u32;
+        for bits in 1..=8u8 {
+            for len in 0..70 {
+                let codes: Vec<u8> = (0..len)
+                    .map(|_| {
+                        state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+                        ((state >> 16) & ((1 << bits) - 1)) as u8
+                    })
+                    .collect();
+                let mut packed = vec![0xaa; row_bytes(bits, len)];
+                pack(bits, &codes, &mut packed);
+                assert_eq!(
+                    packed,
+                    pack_by_bit(bits, &codes),
+                    "bits {bits}, length {len}"
+                );
+                let mut back = vec![0xaa; len];
+                unpack(bits, &packed, &mut back);
+                assert_eq!(back, codes);
+                for (i, &c) in codes.iter().enumerate() {
+                    assert_eq!(get(bits, &packed, i), c);
+                    let mut part = vec![0xaa; len - i];
+                    unpack_from(bits, &packed, i, &mut part);
+                    assert_eq!(part, codes[i..]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn high_bits_of_a_code_do_not_leak() {
+        let mut out = [0; 3];
+        pack(
+            3,
+            &[0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8],
+            &mut out,
+        );
+        assert_eq!(out, pack_by_bit(3, &[7, 0, 7, 0, 7, 0, 7, 0])[..]);
+    }
+
+    #[test]
+    fn rows_past_the_address_space_are_refused() {
+        assert!(std::panic::catch_unwind(|| row_bytes(8, usize::MAX)).is_err());
+    }
+}

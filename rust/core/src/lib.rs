@@ -14,6 +14,7 @@ pub mod error;
 pub mod format;
 pub mod matrix;
 pub mod qtensor;
+pub mod quantize;
 
 pub use error::{Error, Result};
 pub use format::{Element, Format, ScaleType, ValueMap, ZeroKind};

@@ -2,7 +2,9 @@
 //!
 //! Codes are stored unsigned (`u`), bit-packed little-endian along K, element 0 in the lowest bits of byte 0; each row
 //! starts at a byte. Scales are `[N][groups]`, zeros likewise.
-use crate::format::Format;
+use crate::bits;
+use crate::format::{Format, Level, ScaleType, Zero, ZeroKind};
+use crate::{Error, Result};
 
 /// Owned scales; 16-bit types are kept as their bits.
 #[derive(Debug, Clone, PartialEq)]
@@ -48,7 +50,7 @@ pub enum ZerosRef<'a> {
     Float(&'a [f32]),
 }
 
-/// A matrix in the portable layout, borrowed (the bytes may belong to NumPy).
+/// A matrix in the portable layout, borrowed (the bytes may belong to `NumPy`).
 #[derive(Debug, Clone, Copy)]
 pub struct QView<'a> {
     /// The format.
@@ -80,4 +82,578 @@ pub struct QTensor {
     pub scales: Scales,
     /// Zero points.
     pub zeros: Zeros,
+}
+
+/// Rows that one task of a parallel pass takes.
+pub(crate) fn rows_per_task(rows: usize, cols: usize, threads: usize) -> usize {
+    const MIN_ELEMENTS: usize = 1 << 16;
+    let by_work = MIN_ELEMENTS.div_ceil(cols.max(1));
+    rows.div_ceil(threads.max(1) * 4).max(by_work).max(1)
+}
+
+/// A vector of `len` zeros, or an error instead of an abort when memory runs out.
+pub(crate) fn zeros_vec<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
+    let mut v = Vec::new();
+    v.try_reserve_exact(len)
+        .map_err(|_| Error::OutOfMemory(len.saturating_mul(size_of::<T>())))?;
+    v.resize(len, T::default());
+    Ok(v)
+}
+
+/// `rows * cols`, if arrays of that many numbers can exist; neither extent may be past that by itself.
+pub(crate) fn area(rows: usize, cols: usize) -> Result<usize> {
+    rows.max(1)
+        .checked_mul(cols.max(1))
+        .filter(|&n| n < isize::MAX as usize / 8)
+        .map(|_| rows * cols)
+        .ok_or_else(|| Error::Shape(format!("shape ({rows}, {cols}) is too large")))
+}
+
+impl Scales {
+    /// Zeroed scales of a type.
+    pub(crate) fn zeroed(kind: ScaleType, len: usize) -> Result<Self> {
+        Ok(match kind {
+            ScaleType::F32 => Self::F32(zeros_vec(len)?),
+            ScaleType::F16 => Self::F16(zeros_vec(len)?),
+            ScaleType::BF16 => Self::BF16(zeros_vec(len)?),
+        })
+    }
+
+    /// Borrows the scales.
+    pub fn view(&self) -> ScalesRef<'_> {
+        match self {
+            Self::F32(v) => ScalesRef::F32(v),
+            Self::F16(v) => ScalesRef::F16(v),
+            Self::BF16(v) => ScalesRef::BF16(v),
+        }
+    }
+
+    /// The scales in f32, which is exact.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let v = self.view();
+        (0..v.len()).map(|i| v.get(i)).collect()
+    }
+}
+
+impl ScalesRef<'_> {
+    /// Number of scales.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) | Self::BF16(v) => v.len(),
+        }
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Type of the scales.
+    pub fn kind(&self) -> ScaleType {
+        match self {
+            Self::F32(_) => ScaleType::F32,
+            Self::F16(_) => ScaleType::F16,
+            Self::BF16(_) => ScaleType::BF16,
+        }
+    }
+
+    /// Scale `i` in f32, which is exact.
+    ///
+    /// # Panics
+    /// If `i` is out of range.
+    #[inline]
+    pub fn get(&self, i: usize) -> f32 {
+        match self {
+            Self::F32(v) => v[i],
+            Self::F16(v) => half::f16::from_bits(v[i]).to_f32(),
+            Self::BF16(v) => f32::from_bits(u32::from(v[i]) << 16),
+        }
+    }
+}
+
+impl Zeros {
+    /// Borrows the zero points.
+    pub fn view(&self) -> ZerosRef<'_> {
+        match self {
+            Self::None => ZerosRef::None,
+            Self::Int(v) => ZerosRef::Int(v),
+            Self::Float(v) => ZerosRef::Float(v),
+        }
+    }
+}
+
+impl<'a> QView<'a> {
+    /// A checked view of a matrix in the portable layout. A view made as a literal is not checked; make one only of
+    /// parts that were checked before.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a buffer of the wrong length, [`Error::Value`] for an illegal code, a padding bit that is
+    /// set, a scale that is not finite, a zero point out of range or of the wrong kind.
+    pub fn new(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        codes: &'a [u8],
+        scales: ScalesRef<'a>,
+        zeros: ZerosRef<'a>,
+    ) -> Result<Self> {
+        area(rows, cols)?;
+        let view = Self {
+            format,
+            rows,
+            cols,
+            codes,
+            scales,
+            zeros,
+        };
+        let want = rows * format.row_bytes(cols);
+        if codes.len() != want {
+            return Err(Error::Shape(format!(
+                "{format} of shape ({rows}, {cols}) has {want} bytes of codes, not {}",
+                codes.len()
+            )));
+        }
+        view.check_scales()?;
+        view.check_codes()?;
+        Ok(view)
+    }
+
+    fn check_scales(&self) -> Result<()> {
+        let (format, rows, groups) = (self.format, self.rows, self.groups());
+        let count = rows * groups;
+        if self.scales.kind() != format.scale {
+            return Err(Error::Value(format!(
+                "{format} has {} scales, not {}",
+                format.scale.name(),
+                self.scales.kind().name()
+            )));
+        }
+        let check_len = |what: &str, len: usize| {
+            if len == count {
+                return Ok(());
+            }
+            Err(Error::Shape(format!(
+                "{format} needs {what} of shape ({rows}, {groups}), {count} in all, not {len}"
+            )))
+        };
+        check_len("scales", self.scales.len())?;
+        if let Some(i) = (0..count).find(|&i| !self.scales.get(i).is_finite()) {
+            let s = self.scales.get(i);
+            return Err(Error::Value(format!(
+                "scale {s} at row {}, group {} is not finite",
+                i / groups,
+                i % groups
+            )));
+        }
+        let top = format.element.levels - 1;
+        match (format.element.zero, self.zeros) {
+            (ZeroKind::None, ZerosRef::None) => Ok(()),
+            (ZeroKind::None, _) => Err(Error::Value(format!("{format} has no zero points"))),
+            (ZeroKind::PerGroup, ZerosRef::None) => {
+                Err(Error::Value(format!("{format} needs zero points")))
+            }
+            (ZeroKind::PerGroup, ZerosRef::Int(z)) => {
+                check_len("zero points", z.len())?;
+                match z.iter().position(|&z| u16::from(z) > top) {
+                    None => Ok(()),
+                    Some(i) => Err(Error::Value(format!(
+                        "zero point {} at row {}, group {} is above {top}",
+                        z[i],
+                        i / groups,
+                        i % groups
+                    ))),
+                }
+            }
+            (ZeroKind::PerGroup, ZerosRef::Float(z)) => {
+                check_len("zero points", z.len())?;
+                match z.iter().position(|z| !z.is_finite()) {
+                    None => Ok(()),
+                    Some(i) => Err(Error::Value(format!(
+                        "zero point {} at row {}, group {} is not finite",
+                        z[i],
+                        i / groups,
+                        i % groups
+                    ))),
+                }
+            }
+        }
+    }
+
+    fn check_codes(&self) -> Result<()> {
+        let (e, row_bytes) = (self.format.element, self.row_bytes());
+        if self.rows == 0 || self.cols == 0 {
+            return Ok(());
+        }
+        let used = (self.cols % 8 * e.bits as usize) % 8;
+        if used != 0 {
+            let stray = !0u8 << used;
+            for n in 0..self.rows {
+                if self.codes[(n + 1) * row_bytes - 1] & stray != 0 {
+                    return Err(Error::Value(format!(
+                        "row {n} of codes has padding bits that are not 0"
+                    )));
+                }
+            }
+        }
+        if e.levels == 1 << e.bits {
+            return Ok(());
+        }
+        let level = Level::detect();
+        let mut buf = [0u8; 1024];
+        for n in 0..self.rows {
+            for k0 in (0..self.cols).step_by(buf.len()) {
+                let u = &mut buf[..(self.cols - k0).min(1024)];
+                self.unpack(level, n, k0, u);
+                if let Some(i) = u.iter().position(|&u| u16::from(u) >= e.levels) {
+                    return Err(Error::Value(format!(
+                        "{} has no code {}: row {n}, column {}",
+                        e.name,
+                        u[i],
+                        k0 + i
+                    )));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Groups of a row.
+    pub fn groups(&self) -> usize {
+        self.format.groups(self.cols)
+    }
+
+    /// Length of the groups (the last may be shorter); at least 1.
+    pub fn group_len(&self) -> usize {
+        self.format.group_len(self.cols)
+    }
+
+    /// Bytes of the codes of a row.
+    pub fn row_bytes(&self) -> usize {
+        self.format.row_bytes(self.cols)
+    }
+
+    /// Packed codes of row `n`.
+    pub fn row(&self, n: usize) -> &'a [u8] {
+        let b = self.row_bytes();
+        &self.codes[n * b..(n + 1) * b]
+    }
+
+    /// Scale of group `g` of row `n`, in f32.
+    pub fn scale(&self, n: usize, g: usize) -> f32 {
+        self.scales.get(n * self.groups() + g)
+    }
+
+    /// Zero point of group `g` of row `n`.
+    pub fn zero(&self, n: usize, g: usize) -> Zero {
+        let i = n * self.groups() + g;
+        match self.zeros {
+            ZerosRef::None => Zero::None,
+            ZerosRef::Int(z) => Zero::Int(z[i]),
+            ZerosRef::Float(z) => Zero::Float(z[i]),
+        }
+    }
+
+    /// Stored code at row `n`, column `k`.
+    ///
+    /// # Panics
+    /// If the position is outside the matrix.
+    pub fn code(&self, n: usize, k: usize) -> u8 {
+        assert!(k < self.cols, "column {k} of {}", self.cols);
+        bits::get(self.format.element.bits, self.row(n), k)
+    }
+
+    fn unpack(&self, level: Level, n: usize, k0: usize, out: &mut [u8]) {
+        let bits = self.format.element.bits;
+        if k0.is_multiple_of(8) {
+            crate::format::lanes::unpack(
+                level,
+                bits,
+                &self.row(n)[bits::row_bytes(bits, k0)..],
+                out,
+            );
+        } else {
+            bits::unpack_from(bits, self.row(n), k0, out);
+        }
+    }
+
+    /// Stored codes of row `n` from column `k0` on, one per byte.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix.
+    pub fn unpack_row(&self, n: usize, k0: usize, out: &mut [u8]) {
+        assert!(n < self.rows && k0 + out.len() <= self.cols);
+        self.unpack(Level::detect(), n, k0, out);
+    }
+
+    /// Decodes row `n` from column `k0` on.
+    ///
+    /// # Panics
+    /// If the range leaves the matrix.
+    pub fn dequantize_row(&self, n: usize, k0: usize, out: &mut [f32]) {
+        self.dequantize_row_at(Level::detect(), n, k0, out);
+    }
+
+    fn dequantize_row_at(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
+        assert!(n < self.rows && k0 + out.len() <= self.cols);
+        let (e, g) = (self.format.element, self.group_len());
+        let mut buf = [0u8; 1024];
+        let (mut k, mut rest) = (k0, out);
+        while !rest.is_empty() {
+            let len = rest.len().min(buf.len());
+            let (mut part, tail) = rest.split_at_mut(len);
+            self.unpack(level, n, k, &mut buf[..len]);
+            let mut u = &buf[..len];
+            while !u.is_empty() {
+                let here = (g - k % g).min(u.len());
+                let (w, next) = part.split_at_mut(here);
+                e.codec.decode(
+                    e,
+                    level,
+                    &u[..here],
+                    self.scale(n, k / g),
+                    self.zero(n, k / g),
+                    w,
+                );
+                (part, u, k) = (next, &u[here..], k + here);
+            }
+            rest = tail;
+        }
+    }
+
+    /// Decodes the whole matrix, row by row.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `out` is not `rows * cols` long.
+    pub fn dequantize_into(&self, out: &mut [f32], threads: usize) -> Result<()> {
+        self.fill(out, threads, |level, n, w| {
+            self.dequantize_row_at(level, n, 0, w);
+        })
+    }
+
+    /// The code values of the whole matrix, before zero point and scale.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if `out` is not `rows * cols` long.
+    pub fn codes_into(&self, out: &mut [i16], threads: usize) -> Result<()> {
+        let e = self.format.element;
+        self.fill(out, threads, |level, n, values| {
+            let mut buf = [0u8; 1024];
+            for (i, part) in values.chunks_mut(buf.len()).enumerate() {
+                let u = &mut buf[..part.len()];
+                self.unpack(level, n, i * 1024, u);
+                for (v, &u) in part.iter_mut().zip(&*u) {
+                    *v = e.value(u) as i16;
+                }
+            }
+        })
+    }
+
+    fn fill<T: Send>(
+        &self,
+        out: &mut [T],
+        threads: usize,
+        row: impl Fn(Level, usize, &mut [T]) + Sync,
+    ) -> Result<()> {
+        let (rows, cols) = (self.rows, self.cols);
+        if out.len() != area(rows, cols)? {
+            return Err(Error::Shape(format!(
+                "shape ({rows}, {cols}) does not fit {} values",
+                out.len()
+            )));
+        }
+        if out.is_empty() {
+            return Ok(());
+        }
+        let level = Level::detect();
+        let step = rows_per_task(rows, cols, threads);
+        let parts: Vec<_> = out.chunks_mut(step * cols).collect();
+        parallel(threads, parts, |task, part: &mut [T]| {
+            for (i, w) in part.chunks_exact_mut(cols).enumerate() {
+                row(level, task * step + i, w);
+            }
+        });
+        Ok(())
+    }
+
+    /// An owned copy.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn to_owned(&self) -> Result<QTensor> {
+        fn copy<T: Clone + Default>(v: &[T]) -> Result<Vec<T>> {
+            let mut out = zeros_vec(v.len())?;
+            out.clone_from_slice(v);
+            Ok(out)
+        }
+        Ok(QTensor {
+            format: self.format,
+            rows: self.rows,
+            cols: self.cols,
+            codes: copy(self.codes)?,
+            scales: match self.scales {
+                ScalesRef::F32(v) => Scales::F32(copy(v)?),
+                ScalesRef::F16(v) => Scales::F16(copy(v)?),
+                ScalesRef::BF16(v) => Scales::BF16(copy(v)?),
+            },
+            zeros: match self.zeros {
+                ZerosRef::None => Zeros::None,
+                ZerosRef::Int(v) => Zeros::Int(copy(v)?),
+                ZerosRef::Float(v) => Zeros::Float(copy(v)?),
+            },
+        })
+    }
+}
+
+/// Runs `f(index, part)` for every part on up to `threads` threads.
+pub(crate) fn parallel<P: Send>(threads: usize, parts: Vec<P>, f: impl Fn(usize, P) + Sync) {
+    let workers = threads.clamp(1, parts.len().max(1));
+    if workers == 1 {
+        for (i, p) in parts.into_iter().enumerate() {
+            f(i, p);
+        }
+        return;
+    }
+    let queue = std::sync::Mutex::new(parts.into_iter().enumerate());
+    let work = || loop {
+        let next = queue
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .next();
+        let Some((i, p)) = next else { return };
+        f(i, p);
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..workers {
+            scope.spawn(work);
+        }
+        work();
+    });
+}
+
+/// Packs code values (see [`crate::Element::value`]) row by row into `out`.
+///
+/// # Errors
+/// [`Error::Shape`] for lengths that do not fit, [`Error::Value`] naming the first value that has no code.
+pub fn pack_values(
+    format: Format,
+    rows: usize,
+    cols: usize,
+    values: &[i16],
+    out: &mut [u8],
+) -> Result<()> {
+    let e = format.element;
+    let count = area(rows, cols)?;
+    let row_bytes = format.row_bytes(cols);
+    if values.len() != count {
+        return Err(Error::Shape(format!(
+            "shape ({rows}, {cols}) does not fit {} code values",
+            values.len()
+        )));
+    }
+    if out.len() != rows * row_bytes {
+        return Err(Error::Shape(format!(
+            "{} bytes for packed codes, {} needed",
+            out.len(),
+            rows * row_bytes
+        )));
+    }
+    if values.is_empty() {
+        return Ok(());
+    }
+    let level = Level::detect();
+    let mut row = zeros_vec::<u8>(cols)?;
+    for (n, (v, o)) in values
+        .chunks_exact(cols)
+        .zip(out.chunks_exact_mut(row_bytes))
+        .enumerate()
+    {
+        for (k, (u, &v)) in row.iter_mut().zip(v).enumerate() {
+            *u = e.code(i32::from(v)).ok_or_else(|| {
+                let (lo, hi) = e.values();
+                let kind = if e.value(1) - lo == 2 {
+                    "odd integers "
+                } else {
+                    ""
+                };
+                Error::Value(format!(
+                    "code {v} at row {n}, column {k}: {} has {kind}{lo} to {hi}",
+                    e.name
+                ))
+            })?;
+        }
+        crate::format::lanes::pack(level, e.bits, &row, o);
+    }
+    Ok(())
+}
+
+impl QTensor {
+    /// A matrix from code values (see [`crate::Element::value`]), scales and zero points.
+    ///
+    /// # Errors
+    /// As [`pack_values`] and [`QView::new`].
+    pub fn from_values(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        values: &[i16],
+        scales: Scales,
+        zeros: Zeros,
+    ) -> Result<Self> {
+        area(rows, cols)?;
+        let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
+        pack_values(format, rows, cols, values, &mut codes)?;
+        QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
+        Ok(Self {
+            format,
+            rows,
+            cols,
+            codes,
+            scales,
+            zeros,
+        })
+    }
+
+    /// Borrows the matrix.
+    pub fn view(&self) -> QView<'_> {
+        QView {
+            format: self.format,
+            rows: self.rows,
+            cols: self.cols,
+            codes: &self.codes,
+            scales: self.scales.view(),
+            zeros: self.zeros.view(),
+        }
+    }
+
+    /// The decoded matrix, row-major.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn dequantize(&self, threads: usize) -> Result<Vec<f32>> {
+        let mut out = zeros_vec(area(self.rows, self.cols)?)?;
+        self.view().dequantize_into(&mut out, threads)?;
+        Ok(out)
+    }
+}
+
+impl PartialEq for QTensor {
+    /// Same format, shape and bytes.
+    fn eq(&self, other: &Self) -> bool {
+        self.format == other.format
+            && (self.rows, self.cols) == (other.rows, other.cols)
+            && self.codes == other.codes
+            && match (&self.scales, &other.scales) {
+                (Scales::F32(a), Scales::F32(b)) => same_bits(a, b),
+                (a, b) => a == b,
+            }
+            && match (&self.zeros, &other.zeros) {
+                (Zeros::Float(a), Zeros::Float(b)) => same_bits(a, b),
+                (a, b) => a == b,
+            }
+    }
+}
+
+fn same_bits(a: &[f32], b: &[f32]) -> bool {
+    a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.to_bits() == b.to_bits())
 }

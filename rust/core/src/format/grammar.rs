@@ -1,0 +1,129 @@
+//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16>]`.
+use super::{table, Element, Format, ScaleType};
+use crate::{Error, Result};
+
+fn fail<T>(text: String) -> Result<T> {
+    Err(Error::Format(text))
+}
+
+/// Cuts what a message quotes: names come from users and files.
+fn quote(s: &str) -> String {
+    let short: String = s.chars().take(40).collect();
+    if short.len() < s.len() {
+        format!("{short:?}...")
+    } else {
+        format!("{short:?}")
+    }
+}
+
+pub(super) fn parse(name: &str) -> Result<Format> {
+    let mut parts = name.split('_');
+    let first = parts.next().unwrap_or("");
+    let Some(element) = Element::find(first) else {
+        return unknown(name, first);
+    };
+    let (mut group, mut scale) = (None, None);
+    for part in parts {
+        if let Some(digits) = part.strip_prefix('g') {
+            if group.is_some() || scale.is_some() {
+                return fail(format!(
+                    "format {}: one group length, before the scale type",
+                    quote(name)
+                ));
+            }
+            group = Some(group_length(name, digits)?);
+        } else if let Some(t) = part.strip_prefix('s') {
+            if scale.is_some() {
+                return fail(format!("format {}: two scale types", quote(name)));
+            }
+            scale = ScaleType::ALL.into_iter().find(|s| s.name() == t);
+            if scale.is_none() {
+                return fail(format!(
+                    "format {}: scale type {} is none of f32, f16, bf16",
+                    quote(name),
+                    quote(t)
+                ));
+            }
+        } else {
+            return fail(format!(
+                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16>",
+                quote(name),
+                quote(part)
+            ));
+        }
+    }
+    Format::with(element, group, scale)
+}
+
+fn group_length(name: &str, digits: &str) -> Result<u32> {
+    if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
+        return fail(format!(
+            "format {}: group length {} is not a number",
+            quote(name),
+            quote(digits)
+        ));
+    }
+    match digits.parse::<u32>() {
+        Ok(g) if g < Format::MIN_GROUP => fail(format!(
+            "format {}: group length {g} is below {}",
+            quote(name),
+            Format::MIN_GROUP
+        )),
+        Ok(_) if digits.starts_with('0') => fail(format!(
+            "format {}: group length {} starts with a zero",
+            quote(name),
+            quote(digits)
+        )),
+        Ok(g) => Ok(g),
+        Err(_) => fail(format!(
+            "format {}: group length {} is above {}",
+            quote(name),
+            quote(digits),
+            u32::MAX
+        )),
+    }
+}
+
+fn unknown(name: &str, first: &str) -> Result<Format> {
+    let mut near: Vec<(usize, &str)> = if first.len() <= 16 {
+        table()
+            .map(|e| (distance(first, e.name), e.name))
+            .filter(|(d, _)| *d <= 2)
+            .collect()
+    } else {
+        Vec::new()
+    };
+    near.sort_by_key(|(d, _)| *d);
+    let names: Vec<&str> = if near.is_empty() {
+        table().map(|e| e.name).collect()
+    } else {
+        near.iter().take(4).map(|(_, n)| *n).collect()
+    };
+    let lead = if near.is_empty() {
+        "known are"
+    } else {
+        "did you mean"
+    };
+    fail(format!(
+        "format {}: unknown element {}; {lead} {}",
+        quote(name),
+        quote(first),
+        names.join(", ")
+    ))
+}
+
+/// Edit distance.
+fn distance(a: &str, b: &str) -> usize {
+    let (a, b): (Vec<char>, Vec<char>) = (a.to_lowercase().chars().collect(), b.chars().collect());
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let change = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = change.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
+}

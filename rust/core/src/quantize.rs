@@ -1,0 +1,444 @@
+//! From floats to codes.
+//!
+//! `rtn` follows one rule per family (see the files of [`crate::format`]): the scale is computed in f32, rounded to its
+//! type, and the codes are the nearest ones at the rounded scale, found by a true division, ties to even. A group of
+//! zeros gets scale 1 and the code of 0 (in formats without a 0, see bipolar, the smallest scale). A scale that rounds
+//! to 0 becomes the smallest positive value of its type, one that overflows is an error. Where the outermost code would
+//! decode past the f32 range the scale is the next lower one.
+//!
+//! `mse` tries multiples of the `rtn` scale per group and keeps the one with the smallest squared error, the `rtn` scale
+//! itself included: it is never worse.
+use std::sync::Mutex;
+
+use crate::format::{lanes, Element, Format, Level, ScaleType, Zero, ZeroKind};
+use crate::qtensor::{area, parallel, rows_per_task, zeros_vec};
+use crate::{Error, MatRef, QTensor, Result, Scales, Zeros};
+
+/// How scales are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Method {
+    /// Round to nearest with the rule's scale.
+    Rtn,
+    /// Search for the scale with the least squared error.
+    Mse,
+}
+
+/// A quantised matrix and how far it is from the original.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Quantized {
+    /// The matrix.
+    pub tensor: QTensor,
+    /// Per group, `[N][groups]`: an upper bound of `|w - decoded|`.
+    pub bounds: Vec<f32>,
+}
+
+/// Where scales are written.
+#[derive(Debug)]
+pub enum ScalesMut<'a> {
+    /// binary32
+    F32(&'a mut [f32]),
+    /// binary16 bits
+    F16(&'a mut [u16]),
+    /// bfloat16 bits
+    BF16(&'a mut [u16]),
+}
+
+impl ScalesMut<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(v) => v.len(),
+            Self::F16(v) | Self::BF16(v) => v.len(),
+        }
+    }
+
+    fn kind(&self) -> ScaleType {
+        match self {
+            Self::F32(_) => ScaleType::F32,
+            Self::F16(_) => ScaleType::F16,
+            Self::BF16(_) => ScaleType::BF16,
+        }
+    }
+
+    fn set(&mut self, i: usize, s: f32) {
+        match self {
+            Self::F32(v) => v[i] = s,
+            Self::F16(v) => v[i] = half::f16::from_f32(s).to_bits(),
+            Self::BF16(v) => v[i] = half::bf16::from_f32(s).to_bits(),
+        }
+    }
+
+    fn split_at(self, at: usize) -> (Self, Self) {
+        match self {
+            Self::F32(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::F32(a), Self::F32(b))
+            }
+            Self::F16(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::F16(a), Self::F16(b))
+            }
+            Self::BF16(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::BF16(a), Self::BF16(b))
+            }
+        }
+    }
+}
+
+/// Buffers of the caller that receive a quantised matrix.
+#[derive(Debug)]
+pub struct Dest<'a> {
+    /// `rows * row_bytes` bytes.
+    pub codes: &'a mut [u8],
+    /// `[rows][groups]`, of the format's type.
+    pub scales: ScalesMut<'a>,
+    /// `[rows][groups]` when the format has zero points, else empty.
+    pub zeros: &'a mut [u8],
+    /// `[rows][groups]`, or empty when the bounds are not wanted.
+    pub bounds: &'a mut [f32],
+}
+
+impl Dest<'_> {
+    fn check(&self, format: &Format, rows: usize, cols: usize) -> Result<()> {
+        let count = rows * format.groups(cols);
+        let zeros = if format.element.zero == ZeroKind::PerGroup {
+            count
+        } else {
+            0
+        };
+        let fits = self.codes.len() == rows * format.row_bytes(cols)
+            && self.scales.kind() == format.scale
+            && self.scales.len() == count
+            && self.zeros.len() == zeros
+            && (self.bounds.is_empty() || self.bounds.len() == count);
+        if fits {
+            return Ok(());
+        }
+        Err(Error::Shape(format!(
+            "buffers for {format} of shape ({rows}, {cols}): {} bytes of codes, {} {} scales, {} zero points, {} bounds",
+            self.codes.len(),
+            self.scales.len(),
+            self.scales.kind().name(),
+            self.zeros.len(),
+            self.bounds.len()
+        )))
+    }
+
+    /// The first `rows` rows and the rest.
+    fn split(self, rows: usize, row_bytes: usize, groups: usize) -> (Self, Self) {
+        fn cut<T>(v: &mut [T], at: usize) -> (&mut [T], &mut [T]) {
+            let at = at.min(v.len());
+            v.split_at_mut(at)
+        }
+        let (codes, codes2) = cut(self.codes, rows * row_bytes);
+        let (scales, scales2) = self.scales.split_at(rows * groups);
+        let (zeros, zeros2) = cut(self.zeros, rows * groups);
+        let (bounds, bounds2) = cut(self.bounds, rows * groups);
+        (
+            Self {
+                codes,
+                scales,
+                zeros,
+                bounds,
+            },
+            Self {
+                codes: codes2,
+                scales: scales2,
+                zeros: zeros2,
+                bounds: bounds2,
+            },
+        )
+    }
+}
+
+/// Quantises a matrix.
+///
+/// # Errors
+/// [`Error::Value`] naming row and column of a value that is not finite, or row and group of a scale that overflows;
+/// [`Error::Shape`], [`Error::OutOfMemory`].
+pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> Result<Quantized> {
+    let (rows, cols) = (x.rows, x.cols);
+    area(rows, cols)?;
+    let count = rows * format.groups(cols);
+    let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
+    let mut scales = Scales::zeroed(format.scale, count)?;
+    let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup {
+        count
+    } else {
+        0
+    })?;
+    let mut bounds = zeros_vec(count)?;
+    let dest = Dest {
+        codes: &mut codes,
+        scales: match &mut scales {
+            Scales::F32(v) => ScalesMut::F32(v),
+            Scales::F16(v) => ScalesMut::F16(v),
+            Scales::BF16(v) => ScalesMut::BF16(v),
+        },
+        zeros: &mut zeros,
+        bounds: &mut bounds,
+    };
+    quantize_into(x, format, method, threads, dest)?;
+    let zeros = if format.element.zero == ZeroKind::PerGroup {
+        Zeros::Int(zeros)
+    } else {
+        Zeros::None
+    };
+    Ok(Quantized {
+        tensor: QTensor {
+            format: *format,
+            rows,
+            cols,
+            codes,
+            scales,
+            zeros,
+        },
+        bounds,
+    })
+}
+
+/// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
+///
+/// # Errors
+/// As [`quantize`], and [`Error::Shape`] for buffers that do not fit.
+pub fn quantize_into(
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    threads: usize,
+    dest: Dest,
+) -> Result<()> {
+    quantize_at(Level::detect(), x, format, method, threads, dest)
+}
+
+/// As [`quantize_into`] with the instructions of one level.
+///
+/// # Errors
+/// As [`quantize_into`].
+pub fn quantize_at(
+    level: Level,
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    threads: usize,
+    dest: Dest,
+) -> Result<()> {
+    let (rows, cols) = (x.rows, x.cols);
+    area(rows, cols)?;
+    dest.check(format, rows, cols)?;
+    if rows == 0 || cols == 0 {
+        return Ok(());
+    }
+    let (row_bytes, groups) = (format.row_bytes(cols), format.groups(cols));
+    let step = rows_per_task(rows, cols, threads);
+    let mut parts = Vec::with_capacity(rows.div_ceil(step));
+    let mut rest = dest;
+    for row0 in (0..rows).step_by(step) {
+        let n = step.min(rows - row0);
+        let (part, tail) = rest.split(n, row_bytes, groups);
+        parts.push((row0, part));
+        rest = tail;
+    }
+    // The first error in row order is reported, whichever thread met it first.
+    let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
+    let lock = || {
+        failed
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    };
+    parallel(threads, parts, |task, (row0, part)| {
+        if lock().as_ref().is_some_and(|(t, _)| *t < task) {
+            return;
+        }
+        if let Err(e) = rows_of(level, x, format, method, row0, part) {
+            let mut slot = lock();
+            if slot.as_ref().is_none_or(|(t, _)| task < *t) {
+                *slot = Some((task, e));
+            }
+        }
+    });
+    let first = lock().take();
+    first.map_or(Ok(()), |(_, e)| Err(e))
+}
+
+fn rows_of(
+    level: Level,
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    row0: usize,
+    mut part: Dest,
+) -> Result<()> {
+    let (e, cols) = (format.element, x.cols);
+    let (row_bytes, groups, len) = (
+        format.row_bytes(cols),
+        format.groups(cols),
+        format.group_len(cols),
+    );
+    let mut codes = zeros_vec::<u8>(cols)?;
+    let mut scratch = Scratch::default();
+    let mut copy = Vec::new();
+    for i in 0..part.codes.len() / row_bytes {
+        let row = row0 + i;
+        let values = if let Some(v) = x.row_f32(row) {
+            v
+        } else {
+            if copy.is_empty() {
+                copy = zeros_vec(cols)?;
+            }
+            x.read_row(row, 0, &mut copy);
+            &copy[..]
+        };
+        for (g, (w, u)) in values.chunks(len).zip(codes.chunks_mut(len)).enumerate() {
+            let bits = lanes::absmax_bits(level, w);
+            if bits >= 0x7f80_0000 {
+                let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
+                return Err(Error::Value(format!(
+                    "{} at row {row}, column {} is not finite",
+                    w[k],
+                    g * len + k
+                )));
+            }
+            let group = encode_group(
+                level,
+                e,
+                format.scale,
+                method,
+                w,
+                f32::from_bits(bits),
+                u,
+                &mut scratch,
+            )
+            .map_err(|s| {
+                Error::Value(format!(
+                    "scale {s:e} at row {row}, group {g} overflows {}",
+                    format.scale.name()
+                ))
+            })?;
+            let at = i * groups + g;
+            part.scales.set(at, group.scale);
+            if let Zero::Int(z) = group.zero {
+                part.zeros[at] = z;
+            }
+            if !part.bounds.is_empty() {
+                part.bounds[at] = group.bound;
+            }
+        }
+        lanes::pack(
+            level,
+            e.bits,
+            &codes,
+            &mut part.codes[i * row_bytes..(i + 1) * row_bytes],
+        );
+    }
+    Ok(())
+}
+
+struct Group {
+    scale: f32,
+    zero: Zero,
+    bound: f32,
+}
+
+#[derive(Default)]
+struct Scratch {
+    codes: Vec<u8>,
+    values: Vec<f32>,
+}
+
+/// Rounds a scale to its type; the error is the scale that overflows. `top` is the magnitude of the outermost value.
+fn round_scale(kind: ScaleType, scale: f32, top: f32) -> std::result::Result<f32, f32> {
+    let mut s = kind.round(scale);
+    if !s.is_finite() {
+        return Err(scale);
+    }
+    if s == 0.0 {
+        return Ok(kind.smallest());
+    }
+    while !(s * top).is_finite() {
+        s = kind.next_down(s);
+    }
+    Ok(s)
+}
+
+/// Chooses the scale of a group and writes its codes; the error is a scale that overflows.
+fn encode_group(
+    level: Level,
+    e: &Element,
+    kind: ScaleType,
+    method: Method,
+    x: &[f32],
+    absmax: f32,
+    out: &mut [u8],
+    scratch: &mut Scratch,
+) -> std::result::Result<Group, f32> {
+    let codec = e.codec;
+    if absmax == 0.0 && codec.has_zero() {
+        let zero = codec.zero(e, 0.0, 1.0);
+        let error = codec.encode(e, level, x, 1.0, zero, e.lowest, out);
+        return Ok(Group {
+            scale: 1.0,
+            zero,
+            bound: upper(error),
+        });
+    }
+    let top = e.value((e.levels - 1) as u8) as f32;
+    let fit = codec.fit(e, level, x, absmax);
+    let scale = round_scale(kind, fit.scale, top)?;
+    let zero = codec.zero(e, fit.low, scale);
+    let error = codec.encode(e, level, x, scale, zero, e.lowest, out);
+    let group = Group {
+        scale,
+        zero,
+        bound: upper(error),
+    };
+    if method == Method::Rtn {
+        return Ok(group);
+    }
+
+    let cost = |s: f32, z: Zero| codec.cost(e, level, x, s, z) * (s / scale) * (s / scale);
+    let mut best = (cost(scale, zero), scale, zero);
+    for &f in codec.shrinks(e) {
+        let Ok(s) = round_scale(kind, fit.scale * f, top) else {
+            continue;
+        };
+        if s == scale {
+            continue;
+        }
+        let z = codec.zero(e, fit.low * f, s);
+        let c = cost(s, z);
+        if c < best.0 {
+            best = (c, s, z);
+        }
+    }
+    if best.1 == scale {
+        return Ok(group);
+    }
+    // The ranking is approximate; the choice is made on the decoded numbers.
+    let (_, s, z) = best;
+    scratch.codes.resize(x.len(), 0);
+    scratch.values.resize(x.len(), 0.0);
+    let error = codec.encode(e, level, x, s, z, e.lowest, &mut scratch.codes);
+    codec.decode(e, level, out, scale, zero, &mut scratch.values);
+    let before = lanes::square_error(level, x, &scratch.values);
+    codec.decode(e, level, &scratch.codes, s, z, &mut scratch.values);
+    if lanes::square_error(level, x, &scratch.values) < before {
+        out.copy_from_slice(&scratch.codes);
+        return Ok(Group {
+            scale: s,
+            zero: z,
+            bound: upper(error),
+        });
+    }
+    Ok(group)
+}
+
+/// An upper bound of the error whose rounded value is `e`: a rounded difference of two floats is below the true one by
+/// less than one step, and 0 only if the two are equal.
+fn upper(e: f32) -> f32 {
+    if e > 0.0 {
+        e.next_up()
+    } else {
+        0.0
+    }
+}
