@@ -138,11 +138,7 @@ pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
 #[inline(always)]
 pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
     let need = row_bytes(bits, out.len());
-    assert!(
-        bytes.len() >= need,
-        "packed row too short: {} bytes, {need} needed",
-        bytes.len()
-    );
+    assert!(bytes.len() >= need, "packed row too short: {} bytes, {need} needed", bytes.len());
     match bits {
         1 => unpack_wide::<1>(bytes, out),
         2 => unpack_wide::<2>(bytes, out),
@@ -179,11 +175,7 @@ pub fn get(bits: u8, bytes: &[u8], i: usize) -> u8 {
     let shift = (i % 8) * bits as usize;
     let first = (i / 8) * bits as usize + shift / 8;
     let low = u16::from(bytes[first]) >> (shift % 8);
-    let high = if shift % 8 + bits as usize > 8 {
-        u16::from(bytes[first + 1]) << (8 - shift % 8)
-    } else {
-        0
-    };
+    let high = if shift % 8 + bits as usize > 8 { u16::from(bytes[first + 1]) << (8 - shift % 8) } else { 0 };
     ((low | high) & ((1 << bits) - 1)) as u8
 }
 
@@ -216,11 +208,7 @@ mod tests {
                     .collect();
                 let mut packed = vec![0xaa; row_bytes(bits, len)];
                 pack(bits, &codes, &mut packed);
-                assert_eq!(
-                    packed,
-                    pack_by_bit(bits, &codes),
-                    "bits {bits}, length {len}"
-                );
+                assert_eq!(packed, pack_by_bit(bits, &codes), "bits {bits}, length {len}");
                 let mut back = vec![0xaa; len];
                 unpack(bits, &packed, &mut back);
                 assert_eq!(back, codes);
@@ -237,11 +225,7 @@ mod tests {
     #[test]
     fn high_bits_of_a_code_do_not_leak() {
         let mut out = [0; 3];
-        pack(
-            3,
-            &[0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8],
-            &mut out,
-        );
+        pack(3, &[0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8], &mut out);
         assert_eq!(out, pack_by_bit(3, &[7, 0, 7, 0, 7, 0, 7, 0])[..]);
     }
 

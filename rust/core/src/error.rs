@@ -24,9 +24,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Format(s) | Self::Shape(s) | Self::Value(s) | Self::Unsupported(s) => {
-                f.write_str(s)
-            }
+            Self::Format(s) | Self::Shape(s) | Self::Value(s) | Self::Unsupported(s) => f.write_str(s),
             Self::OutOfMemory(n) => write!(f, "cannot allocate {n} bytes"),
             Self::Interrupted => f.write_str("interrupted"),
         }

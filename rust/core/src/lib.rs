@@ -15,6 +15,7 @@ pub mod format;
 pub mod matrix;
 pub mod qtensor;
 pub mod quantize;
+pub mod reference;
 
 pub use error::{Error, Result};
 pub use format::{Element, Format, ScaleType, ValueMap, ZeroKind};

@@ -66,15 +66,7 @@ impl<'a> MatRef<'a> {
         row_stride: isize,
         col_stride: isize,
     ) -> Self {
-        Self {
-            ptr,
-            scalar,
-            rows,
-            cols,
-            row_stride,
-            col_stride,
-            life: PhantomData,
-        }
+        Self { ptr, scalar, rows, cols, row_stride, col_stride, life: PhantomData }
     }
 
     /// A row-major f32 matrix.
@@ -106,10 +98,7 @@ impl<'a> MatRef<'a> {
     /// Row `i` as a slice, when it is contiguous, aligned f32.
     pub fn row_f32(&self, i: usize) -> Option<&'a [f32]> {
         let p = self.row_ptr(i);
-        if self.scalar != Scalar::F32
-            || (self.col_stride != 4 && self.cols > 1)
-            || p.align_offset(4) != 0
-        {
+        if self.scalar != Scalar::F32 || (self.col_stride != 4 && self.cols > 1) || p.align_offset(4) != 0 {
             return None;
         }
         // SAFETY: the constructor's contract covers these `cols` elements; they are contiguous and aligned.
@@ -122,9 +111,7 @@ impl<'a> MatRef<'a> {
     /// If the range leaves the matrix.
     pub fn read_row(&self, i: usize, j0: usize, out: &mut [f32]) {
         assert!(i < self.rows && j0 + out.len() <= self.cols);
-        let base = self
-            .row_ptr(i)
-            .wrapping_offset(j0 as isize * self.col_stride);
+        let base = self.row_ptr(i).wrapping_offset(j0 as isize * self.col_stride);
         let cs = self.col_stride;
         // SAFETY (all arms): `base + t*cs` for t < out.len() lies in the view, whose constructor promises
         // readable elements; loads are unaligned.
@@ -132,11 +119,7 @@ impl<'a> MatRef<'a> {
             ($t:ty, $f:expr) => {
                 for (t, o) in out.iter_mut().enumerate() {
                     // SAFETY: as stated above the macro.
-                    let v = unsafe {
-                        base.wrapping_offset(t as isize * cs)
-                            .cast::<$t>()
-                            .read_unaligned()
-                    };
+                    let v = unsafe { base.wrapping_offset(t as isize * cs).cast::<$t>().read_unaligned() };
                     *o = $f(v);
                 }
             };
@@ -187,15 +170,7 @@ impl<'a> MatMut<'a> {
         row_stride: isize,
         col_stride: isize,
     ) -> Self {
-        Self {
-            ptr,
-            scalar,
-            rows,
-            cols,
-            row_stride,
-            col_stride,
-            life: PhantomData,
-        }
+        Self { ptr, scalar, rows, cols, row_stride, col_stride, life: PhantomData }
     }
 
     /// A row-major f32 matrix.

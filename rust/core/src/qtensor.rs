@@ -94,8 +94,7 @@ pub(crate) fn rows_per_task(rows: usize, cols: usize, threads: usize) -> usize {
 /// A vector of `len` zeros, or an error instead of an abort when memory runs out.
 pub(crate) fn zeros_vec<T: Clone + Default>(len: usize) -> Result<Vec<T>> {
     let mut v = Vec::new();
-    v.try_reserve_exact(len)
-        .map_err(|_| Error::OutOfMemory(len.saturating_mul(size_of::<T>())))?;
+    v.try_reserve_exact(len).map_err(|_| Error::OutOfMemory(len.saturating_mul(size_of::<T>())))?;
     v.resize(len, T::default());
     Ok(v)
 }
@@ -199,14 +198,7 @@ impl<'a> QView<'a> {
         zeros: ZerosRef<'a>,
     ) -> Result<Self> {
         area(rows, cols)?;
-        let view = Self {
-            format,
-            rows,
-            cols,
-            codes,
-            scales,
-            zeros,
-        };
+        let view = Self { format, rows, cols, codes, scales, zeros };
         let want = rows * format.row_bytes(cols);
         if codes.len() != want {
             return Err(Error::Shape(format!(
@@ -233,26 +225,18 @@ impl<'a> QView<'a> {
             if len == count {
                 return Ok(());
             }
-            Err(Error::Shape(format!(
-                "{format} needs {what} of shape ({rows}, {groups}), {count} in all, not {len}"
-            )))
+            Err(Error::Shape(format!("{format} needs {what} of shape ({rows}, {groups}), {count} in all, not {len}")))
         };
         check_len("scales", self.scales.len())?;
         if let Some(i) = (0..count).find(|&i| !self.scales.get(i).is_finite()) {
             let s = self.scales.get(i);
-            return Err(Error::Value(format!(
-                "scale {s} at row {}, group {} is not finite",
-                i / groups,
-                i % groups
-            )));
+            return Err(Error::Value(format!("scale {s} at row {}, group {} is not finite", i / groups, i % groups)));
         }
         let top = format.element.levels - 1;
         match (format.element.zero, self.zeros) {
             (ZeroKind::None, ZerosRef::None) => Ok(()),
             (ZeroKind::None, _) => Err(Error::Value(format!("{format} has no zero points"))),
-            (ZeroKind::PerGroup, ZerosRef::None) => {
-                Err(Error::Value(format!("{format} needs zero points")))
-            }
+            (ZeroKind::PerGroup, ZerosRef::None) => Err(Error::Value(format!("{format} needs zero points"))),
             (ZeroKind::PerGroup, ZerosRef::Int(z)) => {
                 check_len("zero points", z.len())?;
                 match z.iter().position(|&z| u16::from(z) > top) {
@@ -290,9 +274,7 @@ impl<'a> QView<'a> {
             let stray = !0u8 << used;
             for n in 0..self.rows {
                 if self.codes[(n + 1) * row_bytes - 1] & stray != 0 {
-                    return Err(Error::Value(format!(
-                        "row {n} of codes has padding bits that are not 0"
-                    )));
+                    return Err(Error::Value(format!("row {n} of codes has padding bits that are not 0")));
                 }
             }
         }
@@ -306,12 +288,7 @@ impl<'a> QView<'a> {
                 let u = &mut buf[..(self.cols - k0).min(1024)];
                 self.unpack(level, n, k0, u);
                 if let Some(i) = u.iter().position(|&u| u16::from(u) >= e.levels) {
-                    return Err(Error::Value(format!(
-                        "{} has no code {}: row {n}, column {}",
-                        e.name,
-                        u[i],
-                        k0 + i
-                    )));
+                    return Err(Error::Value(format!("{} has no code {}: row {n}, column {}", e.name, u[i], k0 + i)));
                 }
             }
         }
@@ -366,12 +343,7 @@ impl<'a> QView<'a> {
     fn unpack(&self, level: Level, n: usize, k0: usize, out: &mut [u8]) {
         let bits = self.format.element.bits;
         if k0.is_multiple_of(8) {
-            crate::format::lanes::unpack(
-                level,
-                bits,
-                &self.row(n)[bits::row_bytes(bits, k0)..],
-                out,
-            );
+            crate::format::lanes::unpack(level, bits, &self.row(n)[bits::row_bytes(bits, k0)..], out);
         } else {
             bits::unpack_from(bits, self.row(n), k0, out);
         }
@@ -407,14 +379,7 @@ impl<'a> QView<'a> {
             while !u.is_empty() {
                 let here = (g - k % g).min(u.len());
                 let (w, next) = part.split_at_mut(here);
-                e.codec.decode(
-                    e,
-                    level,
-                    &u[..here],
-                    self.scale(n, k / g),
-                    self.zero(n, k / g),
-                    w,
-                );
+                e.codec.decode(e, level, &u[..here], self.scale(n, k / g), self.zero(n, k / g), w);
                 (part, u, k) = (next, &u[here..], k + here);
             }
             rest = tail;
@@ -449,18 +414,10 @@ impl<'a> QView<'a> {
         })
     }
 
-    fn fill<T: Send>(
-        &self,
-        out: &mut [T],
-        threads: usize,
-        row: impl Fn(Level, usize, &mut [T]) + Sync,
-    ) -> Result<()> {
+    fn fill<T: Send>(&self, out: &mut [T], threads: usize, row: impl Fn(Level, usize, &mut [T]) + Sync) -> Result<()> {
         let (rows, cols) = (self.rows, self.cols);
         if out.len() != area(rows, cols)? {
-            return Err(Error::Shape(format!(
-                "shape ({rows}, {cols}) does not fit {} values",
-                out.len()
-            )));
+            return Err(Error::Shape(format!("shape ({rows}, {cols}) does not fit {} values", out.len())));
         }
         if out.is_empty() {
             return Ok(());
@@ -516,10 +473,7 @@ pub(crate) fn parallel<P: Send>(threads: usize, parts: Vec<P>, f: impl Fn(usize,
     }
     let queue = std::sync::Mutex::new(parts.into_iter().enumerate());
     let work = || loop {
-        let next = queue
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .next();
+        let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         let Some((i, p)) = next else { return };
         f(i, p);
     };
@@ -535,51 +489,27 @@ pub(crate) fn parallel<P: Send>(threads: usize, parts: Vec<P>, f: impl Fn(usize,
 ///
 /// # Errors
 /// [`Error::Shape`] for lengths that do not fit, [`Error::Value`] naming the first value that has no code.
-pub fn pack_values(
-    format: Format,
-    rows: usize,
-    cols: usize,
-    values: &[i16],
-    out: &mut [u8],
-) -> Result<()> {
+pub fn pack_values(format: Format, rows: usize, cols: usize, values: &[i16], out: &mut [u8]) -> Result<()> {
     let e = format.element;
     let count = area(rows, cols)?;
     let row_bytes = format.row_bytes(cols);
     if values.len() != count {
-        return Err(Error::Shape(format!(
-            "shape ({rows}, {cols}) does not fit {} code values",
-            values.len()
-        )));
+        return Err(Error::Shape(format!("shape ({rows}, {cols}) does not fit {} code values", values.len())));
     }
     if out.len() != rows * row_bytes {
-        return Err(Error::Shape(format!(
-            "{} bytes for packed codes, {} needed",
-            out.len(),
-            rows * row_bytes
-        )));
+        return Err(Error::Shape(format!("{} bytes for packed codes, {} needed", out.len(), rows * row_bytes)));
     }
     if values.is_empty() {
         return Ok(());
     }
     let level = Level::detect();
     let mut row = zeros_vec::<u8>(cols)?;
-    for (n, (v, o)) in values
-        .chunks_exact(cols)
-        .zip(out.chunks_exact_mut(row_bytes))
-        .enumerate()
-    {
+    for (n, (v, o)) in values.chunks_exact(cols).zip(out.chunks_exact_mut(row_bytes)).enumerate() {
         for (k, (u, &v)) in row.iter_mut().zip(v).enumerate() {
             *u = e.code(i32::from(v)).ok_or_else(|| {
                 let (lo, hi) = e.values();
-                let kind = if e.value(1) - lo == 2 {
-                    "odd integers "
-                } else {
-                    ""
-                };
-                Error::Value(format!(
-                    "code {v} at row {n}, column {k}: {} has {kind}{lo} to {hi}",
-                    e.name
-                ))
+                let kind = if e.value(1) - lo == 2 { "odd integers " } else { "" };
+                Error::Value(format!("code {v} at row {n}, column {k}: {} has {kind}{lo} to {hi}", e.name))
             })?;
         }
         crate::format::lanes::pack(level, e.bits, &row, o);
@@ -604,14 +534,7 @@ impl QTensor {
         let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
         pack_values(format, rows, cols, values, &mut codes)?;
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
-        Ok(Self {
-            format,
-            rows,
-            cols,
-            codes,
-            scales,
-            zeros,
-        })
+        Ok(Self { format, rows, cols, codes, scales, zeros })
     }
 
     /// Borrows the matrix.

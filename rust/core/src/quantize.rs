@@ -101,11 +101,7 @@ pub struct Dest<'a> {
 impl Dest<'_> {
     fn check(&self, format: &Format, rows: usize, cols: usize) -> Result<()> {
         let count = rows * format.groups(cols);
-        let zeros = if format.element.zero == ZeroKind::PerGroup {
-            count
-        } else {
-            0
-        };
+        let zeros = if format.element.zero == ZeroKind::PerGroup { count } else { 0 };
         let fits = self.codes.len() == rows * format.row_bytes(cols)
             && self.scales.kind() == format.scale
             && self.scales.len() == count
@@ -134,20 +130,7 @@ impl Dest<'_> {
         let (scales, scales2) = self.scales.split_at(rows * groups);
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
-        (
-            Self {
-                codes,
-                scales,
-                zeros,
-                bounds,
-            },
-            Self {
-                codes: codes2,
-                scales: scales2,
-                zeros: zeros2,
-                bounds: bounds2,
-            },
-        )
+        (Self { codes, scales, zeros, bounds }, Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2 })
     }
 }
 
@@ -162,11 +145,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     let count = rows * format.groups(cols);
     let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
     let mut scales = Scales::zeroed(format.scale, count)?;
-    let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup {
-        count
-    } else {
-        0
-    })?;
+    let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup { count } else { 0 })?;
     let mut bounds = zeros_vec(count)?;
     let dest = Dest {
         codes: &mut codes,
@@ -179,35 +158,15 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
         bounds: &mut bounds,
     };
     quantize_into(x, format, method, threads, dest)?;
-    let zeros = if format.element.zero == ZeroKind::PerGroup {
-        Zeros::Int(zeros)
-    } else {
-        Zeros::None
-    };
-    Ok(Quantized {
-        tensor: QTensor {
-            format: *format,
-            rows,
-            cols,
-            codes,
-            scales,
-            zeros,
-        },
-        bounds,
-    })
+    let zeros = if format.element.zero == ZeroKind::PerGroup { Zeros::Int(zeros) } else { Zeros::None };
+    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros }, bounds })
 }
 
 /// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
 ///
 /// # Errors
 /// As [`quantize`], and [`Error::Shape`] for buffers that do not fit.
-pub fn quantize_into(
-    x: &MatRef,
-    format: &Format,
-    method: Method,
-    threads: usize,
-    dest: Dest,
-) -> Result<()> {
+pub fn quantize_into(x: &MatRef, format: &Format, method: Method, threads: usize, dest: Dest) -> Result<()> {
     quantize_at(Level::detect(), x, format, method, threads, dest)
 }
 
@@ -241,11 +200,7 @@ pub fn quantize_at(
     }
     // The first error in row order is reported, whichever thread met it first.
     let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
-    let lock = || {
-        failed
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-    };
+    let lock = || failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     parallel(threads, parts, |task, (row0, part)| {
         if lock().as_ref().is_some_and(|(t, _)| *t < task) {
             return;
@@ -261,20 +216,9 @@ pub fn quantize_at(
     first.map_or(Ok(()), |(_, e)| Err(e))
 }
 
-fn rows_of(
-    level: Level,
-    x: &MatRef,
-    format: &Format,
-    method: Method,
-    row0: usize,
-    mut part: Dest,
-) -> Result<()> {
+fn rows_of(level: Level, x: &MatRef, format: &Format, method: Method, row0: usize, mut part: Dest) -> Result<()> {
     let (e, cols) = (format.element, x.cols);
-    let (row_bytes, groups, len) = (
-        format.row_bytes(cols),
-        format.groups(cols),
-        format.group_len(cols),
-    );
+    let (row_bytes, groups, len) = (format.row_bytes(cols), format.groups(cols), format.group_len(cols));
     let mut codes = zeros_vec::<u8>(cols)?;
     let mut scratch = Scratch::default();
     let mut copy = Vec::new();
@@ -293,28 +237,12 @@ fn rows_of(
             let bits = lanes::absmax_bits(level, w);
             if bits >= 0x7f80_0000 {
                 let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
-                return Err(Error::Value(format!(
-                    "{} at row {row}, column {} is not finite",
-                    w[k],
-                    g * len + k
-                )));
+                return Err(Error::Value(format!("{} at row {row}, column {} is not finite", w[k], g * len + k)));
             }
-            let group = encode_group(
-                level,
-                e,
-                format.scale,
-                method,
-                w,
-                f32::from_bits(bits),
-                u,
-                &mut scratch,
-            )
-            .map_err(|s| {
-                Error::Value(format!(
-                    "scale {s:e} at row {row}, group {g} overflows {}",
-                    format.scale.name()
-                ))
-            })?;
+            let group = encode_group(level, e, format.scale, method, w, f32::from_bits(bits), u, &mut scratch)
+                .map_err(|s| {
+                    Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
+                })?;
             let at = i * groups + g;
             part.scales.set(at, group.scale);
             if let Zero::Int(z) = group.zero {
@@ -324,12 +252,7 @@ fn rows_of(
                 part.bounds[at] = group.bound;
             }
         }
-        lanes::pack(
-            level,
-            e.bits,
-            &codes,
-            &mut part.codes[i * row_bytes..(i + 1) * row_bytes],
-        );
+        lanes::pack(level, e.bits, &codes, &mut part.codes[i * row_bytes..(i + 1) * row_bytes]);
     }
     Ok(())
 }
@@ -376,22 +299,14 @@ fn encode_group(
     if absmax == 0.0 && codec.has_zero() {
         let zero = codec.zero(e, 0.0, 1.0);
         let error = codec.encode(e, level, x, 1.0, zero, e.lowest, out);
-        return Ok(Group {
-            scale: 1.0,
-            zero,
-            bound: upper(error),
-        });
+        return Ok(Group { scale: 1.0, zero, bound: upper(error) });
     }
     let top = e.value((e.levels - 1) as u8) as f32;
     let fit = codec.fit(e, level, x, absmax);
     let scale = round_scale(kind, fit.scale, top)?;
     let zero = codec.zero(e, fit.low, scale);
     let error = codec.encode(e, level, x, scale, zero, e.lowest, out);
-    let group = Group {
-        scale,
-        zero,
-        bound: upper(error),
-    };
+    let group = Group { scale, zero, bound: upper(error) };
     if method == Method::Rtn {
         return Ok(group);
     }
@@ -424,11 +339,7 @@ fn encode_group(
     codec.decode(e, level, &scratch.codes, s, z, &mut scratch.values);
     if lanes::square_error(level, x, &scratch.values) < before {
         out.copy_from_slice(&scratch.codes);
-        return Ok(Group {
-            scale: s,
-            zero: z,
-            bound: upper(error),
-        });
+        return Ok(Group { scale: s, zero: z, bound: upper(error) });
     }
     Ok(group)
 }

@@ -1,9 +1,7 @@
 //! The format table, the grammar of names, packing, quantising and decoding, against plain restatements of the rules.
 use nibblas_core::format::{table, Level, Zero};
 use nibblas_core::quantize::{quantize, quantize_at, Dest, Method, Quantized, ScalesMut};
-use nibblas_core::{
-    Error, Format, MatRef, QTensor, QView, Scalar, ScaleType, Scales, ScalesRef, Zeros, ZerosRef,
-};
+use nibblas_core::{Error, Format, MatRef, QTensor, QView, Scalar, ScaleType, Scales, ScalesRef, Zeros, ZerosRef};
 use proptest::prelude::*;
 
 /// Every element with one scale per row and in groups, with every scale type.
@@ -22,18 +20,8 @@ fn formats() -> Vec<Format> {
 fn scales_of(kind: ScaleType, values: &[f32]) -> Scales {
     match kind {
         ScaleType::F32 => Scales::F32(values.to_vec()),
-        ScaleType::F16 => Scales::F16(
-            values
-                .iter()
-                .map(|&s| half::f16::from_f32(s).to_bits())
-                .collect(),
-        ),
-        ScaleType::BF16 => Scales::BF16(
-            values
-                .iter()
-                .map(|&s| half::bf16::from_f32(s).to_bits())
-                .collect(),
-        ),
+        ScaleType::F16 => Scales::F16(values.iter().map(|&s| half::f16::from_f32(s).to_bits()).collect()),
+        ScaleType::BF16 => Scales::BF16(values.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
     }
 }
 
@@ -54,10 +42,7 @@ fn rtn(x: &[f32], rows: usize, cols: usize, f: Format) -> Quantized {
 }
 
 fn square_error(x: &[f32], y: &[f32]) -> f64 {
-    x.iter()
-        .zip(y)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2))
-        .sum()
+    x.iter().zip(y).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum()
 }
 
 #[test]
@@ -65,19 +50,10 @@ fn names_round_trip() {
     for f in formats() {
         assert_eq!(Format::parse(&f.to_string()).unwrap(), f);
     }
-    assert_eq!(
-        Format::parse("int4_g128_sf16").unwrap().to_string(),
-        "int4_g128"
-    );
+    assert_eq!(Format::parse("int4_g128_sf16").unwrap().to_string(), "int4_g128");
     assert_eq!(Format::parse("uint4_sf32").unwrap().to_string(), "uint4");
-    assert_eq!(
-        Format::parse("ternary_sf16").unwrap().to_string(),
-        "ternary_sf16"
-    );
-    assert_eq!(
-        Format::parse("int4_g4294967295").unwrap().group,
-        Some(u32::MAX)
-    );
+    assert_eq!(Format::parse("ternary_sf16").unwrap().to_string(), "ternary_sf16");
+    assert_eq!(Format::parse("int4_g4294967295").unwrap().group, Some(u32::MAX));
 }
 
 #[test]
@@ -116,13 +92,7 @@ fn malformed_names_say_what_is_wrong() {
     }
     let long = "x".repeat(1 << 20);
     assert!(Format::parse(&long).unwrap_err().to_string().len() < 400);
-    assert!(
-        Format::parse(&format!("int4_g{long}"))
-            .unwrap_err()
-            .to_string()
-            .len()
-            < 400
-    );
+    assert!(Format::parse(&format!("int4_g{long}")).unwrap_err().to_string().len() < 400);
 }
 
 #[test]
@@ -133,11 +103,7 @@ fn table_is_consistent() {
     names.dedup();
     assert_eq!(names.len(), 23);
     for e in table() {
-        assert!(
-            (1..=8).contains(&e.bits) && e.levels <= 1 << e.bits && u16::from(e.lowest) < e.levels,
-            "{}",
-            e.name
-        );
+        assert!((1..=8).contains(&e.bits) && e.levels <= 1 << e.bits && u16::from(e.lowest) < e.levels, "{}", e.name);
         let mut values: Vec<i32> = (0..e.levels).map(|u| e.value(u as u8)).collect();
         for (u, &v) in values.iter().enumerate() {
             assert_eq!(e.code(v), Some(u as u8), "{}", e.name);
@@ -155,24 +121,12 @@ fn table_is_consistent() {
 
 #[test]
 fn every_code_decodes_by_its_rule_and_encodes_back() {
-    let scales = [
-        1.0f32,
-        0.3,
-        7.25e-3,
-        2.0_f32.powi(-20),
-        5.9604645e-8,
-        1.7e4,
-        -0.3,
-    ];
+    let scales = [1.0f32, 0.3, 7.25e-3, 2.0_f32.powi(-20), 5.9604645e-8, 1.7e4, -0.3];
     for f in formats() {
         let e = f.element;
         let zeros: Vec<Zero> = if e.name.starts_with("uint") {
             let step = 1 + e.levels as usize / 9;
-            (0..e.levels)
-                .step_by(step)
-                .map(|z| Zero::Int(z as u8))
-                .chain([Zero::Float(2.5)])
-                .collect()
+            (0..e.levels).step_by(step).map(|z| Zero::Int(z as u8)).chain([Zero::Float(2.5)]).collect()
         } else {
             vec![Zero::None]
         };
@@ -189,22 +143,13 @@ fn every_code_decodes_by_its_rule_and_encodes_back() {
                             Zero::Int(z) => (e.value(i as u8) - i32::from(z)) as f32 * s,
                             Zero::Float(z) => (i as f32).mul_add(s, -(s * z)),
                         };
-                        assert_eq!(
-                            w.to_bits(),
-                            want.to_bits(),
-                            "{f} code {i} scale {s} zero {z:?} {level:?}"
-                        );
+                        assert_eq!(w.to_bits(), want.to_bits(), "{f} code {i} scale {s} zero {z:?} {level:?}");
                     }
                     // The quantiser's own lowest code, and the lowest legal one.
                     let worst = e.codec.encode(e, level, &w, s, z, 0, &mut back);
-                    assert_eq!(
-                        (&back, worst),
-                        (&u, 0.0),
-                        "{f} scale {s} zero {z:?} {level:?}"
-                    );
+                    assert_eq!((&back, worst), (&u, 0.0), "{f} scale {s} zero {z:?} {level:?}");
                     let lowest = usize::from(e.lowest);
-                    e.codec
-                        .encode(e, level, &w[lowest..], s, z, e.lowest, &mut back[lowest..]);
+                    e.codec.encode(e, level, &w[lowest..], s, z, e.lowest, &mut back[lowest..]);
                     assert_eq!(back, u);
                 }
             }
@@ -235,18 +180,12 @@ fn rule(f: &Format, w: &[f32]) -> (f32, i32, Vec<i32>) {
     if absmax == 0.0 && family != "bipolar" {
         s = 1.0;
     }
-    let z = if family == "uint" {
-        (-low / s).round_ties_even().clamp(0.0, levels as f32) as i32
-    } else {
-        0
-    };
+    let z = if family == "uint" { (-low / s).round_ties_even().clamp(0.0, levels as f32) as i32 } else { 0 };
     let value = |w: f32| {
         let t = w / s;
         match family {
             "int" => (t.round_ties_even() as i32).clamp(-(levels / 2), levels / 2),
-            "uint" => (t.round_ties_even() as i32)
-                .saturating_add(z)
-                .clamp(0, levels),
+            "uint" => (t.round_ties_even() as i32).saturating_add(z).clamp(0, levels),
             "ternary" => (t.round_ties_even() as i32).clamp(-1, 1),
             _ => (t.floor() as i32 | 1).clamp(-levels, levels),
         }
@@ -270,10 +209,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
                 assert_eq!(i32::from(got), z, "{f} row {n} group {g}");
             }
             let at = n * cols + g * len;
-            let codes: Vec<i32> = got[at..at + w.len()]
-                .iter()
-                .map(|&c| i32::from(c))
-                .collect();
+            let codes: Vec<i32> = got[at..at + w.len()].iter().map(|&c| i32::from(c)).collect();
             assert_eq!(codes, want, "{f} row {n} group {g}");
             let bound = f64::from(q.bounds[n * f.groups(cols) + g]);
             let mut worst = 0.0f64;
@@ -281,10 +217,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
                 assert_eq!(d.to_bits(), ((want[i] - z) as f32 * s).to_bits());
                 worst = worst.max((f64::from(w) - f64::from(d)).abs());
             }
-            assert!(
-                worst <= bound && bound <= worst * (1.0 + 1e-6) + 1e-44,
-                "{f}: {worst} {bound}"
-            );
+            assert!(worst <= bound && bound <= worst * (1.0 + 1e-6) + 1e-44, "{f}: {worst} {bound}");
         }
     }
 }
@@ -335,38 +268,23 @@ fn adversarial_groups_follow_the_rule() {
 #[test]
 fn overflow_and_non_finite_values_are_errors_with_a_place() {
     for f in formats() {
-        for (bad, says) in [
-            (f32::NAN, "NaN"),
-            (f32::INFINITY, "inf"),
-            (f32::NEG_INFINITY, "-inf"),
-        ] {
+        for (bad, says) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
             let mut x = noise(600 * 300, 3);
             x[411 * 300 + 217] = bad;
             x[599 * 300] = bad;
             let e = quantize(&MatRef::from_f32(&x, 600, 300), &f, Method::Rtn, 3).unwrap_err();
-            assert_eq!(
-                e,
-                Error::Value(format!("{says} at row 411, column 217 is not finite"))
-            );
+            assert_eq!(e, Error::Value(format!("{says} at row 411, column 217 is not finite")));
         }
         let mut x = noise(2 * 30, 3);
         x[59] = f32::MAX;
         let got = quantize(&MatRef::from_f32(&x, 2, 30), &f, Method::Rtn, 1);
-        let overflows =
-            f.scale == ScaleType::F16 || (f.scale == ScaleType::BF16 && f.element.name == "int2");
+        let overflows = f.scale == ScaleType::F16 || (f.scale == ScaleType::BF16 && f.element.name == "int2");
         if overflows {
             assert!(got.unwrap_err().to_string().contains("row 1, group"), "{f}");
         } else {
             // The outermost code stays finite.
             let q = got.unwrap();
-            assert!(
-                q.tensor
-                    .dequantize(1)
-                    .unwrap()
-                    .iter()
-                    .all(|w| w.is_finite()),
-                "{f}"
-            );
+            assert!(q.tensor.dequantize(1).unwrap().iter().all(|w| w.is_finite()), "{f}");
             assert!(q.bounds.iter().all(|b| b.is_finite()));
         }
     }
@@ -399,10 +317,7 @@ fn quantising_the_decoded_matrix_gives_the_same_tensor() {
             if f.scale == ScaleType::F16 && !(-8..=3).contains(&exponent) {
                 continue;
             }
-            let x: Vec<f32> = noise(200 * 150, 11)
-                .iter()
-                .map(|v| v * 2.0_f32.powi(exponent))
-                .collect();
+            let x: Vec<f32> = noise(200 * 150, 11).iter().map(|v| v * 2.0_f32.powi(exponent)).collect();
             let q = rtn(&x, 200, 150, f).tensor;
             if f.scale == ScaleType::F16 && q.scales.to_f32().iter().any(|s| *s < 6.2e-5) {
                 continue;
@@ -423,24 +338,16 @@ fn mse_is_never_worse_and_usually_better() {
         let m = MatRef::from_f32(&x, rows, cols);
         let a = quantize(&m, &f, Method::Rtn, 1).unwrap();
         let b = quantize(&m, &f, Method::Mse, 2).unwrap();
-        let (da, db) = (
-            a.tensor.dequantize(1).unwrap(),
-            b.tensor.dequantize(1).unwrap(),
-        );
+        let (da, db) = (a.tensor.dequantize(1).unwrap(), b.tensor.dequantize(1).unwrap());
         let len = f.group_len(cols);
         for n in 0..rows {
             for k in (0..cols).step_by(len) {
                 let r = n * cols + k..n * cols + (k + len).min(cols);
-                let (ea, eb) = (
-                    square_error(&x[r.clone()], &da[r.clone()]),
-                    square_error(&x[r.clone()], &db[r.clone()]),
-                );
+                let (ea, eb) =
+                    (square_error(&x[r.clone()], &da[r.clone()]), square_error(&x[r.clone()], &db[r.clone()]));
                 assert!(eb <= ea, "{f} row {n} column {k}: {eb} > {ea}");
                 let bound = f64::from(b.bounds[n * f.groups(cols) + k / len]);
-                assert!(x[r.clone()]
-                    .iter()
-                    .zip(&db[r])
-                    .all(|(x, y)| (f64::from(*x) - f64::from(*y)).abs() <= bound));
+                assert!(x[r.clone()].iter().zip(&db[r]).all(|(x, y)| (f64::from(*x) - f64::from(*y)).abs() <= bound));
             }
         }
         if f.element.bits <= 4 && f.element.name != "bipolar1" && f.group.is_none() {
@@ -503,8 +410,7 @@ fn any_strides_and_types_quantise_as_their_f32_values() {
         }
     }
     // SAFETY: element (n, k) starts at 1 + ((69-k)*20 + n)*4.
-    let m =
-        unsafe { MatRef::from_raw(bytes.as_ptr().add(1 + 69 * 80), Scalar::F32, 20, 70, 4, -80) };
+    let m = unsafe { MatRef::from_raw(bytes.as_ptr().add(1 + 69 * 80), Scalar::F32, 20, 70, 4, -80) };
     assert_eq!(quantize(&m, &f, Method::Rtn, 1).unwrap(), want);
 }
 
@@ -512,31 +418,17 @@ fn any_strides_and_types_quantise_as_their_f32_values() {
 fn bad_parts_are_refused() {
     let f = Format::parse("int4_g8_sf32").unwrap();
     let s = [1.0f32; 4];
-    let ok = |codes: &[u8], s: &[f32], z: ZerosRef| {
-        QView::new(f, 2, 9, codes, ScalesRef::F32(s), z).map(|_| ())
-    };
+    let ok = |codes: &[u8], s: &[f32], z: ZerosRef| QView::new(f, 2, 9, codes, ScalesRef::F32(s), z).map(|_| ());
     ok(&[0; 10], &s, ZerosRef::None).unwrap();
     let value = |r: nibblas_core::Result<()>, says: &str| match r {
         Err(Error::Value(t)) => assert!(t.contains(says), "{t}"),
         other => panic!("{says}: {other:?}"),
     };
-    assert!(matches!(
-        ok(&[0; 9], &s, ZerosRef::None),
-        Err(Error::Shape(_))
-    ));
-    assert!(matches!(
-        ok(&[0; 10], &s[..3], ZerosRef::None),
-        Err(Error::Shape(_))
-    ));
-    value(
-        ok(&[0; 10], &[1.0, 1.0, f32::NAN, 1.0], ZerosRef::None),
-        "row 1, group 0",
-    );
+    assert!(matches!(ok(&[0; 9], &s, ZerosRef::None), Err(Error::Shape(_))));
+    assert!(matches!(ok(&[0; 10], &s[..3], ZerosRef::None), Err(Error::Shape(_))));
+    value(ok(&[0; 10], &[1.0, 1.0, f32::NAN, 1.0], ZerosRef::None), "row 1, group 0");
     value(ok(&[0; 10], &s, ZerosRef::Int(&[0; 4])), "no zero points");
-    value(
-        ok(&[0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0], &s, ZerosRef::None),
-        "row 0 of codes has padding",
-    );
+    value(ok(&[0, 0, 0, 0, 0x10, 0, 0, 0, 0, 0], &s, ZerosRef::None), "row 0 of codes has padding");
     value(
         QView::new(f, 2, 9, &[0; 10], ScalesRef::F16(&[0; 4]), ZerosRef::None).map(|_| ()),
         "has f32 scales, not f16",
@@ -546,18 +438,9 @@ fn bad_parts_are_refused() {
     zeros(ZerosRef::Int(&[15; 4])).unwrap();
     zeros(ZerosRef::Float(&[-3.5; 4])).unwrap();
     value(zeros(ZerosRef::None), "needs zero points");
-    value(
-        zeros(ZerosRef::Int(&[0, 0, 0, 16])),
-        "row 1, group 1 is above 15",
-    );
-    value(
-        zeros(ZerosRef::Float(&[0.0, f32::INFINITY, 0.0, 0.0])),
-        "row 0, group 1",
-    );
-    assert!(matches!(
-        zeros(ZerosRef::Int(&[0; 3])),
-        Err(Error::Shape(_))
-    ));
+    value(zeros(ZerosRef::Int(&[0, 0, 0, 16])), "row 1, group 1 is above 15");
+    value(zeros(ZerosRef::Float(&[0.0, f32::INFINITY, 0.0, 0.0])), "row 0, group 1");
+    assert!(matches!(zeros(ZerosRef::Int(&[0; 3])), Err(Error::Shape(_))));
     let t = Format::parse("ternary").unwrap();
     let mut codes = vec![0x55u8; 1000];
     codes[700] = 0x75;
@@ -565,14 +448,7 @@ fn bad_parts_are_refused() {
         QView::new(t, 2, 2000, &codes, ScalesRef::F32(&s[..2]), ZerosRef::None).map(|_| ()),
         "no code 3: row 1, column 802",
     );
-    let huge = QView::new(
-        f,
-        usize::MAX / 2,
-        usize::MAX / 2,
-        &[],
-        ScalesRef::F32(&[]),
-        ZerosRef::None,
-    );
+    let huge = QView::new(f, usize::MAX / 2, usize::MAX / 2, &[], ScalesRef::F32(&[]), ZerosRef::None);
     assert!(matches!(huge, Err(Error::Shape(_))));
     let huge = QView::new(f, 0, usize::MAX, &[], ScalesRef::F32(&[]), ZerosRef::None);
     assert!(matches!(huge, Err(Error::Shape(_))));
@@ -583,26 +459,16 @@ fn values_round_trip_and_bad_ones_are_named() {
     for f in formats() {
         let e = f.element;
         let (rows, cols) = (3, 37);
-        let values: Vec<i16> = (0..rows * cols)
-            .map(|i| e.value((i * 7 % e.levels as usize) as u8) as i16)
-            .collect();
+        let values: Vec<i16> = (0..rows * cols).map(|i| e.value((i * 7 % e.levels as usize) as u8) as i16).collect();
         let count = rows * f.groups(cols);
-        let zeros = if e.name.starts_with("uint") {
-            Zeros::Int(vec![1; count])
-        } else {
-            Zeros::None
-        };
+        let zeros = if e.name.starts_with("uint") { Zeros::Int(vec![1; count]) } else { Zeros::None };
         let scales = scales_of(f.scale, &vec![0.5; count]);
-        let q =
-            QTensor::from_values(f, rows, cols, &values, scales.clone(), zeros.clone()).unwrap();
+        let q = QTensor::from_values(f, rows, cols, &values, scales.clone(), zeros.clone()).unwrap();
         let mut back = vec![0; rows * cols];
         q.view().codes_into(&mut back, 2).unwrap();
         assert_eq!(back, values, "{f}");
         for (n, k) in [(0, 0), (2, 36), (1, 17)] {
-            assert_eq!(
-                e.value(q.view().code(n, k)),
-                i32::from(values[n * cols + k])
-            );
+            assert_eq!(e.value(q.view().code(n, k)), i32::from(values[n * cols + k]));
             let mut part = vec![0.0; cols - k];
             q.view().dequantize_row(n, k, &mut part);
             assert_eq!(part, q.dequantize(1).unwrap()[n * cols + k..(n + 1) * cols]);
@@ -611,11 +477,7 @@ fn values_round_trip_and_bad_ones_are_named() {
         bad[41] = e.values().1 as i16 + 1;
         bad[50] = i16::MIN;
         let err = QTensor::from_values(f, rows, cols, &bad, scales, zeros).unwrap_err();
-        assert!(
-            err.to_string()
-                .contains(&format!("code {} at row 1, column 4", bad[41])),
-            "{err}"
-        );
+        assert!(err.to_string().contains(&format!("code {} at row 1, column 4", bad[41])), "{err}");
     }
 }
 

@@ -25,21 +25,12 @@ pub static ROWS: [Element; 8] = [
 ];
 
 fn grid(e: &Element, scale: f32, lowest: u8) -> Grid {
-    Grid {
-        scale,
-        zero: 0,
-        lo: i32::from(lowest),
-        hi: i32::from(e.levels) - 1,
-    }
+    Grid { scale, zero: 0, lo: i32::from(lowest), hi: i32::from(e.levels) - 1 }
 }
 
 impl Codec for Bipolar {
     fn fit(&self, e: &Element, level: Level, x: &[f32], absmax: f32) -> Fit {
-        let scale = if e.bits == 1 {
-            super::mean_abs(level, x)
-        } else {
-            absmax / (e.levels - 1) as f32
-        };
+        let scale = if e.bits == 1 { super::mean_abs(level, x) } else { absmax / (e.levels - 1) as f32 };
         Fit { scale, low: 0.0 }
     }
 
@@ -47,16 +38,7 @@ impl Codec for Bipolar {
         false
     }
 
-    fn encode(
-        &self,
-        e: &Element,
-        level: Level,
-        x: &[f32],
-        s: f32,
-        _: Zero,
-        lowest: u8,
-        out: &mut [u8],
-    ) -> f32 {
+    fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, _: Zero, lowest: u8, out: &mut [u8]) -> f32 {
         lanes::encode_odd(level, x, grid(e, s, lowest), out)
     }
 

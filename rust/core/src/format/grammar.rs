@@ -26,10 +26,7 @@ pub(super) fn parse(name: &str) -> Result<Format> {
     for part in parts {
         if let Some(digits) = part.strip_prefix('g') {
             if group.is_some() || scale.is_some() {
-                return fail(format!(
-                    "format {}: one group length, before the scale type",
-                    quote(name)
-                ));
+                return fail(format!("format {}: one group length, before the scale type", quote(name)));
             }
             group = Some(group_length(name, digits)?);
         } else if let Some(t) = part.strip_prefix('s') {
@@ -38,11 +35,7 @@ pub(super) fn parse(name: &str) -> Result<Format> {
             }
             scale = ScaleType::ALL.into_iter().find(|s| s.name() == t);
             if scale.is_none() {
-                return fail(format!(
-                    "format {}: scale type {} is none of f32, f16, bf16",
-                    quote(name),
-                    quote(t)
-                ));
+                return fail(format!("format {}: scale type {} is none of f32, f16, bf16", quote(name), quote(t)));
             }
         } else {
             return fail(format!(
@@ -57,39 +50,23 @@ pub(super) fn parse(name: &str) -> Result<Format> {
 
 fn group_length(name: &str, digits: &str) -> Result<u32> {
     if digits.is_empty() || !digits.bytes().all(|b| b.is_ascii_digit()) {
-        return fail(format!(
-            "format {}: group length {} is not a number",
-            quote(name),
-            quote(digits)
-        ));
+        return fail(format!("format {}: group length {} is not a number", quote(name), quote(digits)));
     }
     match digits.parse::<u32>() {
-        Ok(g) if g < Format::MIN_GROUP => fail(format!(
-            "format {}: group length {g} is below {}",
-            quote(name),
-            Format::MIN_GROUP
-        )),
-        Ok(_) if digits.starts_with('0') => fail(format!(
-            "format {}: group length {} starts with a zero",
-            quote(name),
-            quote(digits)
-        )),
+        Ok(g) if g < Format::MIN_GROUP => {
+            fail(format!("format {}: group length {g} is below {}", quote(name), Format::MIN_GROUP))
+        }
+        Ok(_) if digits.starts_with('0') => {
+            fail(format!("format {}: group length {} starts with a zero", quote(name), quote(digits)))
+        }
         Ok(g) => Ok(g),
-        Err(_) => fail(format!(
-            "format {}: group length {} is above {}",
-            quote(name),
-            quote(digits),
-            u32::MAX
-        )),
+        Err(_) => fail(format!("format {}: group length {} is above {}", quote(name), quote(digits), u32::MAX)),
     }
 }
 
 fn unknown(name: &str, first: &str) -> Result<Format> {
     let mut near: Vec<(usize, &str)> = if first.len() <= 16 {
-        table()
-            .map(|e| (distance(first, e.name), e.name))
-            .filter(|(d, _)| *d <= 2)
-            .collect()
+        table().map(|e| (distance(first, e.name), e.name)).filter(|(d, _)| *d <= 2).collect()
     } else {
         Vec::new()
     };
@@ -99,17 +76,8 @@ fn unknown(name: &str, first: &str) -> Result<Format> {
     } else {
         near.iter().take(4).map(|(_, n)| *n).collect()
     };
-    let lead = if near.is_empty() {
-        "known are"
-    } else {
-        "did you mean"
-    };
-    fail(format!(
-        "format {}: unknown element {}; {lead} {}",
-        quote(name),
-        quote(first),
-        names.join(", ")
-    ))
+    let lead = if near.is_empty() { "known are" } else { "did you mean" };
+    fail(format!("format {}: unknown element {}; {lead} {}", quote(name), quote(first), names.join(", ")))
 }
 
 /// Edit distance.

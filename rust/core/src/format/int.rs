@@ -15,22 +15,12 @@ const fn int(name: &'static str, bits: u8) -> Element {
 }
 
 const fn uint(name: &'static str, bits: u8) -> Element {
-    Element {
-        zero: ZeroKind::PerGroup,
-        ..Element::affine(name, bits, 1, 0, 1 << bits, 0, &Int)
-    }
+    Element { zero: ZeroKind::PerGroup, ..Element::affine(name, bits, 1, 0, 1 << bits, 0, &Int) }
 }
 
 /// `int2` to `int8`.
-pub static INT: [Element; 7] = [
-    int("int2", 2),
-    int("int3", 3),
-    int("int4", 4),
-    int("int5", 5),
-    int("int6", 6),
-    int("int7", 7),
-    int("int8", 8),
-];
+pub static INT: [Element; 7] =
+    [int("int2", 2), int("int3", 3), int("int4", 4), int("int5", 5), int("int6", 6), int("int7", 7), int("int8", 8)];
 
 /// `uint2` to `uint8`.
 pub static UINT: [Element; 7] = [
@@ -46,40 +36,23 @@ pub static UINT: [Element; 7] = [
 impl Codec for Int {
     fn fit(&self, e: &Element, level: Level, x: &[f32], absmax: f32) -> Fit {
         if e.zero == ZeroKind::None {
-            return Fit {
-                scale: absmax / (i32::from(e.levels) / 2 - 1) as f32,
-                low: 0.0,
-            };
+            return Fit { scale: absmax / (i32::from(e.levels) / 2 - 1) as f32, low: 0.0 };
         }
         let (low, high) = lanes::range(level, x);
-        Fit {
-            scale: (high - low) / (e.levels - 1) as f32,
-            low,
-        }
+        Fit { scale: (high - low) / (e.levels - 1) as f32, low }
     }
 
     fn zero(&self, e: &Element, low: f32, scale: f32) -> Zero {
         match e.zero {
             ZeroKind::None => Zero::None,
             ZeroKind::PerGroup => {
-                let z = (-low / scale)
-                    .round_ties_even()
-                    .clamp(0.0, (e.levels - 1) as f32);
+                let z = (-low / scale).round_ties_even().clamp(0.0, (e.levels - 1) as f32);
                 Zero::Int(z as u8)
             }
         }
     }
 
-    fn encode(
-        &self,
-        e: &Element,
-        level: Level,
-        x: &[f32],
-        s: f32,
-        z: Zero,
-        lowest: u8,
-        out: &mut [u8],
-    ) -> f32 {
+    fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero, lowest: u8, out: &mut [u8]) -> f32 {
         if let Zero::Float(z) = z {
             return encode_float_zero(e, x, s, z, out);
         }
@@ -106,12 +79,7 @@ fn grid(e: &Element, scale: f32, z: Zero, lowest: u8) -> Grid {
         Zero::Int(z) => i32::from(z),
         Zero::None | Zero::Float(_) => e.sub(),
     };
-    Grid {
-        scale,
-        zero,
-        lo: i32::from(lowest),
-        hi: i32::from(e.levels) - 1,
-    }
+    Grid { scale, zero, lo: i32::from(lowest), hi: i32::from(e.levels) - 1 }
 }
 
 /// Nearest code of `fma(u, s, -fl(s*z))`; imported tensors only, so it is plain.

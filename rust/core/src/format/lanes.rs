@@ -40,9 +40,7 @@ impl Level {
 
     /// Every level this machine can run, lowest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Base, Self::Avx2, Self::Avx512]
-            .into_iter()
-            .filter(|&l| l <= Self::detect())
+        [Self::Base, Self::Avx2, Self::Avx512].into_iter().filter(|&l| l <= Self::detect())
     }
 }
 
@@ -220,16 +218,8 @@ fn encode_generic<const ODD: bool>(x: &[f32], g: Grid, out: &mut [u8]) -> f32 {
     let sub = if ODD { g.lo + g.hi } else { g.zero };
     let (lo, hi) = ((step * g.lo - sub) as f32, (step * g.hi - sub) as f32);
     let one = |x: f32| {
-        let v = if ODD {
-            near_odd(x / s, lo, hi)
-        } else {
-            near(x / s, lo, hi)
-        };
-        let u = if ODD {
-            (int(v) + sub) >> 1
-        } else {
-            int(v) + sub
-        };
+        let v = if ODD { near_odd(x / s, lo, hi) } else { near(x / s, lo, hi) };
+        let u = if ODD { (int(v) + sub) >> 1 } else { int(v) + sub };
         (u as u8, (x - v * s).abs())
     };
     let mut worst = [0.0f32; LANES];
@@ -277,14 +267,7 @@ fn cost_generic<const ODD: bool>(x: &[f32], g: Grid) -> f32 {
     let (lo, hi) = ((step * g.lo - sub) as f32, (step * g.hi - sub) as f32);
     let one = |x: f32| {
         let t = x * inv;
-        let v = if ODD {
-            min(
-                max(2.0 * rint(min(max(t, lo), hi) * 0.5 - 0.5) + 1.0, lo),
-                hi,
-            )
-        } else {
-            near(t, lo, hi)
-        };
+        let v = if ODD { min(max(2.0 * rint(min(max(t, lo), hi) * 0.5 - 0.5) + 1.0, lo), hi) } else { near(t, lo, hi) };
         (t - v) * (t - v)
     };
     let mut sum = [0.0f32; LANES];

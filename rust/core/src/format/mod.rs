@@ -139,16 +139,7 @@ pub trait Codec: fmt::Debug + Sync {
     }
 
     /// Codes of `x`, not below `lowest`, at a scale and zero point; returns the largest `fl(|w - decoded|)`.
-    fn encode(
-        &self,
-        e: &Element,
-        level: Level,
-        x: &[f32],
-        s: f32,
-        z: Zero,
-        lowest: u8,
-        out: &mut [u8],
-    ) -> f32;
+    fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero, lowest: u8, out: &mut [u8]) -> f32;
 
     /// Squared error of `x` at a scale, in squares of the scale, about: it ranks candidates.
     fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero) -> f32;
@@ -230,8 +221,7 @@ impl Element {
     pub fn code(&self, value: i32) -> Option<u8> {
         let ValueMap::Affine { mul, sub } = self.map;
         let u = value.checked_add(sub)?;
-        (u % mul == 0 && (0..i32::from(self.levels)).contains(&(u / mul)))
-            .then_some((u / mul) as u8)
+        (u % mul == 0 && (0..i32::from(self.levels)).contains(&(u / mul))).then_some((u / mul) as u8)
     }
 
     /// Lowest and highest value.
@@ -253,8 +243,7 @@ pub struct Format {
 
 impl PartialEq for Format {
     fn eq(&self, other: &Self) -> bool {
-        (self.element.name, self.group, self.scale)
-            == (other.element.name, other.group, other.scale)
+        (self.element.name, self.group, self.scale) == (other.element.name, other.group, other.scale)
     }
 }
 
@@ -296,22 +285,11 @@ impl Format {
     ///
     /// # Errors
     /// [`crate::Error::Format`] if the group is shorter than [`Self::MIN_GROUP`].
-    pub fn with(
-        element: &'static Element,
-        group: Option<u32>,
-        scale: Option<ScaleType>,
-    ) -> Result<Self> {
+    pub fn with(element: &'static Element, group: Option<u32>, scale: Option<ScaleType>) -> Result<Self> {
         if let Some(g) = group.filter(|&g| g < Self::MIN_GROUP) {
-            return Err(crate::Error::Format(format!(
-                "group length {g} is below {}",
-                Self::MIN_GROUP
-            )));
+            return Err(crate::Error::Format(format!("group length {g} is below {}", Self::MIN_GROUP)));
         }
-        Ok(Self {
-            element,
-            group,
-            scale: scale.unwrap_or(Self::default_scale(group)),
-        })
+        Ok(Self { element, group, scale: scale.unwrap_or(Self::default_scale(group)) })
     }
 
     /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16>]`.
@@ -357,8 +335,7 @@ impl Format {
             return f64::from(self.element.bits);
         }
         let zero = usize::from(self.element.zero == ZeroKind::PerGroup);
-        let row = self.row_bytes(cols) as f64
-            + self.groups(cols) as f64 * (self.scale.size() + zero) as f64;
+        let row = self.row_bytes(cols) as f64 + self.groups(cols) as f64 * (self.scale.size() + zero) as f64;
         8.0 * row / cols as f64
     }
 

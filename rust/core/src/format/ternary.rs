@@ -11,32 +11,15 @@ struct Ternary;
 pub static ROWS: [Element; 1] = [Element::affine("ternary", 2, 1, 1, 3, 0, &Ternary)];
 
 fn grid(scale: f32, lowest: u8) -> Grid {
-    Grid {
-        scale,
-        zero: 1,
-        lo: i32::from(lowest),
-        hi: 2,
-    }
+    Grid { scale, zero: 1, lo: i32::from(lowest), hi: 2 }
 }
 
 impl Codec for Ternary {
     fn fit(&self, _: &Element, level: Level, x: &[f32], _: f32) -> Fit {
-        Fit {
-            scale: super::mean_abs(level, x),
-            low: 0.0,
-        }
+        Fit { scale: super::mean_abs(level, x), low: 0.0 }
     }
 
-    fn encode(
-        &self,
-        _: &Element,
-        level: Level,
-        x: &[f32],
-        s: f32,
-        _: Zero,
-        lowest: u8,
-        out: &mut [u8],
-    ) -> f32 {
+    fn encode(&self, _: &Element, level: Level, x: &[f32], s: f32, _: Zero, lowest: u8, out: &mut [u8]) -> f32 {
         lanes::encode_near(level, x, grid(s, lowest), out)
     }
 
