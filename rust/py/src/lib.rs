@@ -1,11 +1,17 @@
-//! The Python extension module `nibblas._core`.
+//! The Python extension module `nibblas._core`: checks, the release of the interpreter lock, error mapping.
 use pyo3::prelude::*;
 
+mod array;
+mod convert;
 mod io;
+mod tensor;
+mod threads;
 
 /// The compiled core of nibblas.
-#[pymodule]
+#[pymodule(gil_used = false)]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    io::register(m)?;
-    Ok(())
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    threads::register(m)?;
+    tensor::register(m)?;
+    io::register(m)
 }

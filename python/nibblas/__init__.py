@@ -1,0 +1,74 @@
+"""nibblas: linear algebra for numbers smaller than a byte.
+
+>>> import numpy as np, nibblas as nb
+>>> w = np.linspace(-1, 1, 64, dtype=np.float32).reshape(4, 16)
+>>> qw = nb.quantize(w, "int8")
+>>> (np.ones(16, dtype=np.float32) @ qw.T).shape
+(4,)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _threads, formats, quantizers
+from ._api import explain, matmul, quantize
+from ._core import __version__
+from ._threads import get_num_threads, set_num_threads, threads
+from .formats import Format
+from .qtensor import QTensor
+
+if TYPE_CHECKING:
+    from . import io, testing
+    from ._info import info
+    from .io import load, save
+    from .testing import self_test
+
+__all__ = [
+    "Format",
+    "QTensor",
+    "__version__",
+    "explain",
+    "formats",
+    "get_num_threads",
+    "info",
+    "io",
+    "load",
+    "matmul",
+    "quantize",
+    "quantizers",
+    "save",
+    "self_test",
+    "set_num_threads",
+    "testing",
+    "threads",
+]
+
+# Loaded when first asked for: importing the package stays cheap.
+_LAZY = {
+    "info": "_info",
+    "io": "",
+    "load": "io",
+    "save": "io",
+    "self_test": "testing",
+    "testing": "",
+}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if not module:
+        return importlib.import_module(f".{name}", __name__)
+    value = getattr(importlib.import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+_threads.register_threadpoolctl()

@@ -1,0 +1,163 @@
+"""How many threads a call may use.
+
+Precedence: the ``threads=`` argument, the innermost ``with nb.threads(n)``, ``set_num_threads``
+(which is also what threadpoolctl sets), ``NIBBLAS_NUM_THREADS``, the CPUs this process may run on.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import sys
+import warnings
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import Any, SupportsIndex
+
+from . import _core
+
+__all__ = ["get_num_threads", "set_num_threads", "threads"]
+
+_MAX = 1024
+_local: ContextVar[int] = ContextVar("nibblas_threads", default=0)
+
+
+def _cgroup_quota(root: str = "/sys/fs/cgroup") -> float:
+    """CPUs' worth of time the control group grants; infinity where there is no limit."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            text = []
+            for name in names:
+                with open(os.path.join(root, name), encoding="ascii") as f:
+                    text += f.read().split()
+            quota, period = text[:2]
+            if quota in ("max", "-1"):
+                return math.inf
+            return int(quota) / int(period)
+        except (OSError, ValueError, ZeroDivisionError):
+            continue
+    return math.inf
+
+
+def _available() -> int:
+    try:
+        cpus = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):
+        cpus = os.cpu_count() or 1
+    return max(1, math.ceil(min(cpus, _cgroup_quota(), _MAX)))
+
+
+def _check(n: SupportsIndex) -> int:
+    try:
+        value = operator.index(n)
+    except TypeError:
+        raise TypeError(f"threads must be an integer, got {type(n).__name__}") from None
+    if value < 1:
+        raise ValueError(f"threads must be at least 1, got {value}")
+    return min(value, _MAX)
+
+
+def _initial() -> int:
+    text = os.environ.get("NIBBLAS_NUM_THREADS", "").strip()
+    if text:
+        try:
+            return _check(int(text))
+        except ValueError:
+            warnings.warn(
+                f"NIBBLAS_NUM_THREADS={text!r} is not a positive integer and is ignored",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+    return _available()
+
+
+_core.set_num_threads(_initial())
+
+
+def get_num_threads() -> int:
+    """Return the number of threads a call made here would use."""
+    return _local.get() or _core.get_num_threads()
+
+
+def set_num_threads(n: SupportsIndex, /) -> None:
+    """Set the number of threads for the whole process.
+
+    Parameters
+    ----------
+    n : int
+        At least 1. More than there are cores is allowed; results never depend on it.
+    """
+    _core.set_num_threads(_check(n))
+
+
+def resolve(n: SupportsIndex | None) -> int:
+    """Return the ``threads=`` argument checked, or what is in force without it."""
+    return get_num_threads() if n is None else _check(n)
+
+
+class threads:
+    """Context manager that sets the number of threads for the code inside it.
+
+    The setting belongs to the current context (thread or task), so concurrent blocks do not disturb
+    each other.
+
+    Parameters
+    ----------
+    n : int
+        At least 1.
+    """
+
+    __slots__ = ("_n", "_tokens")
+
+    def __init__(self, n: SupportsIndex, /) -> None:
+        self._n = _check(n)
+        self._tokens: list[Token[int]] = []
+
+    def __enter__(self) -> threads:
+        self._tokens.append(_local.set(self._n))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _local.reset(self._tokens.pop())
+
+
+def register_threadpoolctl(module: Any = None) -> bool:
+    """Tell threadpoolctl about the library, so that ``threadpool_limits`` governs it.
+
+    Parameters
+    ----------
+    module : module, optional
+        threadpoolctl; by default the one already imported.
+
+    Returns
+    -------
+    bool
+        Whether it was there to be told.
+    """
+    ctl = module or sys.modules.get("threadpoolctl")
+    if ctl is None or not hasattr(ctl, "register"):
+        return False
+
+    class NibblasController(ctl.LibController):  # type: ignore[misc, name-defined]
+        user_api = "nibblas"
+        internal_api = "nibblas"
+        filename_prefixes = ("_core",)
+        check_symbols = ("nibblas_get_num_threads", "nibblas_set_num_threads")
+
+        def get_num_threads(self) -> int:
+            return int(self.dynlib.nibblas_get_num_threads())
+
+        def set_num_threads(self, num_threads: int) -> None:
+            self.dynlib.nibblas_set_num_threads(int(num_threads))
+
+        def get_version(self) -> str:
+            return _core.__version__
+
+    ctl.register(NibblasController)
+    return True

@@ -1,0 +1,125 @@
+"""Formats: how a weight is coded.
+
+The table lives in the Rust core; this module gives it a Python face. A format is named by a string
+with the grammar ``<element>[_g<n>][_s<f32|f16|bf16>]``, for example ``int4_g128``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import _core
+
+__all__ = ["Element", "Format", "table"]
+
+
+class Element(NamedTuple):
+    """One row of the format table."""
+
+    name: str
+    """Name without group or scale suffix, such as ``int4``."""
+    bits: int
+    """Bits of one stored code."""
+    minimum: int
+    """Smallest code value that may be stored."""
+    maximum: int
+    """Largest code value that may be stored."""
+    levels: int
+    """Number of legal codes."""
+    zeros: bool
+    """Whether groups carry a zero point."""
+    computes: tuple[str, ...]
+    """The values of ``compute=`` it has."""
+
+
+class Format(str):
+    """A format by its canonical name: a string that knows what it means.
+
+    Parameters
+    ----------
+    name : str
+        A format name, such as ``"int4_g128"``; defaults written out are dropped.
+
+    Raises
+    ------
+    ValueError
+        If the name does not parse; the message names the part at fault.
+    """
+
+    __slots__ = ("_element", "_group", "_scale")
+    _element: Element
+    _group: int | None
+    _scale: str
+
+    def __new__(cls, name: str) -> Format:  # noqa: D102 - the class says it
+        if type(name) is cls:
+            return name
+        if not isinstance(name, str):
+            raise TypeError(f"a format is named by a string, got {type(name).__name__}")
+        canonical, element, group, scale = _core.parse_format(name)
+        self = super().__new__(cls, canonical)
+        self._element = Element(*element)
+        self._group = group
+        self._scale = scale
+        return self
+
+    def __repr__(self) -> str:
+        return f"Format({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Format, (str(self),)
+
+    @property
+    def name(self) -> str:
+        """The canonical name."""
+        return str(self)
+
+    @property
+    def element(self) -> Element:
+        """The table row: the coding of one value."""
+        return self._element
+
+    @property
+    def bits(self) -> int:
+        """Bits of one stored code."""
+        return self._element.bits
+
+    @property
+    def group(self) -> int | None:
+        """Group length along K; ``None`` for one group per row."""
+        return self._group
+
+    @property
+    def scale(self) -> str:
+        """Type of the stored scales: ``"f32"``, ``"f16"`` or ``"bf16"``."""
+        return self._scale
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether groups carry a zero point."""
+        return self._element.zeros
+
+    @property
+    def computes(self) -> tuple[str, ...]:
+        """The values of ``compute=`` that the format has."""
+        return self._element.computes
+
+    def groups(self, cols: int) -> int:
+        """Return the number of groups in a row of ``cols`` values."""
+        if self._group is None:
+            return int(cols > 0)
+        return -(-cols // self._group)
+
+    def row_bytes(self, cols: int) -> int:
+        """Return the bytes of the packed codes of a row of ``cols`` values."""
+        return (cols * self._element.bits + 7) // 8
+
+
+def table() -> tuple[Element, ...]:
+    """Return the format table, one row per element.
+
+    Returns
+    -------
+    tuple of Element
+    """
+    return tuple(Element(*row) for row in _core.format_table())

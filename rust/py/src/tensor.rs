@@ -1,0 +1,178 @@
+//! Formats, and the portable layout in NumPy's memory.
+use crate::array::Nd;
+use crate::convert::to_py;
+use nibblas_core::format::table;
+use nibblas_core::qtensor::pack_values;
+use nibblas_core::quantize::{quantize_into, Dest, Method, ScalesMut};
+use nibblas_core::{Element, Format, QView, ScaleType, ScalesRef, ZeroKind, ZerosRef};
+use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use pyo3::types::PyTuple;
+
+/// `(format, rows, cols, codes, scales, zeros)`: a tensor's parts as Python holds them.
+#[derive(FromPyObject)]
+pub struct Parts<'py>(String, usize, usize, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+
+/// The memory of [`Parts`]; the arrays must outlive it.
+pub struct Memory {
+    format: Format,
+    rows: usize,
+    cols: usize,
+    codes: Nd,
+    scales: Nd,
+    zeros: Option<Nd>,
+}
+
+impl Parts<'_> {
+    /// Describes the arrays.
+    pub fn memory(&self) -> PyResult<Memory> {
+        Ok(Memory {
+            format: Format::parse(&self.0).map_err(to_py)?,
+            rows: self.1,
+            cols: self.2,
+            codes: Nd::new(&self.3)?,
+            scales: Nd::new(&self.4)?,
+            zeros: self.5.as_ref().map(Nd::new).transpose()?,
+        })
+    }
+}
+
+impl Memory {
+    /// The checked view.
+    pub fn view(&self) -> PyResult<QView<'_>> {
+        let scales = match self.format.scale {
+            ScaleType::F32 => ScalesRef::F32(self.scales.f32s()?),
+            ScaleType::F16 => ScalesRef::F16(self.scales.bits16()?),
+            ScaleType::BF16 => ScalesRef::BF16(self.scales.bits16()?),
+        };
+        let zeros = match &self.zeros {
+            None => ZerosRef::None,
+            Some(z) => match z.u8s() {
+                Ok(ints) => ZerosRef::Int(ints),
+                Err(_) => ZerosRef::Float(z.f32s()?),
+            },
+        };
+        QView::new(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros).map_err(to_py)
+    }
+}
+
+type Row = (&'static str, u8, i32, i32, u16, bool, Vec<&'static str>);
+
+fn row(e: &'static Element) -> Row {
+    let (low, high) = e.values();
+    (e.name, e.bits, low, high, e.levels, e.zero == ZeroKind::PerGroup, e.computes.to_vec())
+}
+
+fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, PyTuple>> {
+    let (name, bits, low, high, levels, zeros, computes) = row(e);
+    (name, bits, low, high, levels, zeros, PyTuple::new(py, computes)?).into_pyobject(py)
+}
+
+#[pyfunction]
+#[pyo3(signature = (name, /))]
+fn parse_format<'py>(
+    py: Python<'py>,
+    name: &str,
+) -> PyResult<(String, Bound<'py, PyTuple>, Option<u32>, &'static str)> {
+    let f = Format::parse(name).map_err(to_py)?;
+    Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name()))
+}
+
+#[pyfunction]
+fn format_table(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyTuple>>> {
+    table().map(|e| row_tuple(py, e)).collect()
+}
+
+fn method_of(name: &str) -> PyResult<Method> {
+    match name {
+        "rtn" => Ok(Method::Rtn),
+        "mse" => Ok(Method::Mse),
+        _ => Err(PyValueError::new_err(format!("unknown method {name:?}: expected rtn or mse"))),
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (x, format, method, codes, scales, zeros, bounds, threads, /))]
+fn quantize(
+    py: Python<'_>,
+    x: &Bound<'_, PyAny>,
+    format: &str,
+    method: &str,
+    codes: &Bound<'_, PyAny>,
+    scales: &Bound<'_, PyAny>,
+    zeros: Option<&Bound<'_, PyAny>>,
+    bounds: &Bound<'_, PyAny>,
+    threads: usize,
+) -> PyResult<()> {
+    let format = Format::parse(format).map_err(to_py)?;
+    let method = method_of(method)?;
+    let x = Nd::new(x)?;
+    let (mut codes, mut scales, mut bounds) = (Nd::new(codes)?, Nd::new(scales)?, Nd::new(bounds)?);
+    let mut zeros = zeros.map(Nd::new).transpose()?;
+    let x = x.mat()?;
+    let dest = Dest {
+        codes: codes.u8s_mut()?,
+        scales: match format.scale {
+            ScaleType::F32 => ScalesMut::F32(scales.f32s_mut()?),
+            ScaleType::F16 => ScalesMut::F16(scales.bits16_mut()?),
+            ScaleType::BF16 => ScalesMut::BF16(scales.bits16_mut()?),
+        },
+        zeros: match &mut zeros {
+            None => &mut [],
+            Some(z) => z.u8s_mut()?,
+        },
+        bounds: bounds.f32s_mut()?,
+    };
+    py.detach(|| quantize_into(&x, &format, method, threads, dest)).map_err(to_py)
+}
+
+#[pyfunction]
+#[pyo3(signature = (parts, out, threads, /))]
+fn dequantize(py: Python<'_>, parts: Parts<'_>, out: &Bound<'_, PyAny>, threads: usize) -> PyResult<()> {
+    let memory = parts.memory()?;
+    let view = memory.view()?;
+    let mut out = Nd::new(out)?;
+    let out = out.f32s_mut()?;
+    py.detach(|| view.dequantize_into(out, threads)).map_err(to_py)
+}
+
+#[pyfunction]
+#[pyo3(signature = (parts, out, threads, /))]
+fn decode_codes(py: Python<'_>, parts: Parts<'_>, out: &Bound<'_, PyAny>, threads: usize) -> PyResult<()> {
+    let memory = parts.memory()?;
+    let view = memory.view()?;
+    let mut out = Nd::new(out)?;
+    let out = out.i16s_mut()?;
+    py.detach(|| view.codes_into(out, threads)).map_err(to_py)
+}
+
+#[pyfunction]
+#[pyo3(signature = (format, values, out, /))]
+fn encode(py: Python<'_>, format: &str, values: &Bound<'_, PyAny>, out: &Bound<'_, PyAny>) -> PyResult<()> {
+    let format = Format::parse(format).map_err(to_py)?;
+    let values = Nd::new(values)?;
+    let mut out = Nd::new(out)?;
+    let &[rows, cols] = values.shape.as_slice() else {
+        return Err(PyTypeError::new_err("values must be two-dimensional"));
+    };
+    let values = values.i16s()?;
+    let out = out.u8s_mut()?;
+    py.detach(|| pack_values(format, rows, cols, values, out)).map_err(to_py)
+}
+
+#[pyfunction]
+#[pyo3(signature = (parts, /))]
+fn check(parts: Parts<'_>) -> PyResult<()> {
+    parts.memory()?.view().map(|_| ())
+}
+
+/// Adds this module's names to the extension module.
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(parse_format, m)?)?;
+    m.add_function(wrap_pyfunction!(format_table, m)?)?;
+    m.add_function(wrap_pyfunction!(quantize, m)?)?;
+    m.add_function(wrap_pyfunction!(dequantize, m)?)?;
+    m.add_function(wrap_pyfunction!(decode_codes, m)?)?;
+    m.add_function(wrap_pyfunction!(encode, m)?)?;
+    m.add_function(wrap_pyfunction!(check, m)?)
+}
