@@ -302,8 +302,8 @@ def _check_inner(shape: tuple[int, ...], q: QTensor, right: bool) -> None:
         )
         raise ValueError(
             f"matmul: Input operand 1 has a mismatch in its core dimension 0, with gufunc "
-            f"signature {_SIGNATURE} (size {sizes[0]} is different from {sizes[1]}): shapes {left_shape} and "
-            f"{right_shape}{hint}"
+            f"signature {_SIGNATURE} (size {sizes[0]} is different from {sizes[1]}): "
+            f"shapes {left_shape} and {right_shape}{hint}"
         )
     if q._transposed != right:
         axis = 0 if right else 1

@@ -44,7 +44,8 @@ def _bfloat16() -> np.dtype[Any] | None:
         import ml_dtypes
     except ImportError:
         return None
-    return np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    return dtype
 
 
 def _to_bf16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -154,8 +155,8 @@ class QTensor:
         format : str
             Format name.
         codes : array_like of int
-            Code values, shape (N, K): ``q`` for int, ``u`` for uint, odd integers for bipolar, -1, 0
-            and 1 for ternary. What :meth:`codes` returns.
+            Code values, shape (N, K): ``q`` for int, ``u`` for uint, odd integers for bipolar,
+            -1, 0 and 1 for ternary. What :meth:`codes` returns.
         scales : array_like
             Shape (N, groups), or (N,) where there is one group per row; rounded to the format's
             scale type.
