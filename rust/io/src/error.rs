@@ -51,9 +51,9 @@ pub enum Error {
     TooManyTensors,
     /// More metadata entries than the limit.
     TooManyMetadata,
-    /// A name longer than the limit.
-    NameTooLong {
-        /// Bytes of the name.
+    /// A name, a metadata key or a metadata value longer than its limit.
+    TextTooLong {
+        /// Its bytes.
         len: usize,
     },
     /// A name the format keeps for itself.
@@ -172,8 +172,8 @@ impl fmt::Display for Error {
             Self::MissingField { name, field } => write!(f, "entry '{}' lacks the key '{field}'", clip(name)),
             Self::TooManyTensors => write!(f, "more than {} tensors", crate::safetensors::MAX_TENSORS),
             Self::TooManyMetadata => write!(f, "more than {} metadata entries", crate::safetensors::MAX_METADATA),
-            Self::NameTooLong { len } => {
-                write!(f, "a name of {len} bytes or more, the limit is {}", crate::safetensors::MAX_NAME)
+            Self::TextTooLong { len } => {
+                write!(f, "a name or a metadata text of {len} bytes is longer than the limit")
             }
             Self::ReservedName(n) => write!(f, "a tensor cannot be named '{}'", clip(n)),
             Self::UnknownDtype { name, dtype } => {

@@ -94,7 +94,7 @@ refused! {
     endless_dims: attack(&one("U8", &format!("[1{}]", ",1".repeat(1_000_000)), "[0,1]"), 1) => Error::TooManyDims { .. },
     half_a_byte: attack(&one("F4", "[3]", "[0,2]"), 2) => Error::PartialByte { .. },
     unknown_type: attack(&one("Q4", "[1]", "[0,1]"), 1) => Error::UnknownDtype { .. },
-    endless_type: attack(&one(&"Q".repeat(200_000), "[1]", "[0,1]"), 1) => Error::NameTooLong { .. },
+    endless_type: attack(&one(&"Q".repeat(200_000), "[1]", "[0,1]"), 1) => Error::TextTooLong { .. },
     trailing_bytes: attack(&one("U8", "[4]", "[0,4]"), 5) => Error::TrailingBytes { extra: 1 },
     data_without_tensors: attack("{}", 5) => Error::TrailingBytes { extra: 5 },
     hole_at_the_start: attack(&one("U8", "[4]", "[1,5]"), 5) => Error::Hole { .. },
@@ -128,7 +128,8 @@ refused! {
     empty_header: attack("", 0) => Error::Json(_),
     lone_surrogate: attack(&one("\\ud800", "[1]", "[0,1]"), 1) => Error::Json(_),
     long_name: attack(&format!("{{{}}}", entry(&"n".repeat(65_537), "U8", "[1]", "[0,1]")), 1)
-        => Error::NameTooLong { len: 65_537 },
+        => Error::TextTooLong { len: 65_537 },
+    long_metadata: attack(&format!(r#"{{"__metadata__":{{"a":"{}"}}}}"#, "x".repeat((4 << 20) + 1)), 0) => Error::TextTooLong { .. },
     many_metadata:
         attack(&format!(r#"{{"__metadata__":{{{}}}}}"#, (0..70_000).map(|i| format!(r#""{i}":"""#)).collect::<Vec<_>>().join(",")), 0)
         => Error::TooManyMetadata,
@@ -229,8 +230,11 @@ fn the_writer_refuses_what_the_reader_would() {
     assert!(matches!(make(vec![spec("a", Dtype::U8, &[1; 9])], vec![]), Error::TooManyDims { .. }));
     assert!(matches!(make(vec![spec("a", Dtype::F6E2M3, &[2])], vec![]), Error::PartialByte { .. }));
     assert!(matches!(make(vec![spec("a", Dtype::U64, &[1 << 61])], vec![]), Error::SizeOverflow { .. }));
-    assert!(matches!(make(vec![spec(&"n".repeat(65_537), Dtype::U8, &[1])], vec![]), Error::NameTooLong { .. }));
+    assert!(matches!(make(vec![spec(&"n".repeat(65_537), Dtype::U8, &[1])], vec![]), Error::TextTooLong { .. }));
     assert!(matches!(make(vec![a()], vec![pair("k"), pair("k")]), Error::DuplicateField { .. }));
+    let text = |n: usize| ("k".to_string(), "v".repeat(n));
+    assert!(matches!(make(vec![a()], vec![text((4 << 20) + 1)]), Error::TextTooLong { .. }));
+    assert!(Writer::create(folder.file(), vec![a()], vec![text(4 << 20)]).is_ok());
     let half = |n: &str| spec(n, Dtype::U8, &[(1 << 61) - 1]);
     assert!(matches!(
         Header::layout((0..9).map(|i| half(&i.to_string())).collect(), vec![]),
@@ -350,7 +354,7 @@ proptest! {
         let mut json = header.to_bytes().unwrap().split_off(8);
         let at = at % json.len();
         json[at] = value;
-        if let Ok(h) = Header::parse(&json, header.data_len()) {
+        if let Ok(h) = Header::parse(&json[..], header.data_len()) {
             // Whatever was accepted still tiles the data.
             let total: u64 = h.tensors().iter().map(nibblas_io::Tensor::nbytes).sum();
             prop_assert_eq!(total, header.data_len());

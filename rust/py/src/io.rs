@@ -20,13 +20,13 @@ fn raise(py: Python<'_>, path: &Path, e: &Error) -> PyErr {
                     .and_then(|os| os.call_method1("strerror", (code,)))
                     .and_then(|s| s.extract::<String>())
                     .unwrap_or_else(|_| io.to_string());
-                PyOSError::new_err((code, text, path.to_path_buf()))
+                PyOSError::new_err((code, text, path.as_os_str().to_os_string()))
             }
             None if io.kind() == std::io::ErrorKind::InvalidInput => PyValueError::new_err(io.to_string()),
             None => PyOSError::new_err(format!("{}: {io}", path.display())),
         },
         Error::NotAFile(_) if path.is_dir() => {
-            PyIsADirectoryError::new_err((EISDIR, "Is a directory", path.to_path_buf()))
+            PyIsADirectoryError::new_err((EISDIR, "Is a directory", path.as_os_str().to_os_string()))
         }
         Error::NotAFile(_) => PyOSError::new_err(e.to_string()),
         _ => PyValueError::new_err(format!("{}: {e}", path.display())),

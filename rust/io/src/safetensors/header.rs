@@ -1,9 +1,10 @@
 //! The header: parsing with limits, checking, laying out.
-use super::{Dtype, MAX_DIMS, MAX_HEADER, MAX_METADATA, MAX_NAME, MAX_TENSORS, METADATA};
+use super::{Dtype, MAX_DIMS, MAX_HEADER, MAX_METADATA, MAX_NAME, MAX_TENSORS, MAX_TEXT, METADATA};
 use crate::error::{Error, Result};
 use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use std::cell::RefCell;
 use std::fmt;
+use std::io::Read;
 
 /// What a tensor will be, before it has a place in a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,17 +67,22 @@ pub struct Header {
 impl Header {
     /// Parses and checks the JSON text of a header that describes `data` bytes.
     ///
+    /// The text is read as it is parsed and never held whole: names and metadata alone may fill a header, and would
+    /// then be in memory twice. Give a buffered source.
+    ///
     /// # Errors
-    /// One variant of [`Error`] for each way it can be wrong.
-    pub fn parse(json: &[u8], data: u64) -> Result<Self> {
-        if json.first() != Some(&b'{') {
+    /// [`Error::Io`], and one variant of [`Error`] for each way the text can be wrong.
+    pub fn parse(mut json: impl Read, data: u64) -> Result<Self> {
+        let mut first = [0];
+        if json.read(&mut first)? == 0 || first != *b"{" {
             return Err(Error::Json("it does not begin with '{'".into()));
         }
         let cx = Cx { fault: RefCell::new(None) };
-        let mut de = serde_json::Deserializer::from_slice(json);
+        let mut de = serde_json::Deserializer::from_reader(first.chain(json));
         let parsed = HeaderSeed(&cx).deserialize(&mut de).and_then(|h| de.end().map(|()| h));
         let (tensors, metadata) = match (parsed, cx.fault.into_inner()) {
             (_, Some(fault)) => return Err(fault),
+            (Err(e), None) if e.is_io() => return Err(Error::Io(e.into())),
             (Err(e), None) => return Err(Error::Json(e.to_string())),
             (Ok(h), None) => h,
         };
@@ -95,12 +101,15 @@ impl Header {
         if metadata.len() > MAX_METADATA {
             return Err(Error::TooManyMetadata);
         }
+        if let Some((key, value)) = metadata.iter().find(|(k, v)| k.len() > 2 * MAX_NAME || v.len() > MAX_TEXT) {
+            return Err(Error::TextTooLong { len: key.len().max(value.len()) });
+        }
         for spec in &specs {
             if spec.name == METADATA {
                 return Err(Error::ReservedName(spec.name.clone()));
             }
             if spec.name.len() > MAX_NAME {
-                return Err(Error::NameTooLong { len: spec.name.len() });
+                return Err(Error::TextTooLong { len: spec.name.len() });
             }
             if spec.shape.len() > MAX_DIMS {
                 return Err(Error::TooManyDims { name: spec.name.clone() });
@@ -310,7 +319,7 @@ impl Visitor<'_> for Text<'_> {
 
     fn visit_str<E: serde::de::Error>(self, v: &str) -> std::result::Result<String, E> {
         if v.len() > self.limit {
-            return Err(self.cx.refuse(Error::NameTooLong { len: v.len() }));
+            return Err(self.cx.refuse(Error::TextTooLong { len: v.len() }));
         }
         Ok(v.to_owned())
     }
@@ -339,7 +348,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_> {
             if entries.len() == MAX_METADATA {
                 return Err(self.0.refuse(Error::TooManyMetadata));
             }
-            entries.push((key, map.next_value_seed(Text { cx: self.0, limit: MAX_HEADER as usize })?));
+            entries.push((key, map.next_value_seed(Text { cx: self.0, limit: MAX_TEXT })?));
         }
         Ok(entries)
     }

@@ -10,7 +10,8 @@
 //! follow the object; the writer uses them to begin the data at a multiple of 8.
 //!
 //! # Limits
-//! [`MAX_HEADER`], [`MAX_TENSORS`], [`MAX_METADATA`], [`MAX_DIMS`], [`MAX_NAME`].
+//! [`MAX_HEADER`], [`MAX_TENSORS`], [`MAX_METADATA`], [`MAX_DIMS`], [`MAX_NAME`],
+//! [`MAX_TEXT`].
 //!
 //! # Source
 //! The format section of the safetensors project's README.
@@ -34,6 +35,9 @@ pub const MAX_METADATA: usize = MAX_TENSORS + 1024;
 pub const MAX_DIMS: usize = 8;
 /// Most bytes of a tensor's name.
 pub const MAX_NAME: usize = 65_536;
+
+/// Most bytes of a metadata value.
+pub const MAX_TEXT: usize = 4 << 20;
 
 /// The key of the metadata object.
 const METADATA: &str = "__metadata__";

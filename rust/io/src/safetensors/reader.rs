@@ -2,6 +2,7 @@
 use super::{Header, MAX_HEADER};
 use crate::error::{Error, Result};
 use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
 
 /// An open file with a checked header. Reads are positional: threads and forked children may share a reader.
@@ -39,10 +40,9 @@ impl Reader {
         if header > len - 8 {
             return Err(Error::HeaderPastEnd { header, file: len });
         }
-        let mut json = vec![0; header as usize];
-        read_exact_at(&file, &mut json, 8).map_err(|e| shrunk(e, len, 8))?;
         let data = 8 + header;
-        let header = Header::parse(&json, len - data)?;
+        (&file).seek(SeekFrom::Start(8))?;
+        let header = Header::parse(BufReader::new((&file).take(header)), len - data)?;
         Ok(Self { file, header, data })
     }
 
