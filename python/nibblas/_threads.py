@@ -23,8 +23,8 @@ _MAX = 1024
 _local: ContextVar[int] = ContextVar("nibblas_threads", default=0)
 
 
-def _cgroup_quota(root: str = "/sys/fs/cgroup") -> float:
-    """CPUs' worth of time the control group grants; infinity where there is no limit."""
+def cgroup_quota(root: str = "/sys/fs/cgroup") -> float:
+    """Return how many CPUs' worth of time the control group grants; infinity without a limit."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             text = []
@@ -40,12 +40,16 @@ def _cgroup_quota(root: str = "/sys/fs/cgroup") -> float:
     return math.inf
 
 
-def _available() -> int:
+def available_cpus() -> int:
+    """Return the number of CPUs this process may run on."""
     try:
-        cpus = len(os.sched_getaffinity(0))
+        return len(os.sched_getaffinity(0))
     except (AttributeError, OSError):
-        cpus = os.cpu_count() or 1
-    return max(1, math.ceil(min(cpus, _cgroup_quota(), _MAX)))
+        return os.cpu_count() or 1
+
+
+def _available() -> int:
+    return max(1, math.ceil(min(available_cpus(), cgroup_quota(), _MAX)))
 
 
 def _check(n: SupportsIndex) -> int:

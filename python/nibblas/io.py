@@ -471,8 +471,8 @@ def load(
 ) -> dict[str, QTensor | NDArray[Any]]:
     """Load matrices and arrays from a safetensors file.
 
-    Any safetensors file will do; matrices come back as :class:`QTensor` from those that :func:`save`
-    or ``nibblas quantize`` wrote. Nothing in the file is believed before it is checked.
+    Any safetensors file will do; matrices come back as :class:`QTensor` from those that
+    :func:`save` or ``nibblas quantize`` wrote. Nothing in the file is believed before it is checked.
 
     Parameters
     ----------
