@@ -211,7 +211,7 @@ class TensorFile:
         out = np.empty(shape, np.float32)
         words = out.reshape(-1).view(np.uint32)
         at = 0
-        for piece in self.pieces(stored):
+        for piece in self.pieces(stored, 1 << 20):
             half = piece.view("<u2")
             part = words[at : at + half.size]
             part[:] = half
@@ -471,8 +471,8 @@ def load(
 ) -> dict[str, QTensor | NDArray[Any]]:
     """Load matrices and arrays from a safetensors file.
 
-    Any safetensors file will do; matrices come back as :class:`QTensor` from those that
-    :func:`save` or ``nibblas quantize`` wrote. Nothing in the file is believed before it is checked.
+    Any safetensors file will do; from those that :func:`save` or ``nibblas quantize`` wrote,
+    matrices come back as :class:`QTensor`. Nothing in the file is believed unchecked.
 
     Parameters
     ----------
