@@ -313,7 +313,13 @@ fn encode_group(
 
     let cost = |s: f32, z: Zero| codec.cost(e, level, x, s, z) * (s / scale) * (s / scale);
     let mut best = (cost(scale, zero), scale, zero);
-    for &f in codec.shrinks(e) {
+    // Short groups gain little from a fine search, and the search may cost at most ten times `rtn`.
+    let step = match x.len() {
+        0..16 => 3,
+        16..64 => 2,
+        _ => 1,
+    };
+    for &f in codec.shrinks(e).iter().step_by(step) {
         let Ok(s) = round_scale(kind, fit.scale * f, top) else {
             continue;
         };

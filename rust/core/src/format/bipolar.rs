@@ -43,7 +43,7 @@ impl Codec for Bipolar {
     }
 
     fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, _: Zero) -> f32 {
-        lanes::cost_odd(level, x, grid(e, s, e.lowest))
+        lanes::cost(level, true, x, grid(e, s, e.lowest))
     }
 
     fn shrinks(&self, e: &Element) -> &'static [f32] {

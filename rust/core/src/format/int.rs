@@ -60,7 +60,7 @@ impl Codec for Int {
     }
 
     fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero) -> f32 {
-        lanes::cost_near(level, x, grid(e, s, z, e.lowest))
+        lanes::cost(level, false, x, grid(e, s, z, e.lowest))
     }
 
     fn shrinks(&self, e: &Element) -> &'static [f32] {

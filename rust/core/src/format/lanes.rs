@@ -103,22 +103,26 @@ fn by_chunk(x: &[f32], mut f: impl FnMut(&[f32; LANES])) {
     }
     let rest = chunks.remainder();
     if !rest.is_empty() {
-        let mut c = [0.0; LANES];
-        c[..rest.len()].copy_from_slice(rest);
-        f(&c);
+        f(&padded(rest));
     }
+}
+
+/// Fewer than 16 values, filled up with zeros.
+#[inline(always)]
+fn padded(rest: &[f32]) -> [f32; LANES] {
+    let mut c = [0.0; LANES];
+    if let Ok(eight) = <&[f32; 8]>::try_from(rest) {
+        c[..8].copy_from_slice(eight);
+    } else {
+        c[..rest.len()].copy_from_slice(rest);
+    }
+    c
 }
 
 /// Bits of the largest magnitude: `0x7f80_0000` or more says that some value is not finite.
 #[inline(always)]
 fn absmax_bits_body(x: &[f32]) -> u32 {
-    let mut m = [0u32; LANES];
-    by_chunk(x, |c| {
-        for j in 0..LANES {
-            m[j] = m[j].max(c[j].to_bits() & 0x7fff_ffff);
-        }
-    });
-    m.into_iter().fold(0, u32::max)
+    x.iter().fold(0, |m, v| m.max(v.to_bits() & 0x7fff_ffff))
 }
 per_level! {
     /// Bits of the largest magnitude of `x`; `0x7f80_0000` or more when some value is not finite.
@@ -127,14 +131,14 @@ per_level! {
 
 #[inline(always)]
 fn range_body(x: &[f32]) -> (f32, f32) {
-    let (mut lo, mut hi) = ([0.0f32; LANES], [0.0f32; LANES]);
-    by_chunk(x, |c| {
-        for j in 0..LANES {
-            lo[j] = min(c[j], lo[j]);
-            hi[j] = max(c[j], hi[j]);
-        }
-    });
-    (lo.into_iter().fold(0.0, min), hi.into_iter().fold(0.0, max))
+    // As integers, floats without a sign are in order and those with one are below 0: integer maxima need no order.
+    let (mut lo, mut hi) = (0i32, 0i32);
+    for v in x {
+        let bits = v.to_bits();
+        hi = hi.max(bits as i32);
+        lo = lo.max((bits ^ 0x8000_0000) as i32);
+    }
+    (-f32::from_bits(lo as u32), f32::from_bits(hi as u32))
 }
 per_level! {
     /// Smallest and largest of the values and 0.
@@ -217,27 +221,14 @@ fn encode_generic<const ODD: bool>(x: &[f32], g: Grid, out: &mut [u8]) -> f32 {
     // Value of code u is step*u - sub; for odd values `zero` is not used.
     let sub = if ODD { g.lo + g.hi } else { g.zero };
     let (lo, hi) = ((step * g.lo - sub) as f32, (step * g.hi - sub) as f32);
-    let one = |x: f32| {
+    // The largest of numbers without a sign is the largest of their bits, a sum the compiler may reorder.
+    let mut worst = 0;
+    for (o, &x) in out.iter_mut().zip(x) {
         let v = if ODD { near_odd(x / s, lo, hi) } else { near(x / s, lo, hi) };
-        let u = if ODD { (int(v) + sub) >> 1 } else { int(v) + sub };
-        (u as u8, (x - v * s).abs())
-    };
-    let mut worst = [0.0f32; LANES];
-    let mut codes = out.chunks_exact_mut(LANES);
-    let mut values = x.chunks_exact(LANES);
-    for (c, o) in (&mut values).zip(&mut codes) {
-        for j in 0..LANES {
-            let (u, e) = one(c[j]);
-            o[j] = u;
-            worst[j] = max(e, worst[j]);
-        }
+        worst = worst.max((x - v * s).abs().to_bits());
+        *o = if ODD { (int(v) + sub) >> 1 } else { int(v) + sub } as u8;
     }
-    for (c, o) in values.remainder().iter().zip(codes.into_remainder()) {
-        let (u, e) = one(*c);
-        *o = u;
-        worst[0] = max(e, worst[0]);
-    }
-    worst.into_iter().fold(0.0, max)
+    f32::from_bits(worst)
 }
 
 #[inline(always)]
@@ -258,27 +249,41 @@ per_level! {
     encode_odd = encode_odd_body(x: &[f32], g: Grid, out: &mut [u8]) -> f32
 }
 
-/// Sum of squared errors, in squares of the scale. Uses the reciprocal: enough to rank candidates.
-#[inline(always)]
-fn cost_generic<const ODD: bool>(x: &[f32], g: Grid) -> f32 {
-    let inv = 1.0 / g.scale;
-    let step = if ODD { 2 } else { 1 };
-    let sub = if ODD { g.lo + g.hi } else { g.zero };
-    let (lo, hi) = ((step * g.lo - sub) as f32, (step * g.hi - sub) as f32);
-    let one = |x: f32| {
-        let t = x * inv;
-        let v = if ODD { min(max(2.0 * rint(min(max(t, lo), hi) * 0.5 - 0.5) + 1.0, lo), hi) } else { near(t, lo, hi) };
-        (t - v) * (t - v)
-    };
-    let mut sum = [0.0f32; LANES];
-    let mut values = x.chunks_exact(LANES);
-    for c in &mut values {
-        for j in 0..LANES {
-            sum[j] += one(c[j]);
-        }
+/// Sum of squared errors of `x` on the grid in squares of the scale, for ranking: it uses the reciprocal of the scale.
+/// Lane `j` adds the values `16 i + j`; the lanes are added as in [`abs_sum`].
+///
+/// Written with intrinsics, because a float sum by lanes is not vectorised from loops.
+pub fn cost(level: Level, odd: bool, x: &[f32], g: Grid) -> f32 {
+    let (step, sub) = if odd { (2, g.lo + g.hi) } else { (1, g.zero) };
+    let c = Cost { odd, inv: 1.0 / g.scale, lo: (step * g.lo - sub) as f32, hi: (step * g.hi - sub) as f32 };
+    debug_assert!(level <= Level::detect());
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the level is handed out by `detect` and `available` only, after the features were seen.
+        Level::Avx512 => unsafe { cost_avx512(x, c) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Level::Avx2 => unsafe { cost_avx2(x, c) },
+        _ => cost_base(x, c),
     }
-    for (j, c) in values.remainder().iter().enumerate() {
-        sum[j] += one(*c);
+}
+
+#[derive(Clone, Copy)]
+struct Cost {
+    odd: bool,
+    inv: f32,
+    lo: f32,
+    hi: f32,
+}
+
+fn cost_base(x: &[f32], c: Cost) -> f32 {
+    let mut sum = [0.0f32; LANES];
+    for x in x.chunks(LANES) {
+        for (sum, x) in sum.iter_mut().zip(x) {
+            let t = x * c.inv;
+            let v = if c.odd { near_odd(t, c.lo, c.hi) } else { near(t, c.lo, c.hi) };
+            *sum += (t - v) * (t - v);
+        }
     }
     let mut half = LANES / 2;
     while half > 0 {
@@ -290,22 +295,77 @@ fn cost_generic<const ODD: bool>(x: &[f32], g: Grid) -> f32 {
     sum[0]
 }
 
-#[inline(always)]
-fn cost_near_body(x: &[f32], g: Grid) -> f32 {
-    cost_generic::<false>(x, g)
-}
-per_level! {
-    /// Squared error of `x` on the grid, for ranking.
-    cost_near = cost_near_body(x: &[f32], g: Grid) -> f32
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Adds the upper half of four lanes to the lower, then the second lane to the first.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn add_four(s: __m128) -> f32 {
+    let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
 }
 
-#[inline(always)]
-fn cost_odd_body(x: &[f32], g: Grid) -> f32 {
-    cost_generic::<true>(x, g)
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+fn cost_avx512(x: &[f32], c: Cost) -> f32 {
+    let (inv, lo, hi) = (_mm512_set1_ps(c.inv), _mm512_set1_ps(c.lo), _mm512_set1_ps(c.hi));
+    let (magic, one) = (_mm512_set1_ps(MAGIC), _mm512_set1_ps(1.0));
+    let (half, quarter) = (_mm512_set1_ps(0.5), _mm512_set1_ps(0.25));
+    let mut sum = _mm512_setzero_ps();
+    for x in x.chunks(LANES) {
+        let mask = (0xffffu32 >> (LANES - x.len())) as __mmask16;
+        // SAFETY: the mask keeps the load within the chunk.
+        let t = _mm512_mul_ps(unsafe { _mm512_maskz_loadu_ps(mask, x.as_ptr()) }, inv);
+        let clip = _mm512_min_ps(_mm512_max_ps(t, lo), hi);
+        let mut v = _mm512_sub_ps(_mm512_add_ps(clip, magic), magic);
+        if c.odd {
+            let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(v, clip);
+            let floor = _mm512_mask_sub_ps(v, above, v, one);
+            let h = _mm512_sub_ps(_mm512_mul_ps(floor, half), quarter);
+            let h = _mm512_sub_ps(_mm512_add_ps(h, magic), magic);
+            v = _mm512_add_ps(_mm512_add_ps(h, h), one);
+        }
+        let e = _mm512_sub_ps(t, v);
+        sum = _mm512_mask_add_ps(sum, mask, sum, _mm512_mul_ps(e, e));
+    }
+    let s = _mm256_add_ps(_mm512_castps512_ps256(sum), _mm512_extractf32x8_ps::<1>(sum));
+    add_four(_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s)))
 }
-per_level! {
-    /// As [`cost_near`] for odd values.
-    cost_odd = cost_odd_body(x: &[f32], g: Grid) -> f32
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn cost_avx2(x: &[f32], c: Cost) -> f32 {
+    let (inv, lo, hi) = (_mm256_set1_ps(c.inv), _mm256_set1_ps(c.lo), _mm256_set1_ps(c.hi));
+    let (magic, one) = (_mm256_set1_ps(MAGIC), _mm256_set1_ps(1.0));
+    let (half, quarter) = (_mm256_set1_ps(0.5), _mm256_set1_ps(0.25));
+    let mut sum = [_mm256_setzero_ps(); 2];
+    for x in x.chunks(LANES) {
+        let full = if let Ok(x) = <&[f32; LANES]>::try_from(x) { *x } else { padded(x) };
+        for j in 0..2 {
+            // SAFETY: both halves lie within the sixteen values.
+            let t = _mm256_mul_ps(unsafe { _mm256_loadu_ps(full.as_ptr().add(8 * j)) }, inv);
+            let clip = _mm256_min_ps(_mm256_max_ps(t, lo), hi);
+            let mut v = _mm256_sub_ps(_mm256_add_ps(clip, magic), magic);
+            if c.odd {
+                let above = _mm256_cmp_ps::<_CMP_GT_OQ>(v, clip);
+                let floor = _mm256_sub_ps(v, _mm256_and_ps(above, one));
+                let h = _mm256_sub_ps(_mm256_mul_ps(floor, half), quarter);
+                let h = _mm256_sub_ps(_mm256_add_ps(h, magic), magic);
+                v = _mm256_add_ps(_mm256_add_ps(h, h), one);
+            }
+            let e = _mm256_sub_ps(t, v);
+            let mut square = _mm256_mul_ps(e, e);
+            if x.len() < LANES {
+                let lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(8 * j as i32));
+                let used = _mm256_cmpgt_epi32(_mm256_set1_epi32(x.len() as i32), lane);
+                square = _mm256_and_ps(square, _mm256_castsi256_ps(used));
+            }
+            sum[j] = _mm256_add_ps(sum[j], square);
+        }
+    }
+    let s = _mm256_add_ps(sum[0], sum[1]);
+    add_four(_mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s)))
 }
 
 #[inline(always)]

@@ -24,7 +24,7 @@ impl Codec for Ternary {
     }
 
     fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, _: Zero) -> f32 {
-        lanes::cost_near(level, x, grid(s, e.lowest))
+        lanes::cost(level, false, x, grid(s, e.lowest))
     }
 
     fn shrinks(&self, _: &Element) -> &'static [f32] {
