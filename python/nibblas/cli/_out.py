@@ -46,7 +46,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if value == 0:
         return "0"
     places = digits - 1 - math.floor(math.log10(abs(value)))
-    if not -4 <= -places <= 6:
+    if not -6 <= places <= 6:
         return f"{value:.{digits - 1}e}"
     return f"{value:.{max(places, 0)}f}"
 
@@ -98,13 +98,9 @@ class Out:
         names = [c.removeprefix(">") for c in columns]
         right = [c.startswith(">") for c in columns]
         cells = [[printable(c) for c in row] for row in rows]
-        if _wants_rich(sys.stdout):
-            _rich_table(names, right, cells, title)
+        widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
+        if _wants_rich(sys.stdout) and _rich_table(names, right, cells, widths, title):
             return
-        widths = [
-            max(len(names[i]), *(len(row[i]) for row in cells)) if cells else len(names[i])
-            for i in range(len(names))
-        ]
         if title:
             print(title)
         for row in [names, ["-" * w for w in widths], *cells]:
@@ -147,24 +143,28 @@ def _plain(value: Any) -> Any:
 
 
 def _rich_table(
-    names: Sequence[str], right: Sequence[bool], rows: Sequence[Sequence[str]], title: str | None
-) -> None:
+    names: Sequence[str],
+    right: Sequence[bool],
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    title: str | None,
+) -> bool:
+    """Draw a table where it fits; rich would cut the cells of one that does not."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console(highlight=False)
+    if sum(widths) + 3 * len(widths) + 2 > console.width:
+        return False
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for i, (name, r) in enumerate(zip(names, right, strict=True)):
-        table.add_column(
-            name,
-            justify="right" if r else "left",
-            no_wrap=r,
-            overflow="fold" if i == 0 else "ellipsis",
-        )
+    for name, r in zip(names, right, strict=True):
+        table.add_column(name, justify="right" if r else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    Console(highlight=False).print(table)
+    console.print(table)
+    return True
 
 
 @contextmanager
