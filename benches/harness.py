@@ -108,11 +108,13 @@ def verify(peer: Peer, x: np.ndarray, w: Weights, copies: int = 1) -> float:
         got = peer.result()
         if got.shape != want.shape:
             raise AssertionError(f"{peer.name}: shape {got.shape}, expected {want.shape}")
-        worst = max(worst, relative_error(got, want))
-    if not worst <= peer.tolerance:
-        raise AssertionError(
-            f"{peer.name}: relative error {worst:.2e} is above {peer.tolerance:.0e}"
-        )
+        error = relative_error(got, want)
+        # Written so that NaN fails.
+        if not error <= peer.tolerance:
+            raise AssertionError(
+                f"{peer.name}: relative error {error:.2e} is above {peer.tolerance:.0e}"
+            )
+        worst = max(worst, error)
     return worst
 
 

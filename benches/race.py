@@ -95,8 +95,8 @@ def judge(goal: Goal, m: int, lanes: dict[str, Lane], rate: dict[str, float], li
 class Race:
     """All rows with one number of threads."""
 
-    def __init__(self, threads: int, quick: bool, only: set[str]):
-        self.threads, self.quick = threads, quick
+    def __init__(self, threads: int, quick: bool, check: bool, only: set[str]):
+        self.threads, self.quick, self.check = threads, quick, check
         self.rows = [row for row in ROWS if not only or row.id in only]
         self.skipped: dict[str, str] = {}
         self.wrong: list[str] = []
@@ -176,6 +176,10 @@ class Race:
                 self.fail(peer, row, error)
                 continue
             lanes[peer.name] = Lane(peer, rotating(peer, copies))
+        if self.check:
+            for name, error in errors.items():
+                say(f"  M = {m:4d}  {name:32s} relative error {error:.1e}")
+            return
         fewest, most, burst, budget = QUICK if self.quick else FULL
         pause = 2e-3 if self.threads > 1 else 0.0
         interleave(list(lanes.values()), fewest, most, burst, pause, budget)
@@ -253,6 +257,7 @@ def child(threads: int, options: argparse.Namespace) -> dict[str, Any]:
             str(threads),
         ]
         command += ["--quick"] if options.quick else []
+        command += ["--check"] if options.check else []
         command += ["--rows", options.rows] if options.rows else []
         subprocess.run(command, env=environment, check=True)
         loaded: dict[str, Any] = json.loads(part.read_text())
@@ -263,6 +268,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", default="1,2", help="thread counts (default 1,2)")
     parser.add_argument("--quick", action="store_true", help="one M per row and few rounds")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with float64 only, without timing"
+    )
     parser.add_argument("--rows", default="", help="row ids, separated by commas")
     parser.add_argument("--list", action="store_true", help="list rows and contenders, and stop")
     parser.add_argument("--out", type=Path, default=Path("race.json"), help="the JSON file")
@@ -280,10 +288,17 @@ def main() -> int:
         return 0
     counts = [int(part) for part in options.threads.split(",")]
     if options.child:
-        options.child.write_text(json.dumps(Race(counts[0], options.quick, only).run()))
+        race = Race(counts[0], options.quick, options.check, only)
+        options.child.write_text(json.dumps(race.run()))
         return 0
     started = time.time()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     runs = [child(count, options) for count in counts]
+    wrong = [text for run in runs for text in run["wrong"]]
+    for text in wrong:
+        say(f"FAILED: {text}")
+    if options.check:
+        return 1 if wrong else 0
     result = {
         "schema": 1,
         "machine": machine(),
@@ -298,7 +313,7 @@ def main() -> int:
     for path in report.write(result, options.out):
         say(f"wrote {path}")
     print(report.goals_table(result))
-    return 1 if any(run["wrong"] for run in runs) else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
