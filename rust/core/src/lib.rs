@@ -10,9 +10,14 @@
 #![allow(unsafe_code)]
 
 pub mod bits;
+pub mod buf;
 pub mod error;
 pub mod format;
+pub mod isa;
+pub mod kernel;
 pub mod matrix;
+pub mod pack;
+pub mod pool;
 pub mod qtensor;
 pub mod quantize;
 pub mod reference;

@@ -1,0 +1,620 @@
+//! The kernels, written once over [`Simd`] and instantiated per ISA.
+//!
+//! Register lanes are rows of a panel, so one accumulator register serves 16 outputs of one activation row and no sum
+//! is ever split: k ascends, one accumulator per output. That is what makes every ISA give the same bits.
+use super::simd::Simd;
+use super::{F32Args, GemmArgs, Grp, Raw, ScalePtr};
+
+/// How a register of codes is read from a block; see `pack.rs` for the planes.
+///
+/// # Safety
+/// `p` must have `128*BITS` readable bytes and `r < 16`.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Unpack: 'static {
+    /// Bits of a code.
+    const BITS: usize;
+    /// Register `r` of the block at `p`: 64 codes, one per byte.
+    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
+}
+
+/// The bits of one plane, moved to start at bit `to` of each byte.
+#[inline(always)]
+unsafe fn plane<S: Simd, const W: usize>(p: *const u8, r: usize, to: usize) -> S::I {
+    let per = 2 * W;
+    let from = (r / per) * W;
+    // SAFETY: the plane holds `per` registers; masks keep bits of neighbouring bytes out.
+    unsafe {
+        let v = S::load(p.add((r % per) * 64));
+        if W == 8 {
+            return v;
+        }
+        let v = if from >= to { S::shr(v, from - to) } else { S::shl(v, to - from) };
+        S::and(v, S::splat8(((1u32 << W) - 1 << to) as u8))
+    }
+}
+
+macro_rules! unpackers {
+    ($($name:ident $bits:literal: $($w:literal at $off:literal bit $to:literal),+;)*) => { $(
+        /// Codes of this many bits.
+        #[derive(Debug)]
+        pub struct $name;
+        // SAFETY: reads stay within the planes of one block.
+        unsafe impl Unpack for $name {
+            const BITS: usize = $bits;
+            #[inline(always)]
+            unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+                // SAFETY: the caller gives a whole block; offsets are those of its planes.
+                unsafe { unpackers!(@or S, $(plane::<S, $w>(p.add($off), r, $to)),+) }
+            }
+        }
+    )* };
+    (@or $s:ident, $a:expr) => { $a };
+    (@or $s:ident, $a:expr, $($b:expr),+) => { $s::or($a, unpackers!(@or $s, $($b),+)) };
+}
+unpackers! {
+    U1 1: 1 at 0 bit 0;
+    U2 2: 2 at 0 bit 0;
+    U3 3: 2 at 0 bit 0, 1 at 256 bit 2;
+    U4 4: 4 at 0 bit 0;
+    U5 5: 4 at 0 bit 0, 1 at 512 bit 4;
+    U6 6: 4 at 0 bit 0, 2 at 512 bit 4;
+    U7 7: 4 at 0 bit 0, 2 at 512 bit 4, 1 at 768 bit 6;
+    U8 8: 8 at 0 bit 0;
+}
+
+/// Repeats a body for the 16 registers of a block with a constant index, so that shifts and offsets fold.
+macro_rules! regs {
+    ($r:ident => $body:block) => {
+        regs!(@ $r, $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+    };
+    (@ $r:ident, $body:block, $($i:literal),*) => { $( { const $r: usize = $i; $body } )* };
+}
+
+#[inline(always)]
+unsafe fn dot<S: Simd, U: Unpack>(acc: S::I, u: S::I, s: S::I) -> S::I {
+    // SAFETY: the caller's features.
+    unsafe {
+        if U::BITS < 8 {
+            S::dot7(acc, u, s)
+        } else {
+            S::dot(acc, u, s)
+        }
+    }
+}
+
+/// 16 scales at element offset `at`.
+#[inline(always)]
+unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
+    // SAFETY: the caller's offset is within the panel scales.
+    unsafe {
+        match p {
+            ScalePtr::F32(p) => S::loadf(p.add(at)),
+            ScalePtr::F16(p) => S::load_f16(p.add(at)),
+            ScalePtr::BF16(p) => S::load_bf16(p.add(at)),
+        }
+    }
+}
+
+/// Constant zero of the format (times the activation sum, folded into `sums`).
+pub const Z_CONST: u8 = 0;
+/// Integer zero per group.
+pub const Z_INT: u8 = 1;
+/// Float zero per group.
+pub const Z_FLOAT: u8 = 2;
+
+/// Decodes `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in register order.
+///
+/// # Safety
+/// `src` holds the blocks, `dst` 1024 bytes for each; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: usize, dbl: u8, sub: u8) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (dbl, sub) = (S::splat8(dbl), S::splat8(sub));
+        for b in 0..blocks {
+            let (p, q) = (src.add(b * 128 * U::BITS), dst.add(b * 1024));
+            regs!(R => {
+                let u = U::reg::<S>(p, R);
+                S::store(q.add(64 * R), S::sub8(S::add8(u, S::and(u, dbl)), sub));
+            });
+        }
+    }
+}
+
+/// Grouped product: for each group in increasing k, `c = fma(f32(D), s, c)` with `D` the exact integer sum.
+///
+/// `SEG` is the number of registers of a segment (2, 4, 8), or 16 where a segment is whole blocks.
+///
+/// # Safety
+/// The pointers in `a` hold what [`Grp`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn grouped<
+    S: Simd,
+    U: Unpack,
+    const Z: u8,
+    const ACTG: bool,
+    const SEG: usize,
+    const NP: usize,
+    const MR: usize,
+    const SETS: usize,
+>(
+    a: &Grp,
+) {
+    // SAFETY: as the contract says; indices follow the shapes in `a`.
+    unsafe {
+        let dbl = S::splat(a.dbl);
+        let mut f = [[S::splatf(0.0); MR]; NP];
+        for p in 0..NP {
+            for m in 0..MR {
+                f[p][m] = S::loadf(a.c.add(m * a.ldc + p * 16));
+            }
+        }
+        let mut acc = [[[S::splat(0); SETS]; MR]; NP];
+        let mut seg = a.seg0;
+        macro_rules! flush {
+            () => {{
+                let g = *a.seg_group.add(seg) as usize * 16;
+                let sums = a.act.sums.add(seg * a.act.rows);
+                for p in 0..NP {
+                    let s = scales::<S>(a.scales, p * a.scale_stride + g);
+                    let z = if Z == Z_INT { S::load_u8(a.zeros.add(p * a.scale_stride + g)) } else { S::splat(0) };
+                    let zf = if Z == Z_FLOAT { S::loadf(a.fzeros.add(p * a.scale_stride + g)) } else { S::splatf(0.0) };
+                    for m in 0..MR {
+                        let mut d = acc[p][m][0];
+                        for t in 1..SETS {
+                            d = S::add(d, acc[p][m][t]);
+                        }
+                        let sum = S::splat(*sums.add(m));
+                        d = S::add(d, S::and(d, dbl));
+                        if Z == Z_CONST {
+                            d = S::sub(d, sum);
+                        } else if Z == Z_INT {
+                            d = S::sub(d, S::mul(z, sum));
+                        }
+                        let s = if ACTG { S::mulf(s, S::splatf(*a.act.scales.add(seg * a.act.rows + m))) } else { s };
+                        f[p][m] = S::fma(S::cvt(d), s, f[p][m]);
+                        if Z == Z_FLOAT {
+                            let sz = S::from_bits(S::xor_sign(S::bits(S::mulf(s, zf))));
+                            f[p][m] = S::fma(S::cvt(sum), sz, f[p][m]);
+                        }
+                        acc[p][m] = [S::splat(0); SETS];
+                    }
+                }
+                seg += 1;
+            }};
+        }
+        let mut left = a.seg_blocks;
+        for b in 0..a.blocks {
+            let x = a.act.codes.add(b * a.act.block_stride);
+            let w = a.codes.add(b * 128 * U::BITS);
+            if a.prefetch > 0 {
+                for p in 0..NP {
+                    for line in 0..2 * U::BITS {
+                        S::prefetch(w.wrapping_add(p * a.panel_stride + a.prefetch + 64 * line));
+                    }
+                }
+            }
+            regs!(R => {
+                for p in 0..NP {
+                    let u = U::reg::<S>(w.add(p * a.panel_stride), R);
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
+                        acc[p][m][R % SETS] = dot::<S, U>(acc[p][m][R % SETS], u, q);
+                    }
+                }
+                if SEG < 16 && (R + 1) % SEG == 0 {
+                    flush!();
+                }
+            });
+            if SEG == 16 {
+                left -= 1;
+                if left == 0 || b + 1 == a.blocks {
+                    flush!();
+                    left = a.seg_blocks;
+                }
+            }
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                S::storef(a.c.add(m * a.ldc + p * 16), f[p][m]);
+            }
+        }
+    }
+}
+
+/// Ungrouped product: `c += sum u*a` over all blocks, in int32.
+///
+/// # Safety
+/// The pointers in `a` hold what [`Raw`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const SETS: usize>(a: &Raw) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut acc = [[[S::splat(0); SETS]; MR]; NP];
+        for b in 0..a.blocks {
+            let x = a.act.codes.add(b * a.act.block_stride);
+            let w = a.codes.add(b * 128 * U::BITS);
+            if a.prefetch > 0 {
+                for p in 0..NP {
+                    for line in 0..2 * U::BITS {
+                        S::prefetch(w.wrapping_add(p * a.panel_stride + a.prefetch + 64 * line));
+                    }
+                }
+            }
+            regs!(R => {
+                for p in 0..NP {
+                    let u = U::reg::<S>(w.add(p * a.panel_stride), R);
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
+                        acc[p][m][R % SETS] = dot::<S, U>(acc[p][m][R % SETS], u, q);
+                    }
+                }
+            });
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                let mut d = S::load(a.c.add(m * a.ldc + p * 16).cast());
+                for t in 0..SETS {
+                    d = S::add(d, acc[p][m][t]);
+                }
+                S::store(a.c.add(m * a.ldc + p * 16).cast(), d);
+            }
+        }
+    }
+}
+
+/// `w = fl((u - z) * s)`.
+pub const W_MUL1: u8 = 0;
+/// `w = fl((2u - z) * s)`.
+pub const W_MUL2: u8 = 1;
+/// `w = fma(u, s, -fl(s*z))`.
+pub const W_FLOAT: u8 = 2;
+
+/// The decoded weights of one lane-byte: byte `j` of every lane of `w`.
+#[inline(always)]
+unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(w: S::I, j: usize, z: S::F, s: S::F) -> S::F {
+    // SAFETY: the caller's features.
+    unsafe {
+        let v = S::magic(w, j);
+        let v = match W {
+            // z already carries 2^23, so the difference is the exact integer.
+            W_MUL1 => S::mulf(S::subf(v, z), s),
+            W_MUL2 => {
+                let u = S::subf(v, S::splatf(8_388_608.0));
+                S::mulf(S::subf(S::addf(u, u), z), s)
+            }
+            _ => S::fma(S::subf(v, S::splatf(8_388_608.0)), s, z),
+        };
+        if ROUND {
+            round_bf16::<S>(v)
+        } else {
+            v
+        }
+    }
+}
+
+/// Rounds finite lanes to bfloat16, ties to even.
+#[inline(always)]
+pub unsafe fn round_bf16<S: Simd>(v: S::F) -> S::F {
+    // SAFETY: the caller's features.
+    unsafe {
+        let b = S::bits(v);
+        let odd = S::and(S::shr32_16(b), S::splat(1));
+        let r = S::add(b, S::add(odd, S::splat(0x7fff)));
+        S::from_bits(S::and(r, S::splat(-65536)))
+    }
+}
+
+/// Scale and zero vectors of one group, as [`weight`] wants them.
+#[inline(always)]
+unsafe fn group<S: Simd, const W: u8>(a: &F32Args, panel: usize, g: usize) -> (S::F, S::F) {
+    // SAFETY: the caller's group is in range.
+    unsafe {
+        let at = panel * a.scale_stride + g * 16;
+        let s = scales::<S>(a.scales, at);
+        let z = if W == W_FLOAT {
+            S::from_bits(S::xor_sign(S::bits(S::mulf(s, S::loadf(a.fzeros.add(at))))))
+        } else {
+            let base = if W == W_MUL1 { 8_388_608.0 } else { 0.0 };
+            if a.zeros.is_null() {
+                S::splatf(base + a.sub as f32)
+            } else {
+                S::addf(S::cvt(S::load_u8(a.zeros.add(at))), S::splatf(base))
+            }
+        };
+        (s, z)
+    }
+}
+
+/// `c[m][16p..] = fma(x[m][k], w[k], c)` for k ascending, from codes already unpacked to bytes.
+///
+/// # Safety
+/// The pointers in `a` hold what [`F32Args`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn gemv<S: Simd, const W: u8, const ROUND: bool, const NP: usize, const MR: usize>(a: &F32Args) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut f = [[S::splatf(0.0); MR]; NP];
+        for p in 0..NP {
+            for m in 0..MR {
+                f[p][m] = S::loadf(a.c.add(m * a.ldc + p * 16));
+            }
+        }
+        let step = a.padded.min(64) / 4;
+        for b in 0..a.blocks {
+            let mut g = a.group0 + b * 64 / a.padded;
+            for r0 in (0..16).step_by(step) {
+                let mut s = [S::splatf(0.0); NP];
+                let mut z = [S::splatf(0.0); NP];
+                for p in 0..NP {
+                    (s[p], z[p]) = group::<S, W>(a, p, g.min(a.groups - 1));
+                }
+                g += 1;
+                for r in r0..r0 + step {
+                    for p in 0..NP {
+                        let w = S::load(a.bytes.add(p * a.byte_stride + b * 1024 + 64 * r));
+                        for j in 0..4 {
+                            let w = weight::<S, W, ROUND>(w, j, z[p], s[p]);
+                            for m in 0..MR {
+                                let x = S::splatf(*a.x.offset(m as isize * a.x_stride).add(b * 64 + 4 * r + j));
+                                f[p][m] = S::fma(x, w, f[p][m]);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                S::storef(a.c.add(m * a.ldc + p * 16), f[p][m]);
+            }
+        }
+    }
+}
+
+/// Expands unpacked bytes of one panel to f32 weights `[k][16]`.
+///
+/// # Safety
+/// As [`gemv`]; `out` has `blocks*1024` floats.
+#[inline(always)]
+pub unsafe fn expand<S: Simd, const W: u8, const ROUND: bool>(a: &F32Args, out: *mut f32) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let step = a.padded.min(64) / 4;
+        for b in 0..a.blocks {
+            let mut g = a.group0 + b * 64 / a.padded;
+            for r0 in (0..16).step_by(step) {
+                let (s, z) = group::<S, W>(a, 0, g.min(a.groups - 1));
+                g += 1;
+                for r in r0..r0 + step {
+                    let w = S::load(a.bytes.add(b * 1024 + 64 * r));
+                    for j in 0..4 {
+                        S::storef(out.add((b * 64 + 4 * r + j) * 16), weight::<S, W, ROUND>(w, j, z, s));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `c[m][16p..] += x[m][k] * w[p][k]`, sequential FMA over k.
+///
+/// # Safety
+/// The pointers in `a` hold what [`GemmArgs`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn gemm<S: Simd, const NP: usize, const MR: usize>(a: &GemmArgs) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut f = [[S::splatf(0.0); NP]; MR];
+        for m in 0..MR {
+            for p in 0..NP {
+                f[m][p] = S::loadf(a.c.add(m * a.ldc + p * 16));
+            }
+        }
+        for k in 0..a.k {
+            let mut w = [S::splatf(0.0); NP];
+            for p in 0..NP {
+                w[p] = S::loadf(a.w.add(p * a.panel_stride + k * 16));
+            }
+            for m in 0..MR {
+                let x = S::splatf(*a.x.offset(m as isize * a.x_stride).add(k));
+                for p in 0..NP {
+                    f[m][p] = S::fma(x, w[p], f[m][p]);
+                }
+            }
+        }
+        for m in 0..MR {
+            for p in 0..NP {
+                S::storef(a.c.add(m * a.ldc + p * 16), f[m][p]);
+            }
+        }
+    }
+}
+
+/// Largest absolute value of `n` floats as its bits: above `0x7f80_0000 - 1` when any is not finite.
+///
+/// # Safety
+/// `x` has `n` readable floats; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mask = S::splat(0x7fff_ffff);
+        let mut top = [S::splat(0); 4];
+        let mut i = 0;
+        while i + 64 <= n {
+            for t in 0..4 {
+                top[t] = S::maxu(top[t], S::and(S::bits(S::loadf(x.add(i + 16 * t))), mask));
+            }
+            i += 64;
+        }
+        while i + 16 <= n {
+            top[0] = S::maxu(top[0], S::and(S::bits(S::loadf(x.add(i))), mask));
+            i += 16;
+        }
+        let t = S::maxu(S::maxu(top[0], top[1]), S::maxu(top[2], top[3]));
+        let mut lanes = [0u32; 16];
+        S::store(lanes.as_mut_ptr().cast(), t);
+        let mut best = lanes.into_iter().max().unwrap_or(0);
+        while i < n {
+            best = best.max((*x.add(i)).to_bits() & 0x7fff_ffff);
+            i += 1;
+        }
+        best
+    }
+}
+
+/// `q = clip(rint(x/s), -127, 127)` for `n` floats, a multiple of 16.
+///
+/// A product with the reciprocal decides every value that is not within 2^-12 of a tie, where it cannot differ from the
+/// true quotient after rounding; the others take the division.
+///
+/// # Safety
+/// `x` has `n` readable floats and `q` as many writable bytes; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, q: *mut i8) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let s = S::splatf(scale);
+        let (lo, hi) = (S::splatf(-127.0), S::splatf(127.0));
+        let inverse = 1.0 / scale;
+        let quick = scale >= f32::MIN_POSITIVE * 4.0 && inverse >= f32::MIN_POSITIVE;
+        let inv = S::splatf(inverse);
+        let half = S::splatf(0.5 - 1.0 / 4096.0);
+        let abs = S::splat(0x7fff_ffff);
+        for i in (0..n).step_by(16) {
+            let v = S::loadf(x.add(i));
+            if quick {
+                let t = S::mulf(v, inv);
+                let r = S::rint(t);
+                let d = S::from_bits(S::and(S::bits(S::subf(t, S::cvt(r))), abs));
+                if !S::any_gt(d, half) {
+                    S::store_i8(q.add(i), r);
+                    continue;
+                }
+            }
+            let r = S::rint(S::maxf(S::minf(S::divf(v, s), hi), lo));
+            S::store_i8(q.add(i), r);
+        }
+    }
+}
+
+/// Sums of the codes of one 64-byte run per segment of `SEG` dwords (16 for the whole run).
+///
+/// # Safety
+/// `q` has 64 readable bytes, `out` `16/seg` writable sums; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn code_sums<S: Simd>(q: *const i8, seg: usize, out: *mut i32) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let d = S::dot7(S::splat(0), S::splat8(1), S::load(q.cast()));
+        let mut lanes = [0i32; 16];
+        S::store(lanes.as_mut_ptr().cast(), d);
+        for (i, part) in lanes.chunks(seg).enumerate() {
+            *out.add(i) += part.iter().sum::<i32>();
+        }
+    }
+}
+
+/// What the epilogue needs to finish one row of a tile.
+#[derive(Debug, Clone, Copy)]
+pub struct Finish {
+    /// Columns, up to a multiple of 16 (buffers are padded).
+    pub cols: usize,
+    /// Row scale of the activations (1 where it is already in the sums).
+    pub act_scale: f32,
+    /// Activation sum of the row (times the constant zero for constant formats).
+    pub sum: i32,
+    /// All ones where values are odd integers `2u - sub`.
+    pub dbl: i32,
+    /// `[cols]` bias or null.
+    pub bias: *const f32,
+    /// `[cols]` row scales.
+    pub scales: *const f32,
+    /// `[cols]` integer zeros or null.
+    pub zeros: *const u8,
+    /// `[cols]` float zeros or null.
+    pub fzeros: *const f32,
+}
+
+/// Turns raw sums of one row into floats: `acc = f32(D)*s`, float zero, activation scale, bias.
+///
+/// # Safety
+/// `c` and the arrays in `e` have `cols` elements rounded up to 16; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn finish_raw<S: Simd>(c: *const i32, out: *mut f32, e: &Finish) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (dbl, sum) = (S::splat(e.dbl), S::splat(e.sum));
+        for j in (0..e.cols).step_by(16) {
+            let d = S::load(c.add(j).cast());
+            let mut d = S::add(d, S::and(d, dbl));
+            if !e.zeros.is_null() {
+                d = S::sub(d, S::mul(S::load_u8(e.zeros.add(j)), sum));
+            } else if e.fzeros.is_null() {
+                d = S::sub(d, sum);
+            }
+            let s = S::loadf(e.scales.add(j));
+            let mut f = S::fma(S::cvt(d), s, S::splatf(0.0));
+            if !e.fzeros.is_null() {
+                let sz = S::from_bits(S::xor_sign(S::bits(S::mulf(s, S::loadf(e.fzeros.add(j))))));
+                f = S::fma(S::cvt(sum), sz, f);
+            }
+            f = S::mulf(f, S::splatf(e.act_scale));
+            if !e.bias.is_null() {
+                f = S::addf(f, S::loadf(e.bias.add(j)));
+            }
+            S::storef(out.add(j), f);
+        }
+    }
+}
+
+/// Finishes one row of float sums in place: `c = c*act_scale + bias`.
+///
+/// # Safety
+/// `c` has `cols` floats rounded up to 16, and so has the bias; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn finish_f32<S: Simd>(c: *mut f32, e: &Finish) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let s = S::splatf(e.act_scale);
+        for j in (0..e.cols).step_by(16) {
+            let mut f = S::mulf(S::loadf(c.add(j)), s);
+            if !e.bias.is_null() {
+                f = S::addf(f, S::loadf(e.bias.add(j)));
+            }
+            S::storef(c.add(j), f);
+        }
+    }
+}
+
+
+/// Rounds `n` floats (a multiple of 16) to bfloat16 precision in place; NaN stays NaN.
+///
+/// # Safety
+/// `x` has `n` floats; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn round_rows<S: Simd>(x: *mut f32, n: usize) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let top = S::from_bits(S::splat(0x7f80_0000 - 1));
+        for i in (0..n).step_by(16) {
+            let v = S::loadf(x.add(i));
+            let mag = S::and(S::bits(v), S::splat(0x7fff_ffff));
+            let big = S::maxu(mag, S::bits(top));
+            // Rows with Inf or NaN are rare: lane by lane there.
+            let mut lanes = [0u32; 16];
+            S::store(lanes.as_mut_ptr().cast(), big);
+            if lanes.iter().any(|&b| b >= 0x7f80_0000) {
+                for t in 0..16 {
+                    let v = *x.add(i + t);
+                    if v.is_finite() {
+                        *x.add(i + t) = half::bf16::from_f32(v).to_f32();
+                    }
+                }
+            } else {
+                S::storef(x.add(i), round_bf16::<S>(v));
+            }
+        }
+    }
+}

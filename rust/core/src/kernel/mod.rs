@@ -1,0 +1,420 @@
+//! The kernel table. A kernel multiplies tiles of one compute class on one ISA and knows no format: it sees codes in
+//! panels (see `pack.rs`), scales and zeros.
+pub mod generic;
+pub mod scalar;
+pub mod simd;
+#[cfg(target_arch = "x86_64")]
+pub mod x86;
+
+use crate::isa::Isa;
+use generic::Finish;
+
+/// Panel scales in their stored type.
+#[derive(Debug, Clone, Copy)]
+pub enum ScalePtr {
+    /// binary32
+    F32(*const f32),
+    /// binary16
+    F16(*const u16),
+    /// bfloat16
+    BF16(*const u16),
+}
+
+impl ScalePtr {
+    /// The pointer moved on by `n` elements.
+    #[must_use]
+    pub fn offset(self, n: usize) -> Self {
+        match self {
+            Self::F32(p) => Self::F32(p.wrapping_add(n)),
+            Self::F16(p) => Self::F16(p.wrapping_add(n)),
+            Self::BF16(p) => Self::BF16(p.wrapping_add(n)),
+        }
+    }
+}
+
+/// Quantised activation rows, as a kernel sees them.
+#[derive(Debug, Clone, Copy)]
+pub struct ActRows {
+    /// Codes: row m of block b at `b*block_stride + 64*m`.
+    pub codes: *const i8,
+    /// Bytes from one block of K to the next.
+    pub block_stride: usize,
+    /// Sums `[segment][rows]`.
+    pub sums: *const i32,
+    /// Scales `[segment][rows]`, where activations are scaled per group.
+    pub scales: *const f32,
+    /// Row stride of `sums` and `scales`.
+    pub rows: usize,
+}
+
+/// Arguments of the grouped integer kernels.
+#[derive(Debug, Clone, Copy)]
+pub struct Grp {
+    /// First panel, first block.
+    pub codes: *const u8,
+    /// Bytes between panels.
+    pub panel_stride: usize,
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Blocks of a segment (where segments are whole blocks).
+    pub seg_blocks: usize,
+    /// First segment.
+    pub seg0: usize,
+    /// Group of each segment.
+    pub seg_group: *const u32,
+    /// Scales of the first panel.
+    pub scales: ScalePtr,
+    /// Elements between panels in scales and zeros.
+    pub scale_stride: usize,
+    /// Integer zeros of the first panel.
+    pub zeros: *const u8,
+    /// Float zeros of the first panel.
+    pub fzeros: *const f32,
+    /// Activations.
+    pub act: ActRows,
+    /// Float sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+    /// All ones where values are `2u - sub`, else 0.
+    pub dbl: i32,
+    /// Bytes to prefetch ahead in the codes, 0 for none.
+    pub prefetch: usize,
+}
+
+/// Arguments of the ungrouped integer kernels.
+#[derive(Debug, Clone, Copy)]
+pub struct Raw {
+    /// First panel, first block.
+    pub codes: *const u8,
+    /// Bytes between panels.
+    pub panel_stride: usize,
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Activations.
+    pub act: ActRows,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut i32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+    /// Bytes to prefetch ahead in the codes, 0 for none.
+    pub prefetch: usize,
+}
+
+/// Arguments of the float kernels that decode as they go.
+#[derive(Debug, Clone, Copy)]
+pub struct F32Args {
+    /// Unpacked codes of the first panel.
+    pub bytes: *const u8,
+    /// Bytes between panels.
+    pub byte_stride: usize,
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Places of a group.
+    pub padded: usize,
+    /// Group of the first place.
+    pub group0: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// Scales of the first panel.
+    pub scales: ScalePtr,
+    /// Elements between panels in scales and zeros.
+    pub scale_stride: usize,
+    /// Integer zeros or null.
+    pub zeros: *const u8,
+    /// Float zeros or null.
+    pub fzeros: *const f32,
+    /// Constant zero.
+    pub sub: i32,
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// Arguments of the dense float kernel.
+#[derive(Debug, Clone, Copy)]
+pub struct GemmArgs {
+    /// Activations, row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Weights `[panel][k][16]`.
+    pub w: *const f32,
+    /// Floats between panels.
+    pub panel_stride: usize,
+    /// Values of K.
+    pub k: usize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// A grouped integer kernel.
+pub type GroupedFn = unsafe fn(&Grp);
+/// An ungrouped integer kernel.
+pub type RawFn = unsafe fn(&Raw);
+/// A decoding float kernel.
+pub type GemvFn = unsafe fn(&F32Args);
+/// A dense float kernel.
+pub type GemmFn = unsafe fn(&GemmArgs);
+
+/// Everything one ISA offers. Look-ups answer `None` where a combination has no fused kernel; the byte kernels, which
+/// read unpacked codes, serve every format.
+#[derive(Debug)]
+pub struct Kernels {
+    /// The ISA.
+    pub isa: Isa,
+    /// Activation rows a byte kernel takes at most.
+    pub max_mr: usize,
+    /// `unpack[bits]`.
+    pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
+    /// Fused grouped kernel by (bits, zero mode, activation groups, registers of a segment, rows): kernel and panels.
+    pub grouped: fn(usize, u8, bool, usize, usize) -> Option<(GroupedFn, usize)>,
+    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, registers of a segment, rows).
+    pub grouped_bytes: fn(u8, bool, usize, usize) -> GroupedFn,
+    /// Fused ungrouped kernel by (bits, rows).
+    pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
+    /// Ungrouped kernel over bytes, one panel, by rows.
+    pub raw_bytes: fn(usize) -> RawFn,
+    /// Float kernel over bytes by (weight mode, bf16 rounding, rows, one panel only): kernel and panels.
+    pub gemv: fn(u8, bool, usize, bool) -> (GemvFn, usize),
+    /// Expansion of bytes to floats by (weight mode, bf16 rounding).
+    pub expand: fn(u8, bool) -> unsafe fn(&F32Args, *mut f32),
+    /// Dense float kernel by (rows, one panel only).
+    pub gemm: fn(usize, bool) -> GemmFn,
+    /// Rows of the largest dense float kernel.
+    pub gemm_mr: usize,
+    /// Panels of the dense float kernel.
+    pub gemm_np: usize,
+    /// See [`generic::absmax_bits`].
+    pub absmax_bits: unsafe fn(*const f32, usize) -> u32,
+    /// See [`generic::quantise`].
+    pub quantise: unsafe fn(*const f32, usize, f32, *mut i8),
+    /// See [`generic::code_sums`].
+    pub code_sums: unsafe fn(*const i8, usize, *mut i32),
+    /// See [`generic::finish_raw`].
+    pub finish_raw: unsafe fn(*const i32, *mut f32, &Finish),
+    /// See [`generic::finish_f32`].
+    pub finish_f32: unsafe fn(*mut f32, &Finish),
+    /// Rounds floats to bfloat16 precision in place.
+    pub round_bf16: unsafe fn(*mut f32, usize),
+}
+
+/// The kernels of a level. AMX shares the vector kernels of AVX-512 VNNI and adds tiles (`x86::amx`).
+pub fn table(isa: Isa) -> &'static Kernels {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => &x86::AVX2,
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => &x86::AVXVNNI,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => &x86::AVX512,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512Vnni | Isa::Amx => &x86::AVX512VNNI,
+        _ => &SCALAR,
+    }
+}
+
+/// Instantiates the generic kernels for one vector type as a [`Kernels`] table.
+macro_rules! instantiate {
+    (
+        $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
+        fused [$(($bits:literal, $u:ident)),*], panels [$np1:literal, $np2:literal, $np4:literal], sets $sets:literal,
+        rows $max_mr:literal, gemm $gnp:literal [$($mr:literal),*]
+    ) => {
+        pub(crate) static $name: crate::kernel::Kernels = {
+            use crate::kernel::generic::{self, *};
+            use crate::kernel::*;
+            $(#[$feature])*
+            unsafe fn unpack<U: Unpack>(src: *const u8, dst: *mut u8, n: usize, dbl: u8, sub: u8) {
+                // SAFETY: the caller's contract is that of the generic kernel.
+                unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub) }
+            }
+            $(#[$feature])*
+            unsafe fn grouped<U: Unpack, const Z: u8, const A: bool, const SEG: usize, const NP: usize, const MR: usize, const SETS: usize>(a: &Grp) {
+                // SAFETY: as above.
+                unsafe { generic::grouped::<$v, U, Z, A, SEG, NP, MR, SETS>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn raw<U: Unpack, const NP: usize, const MR: usize, const SETS: usize>(a: &Raw) {
+                // SAFETY: as above.
+                unsafe { generic::raw::<$v, U, NP, MR, SETS>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn gemv<const W: u8, const ROUND: bool, const NP: usize, const MR: usize>(a: &F32Args) {
+                // SAFETY: as above.
+                unsafe { generic::gemv::<$v, W, ROUND, NP, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn expand<const W: u8, const ROUND: bool>(a: &F32Args, out: *mut f32) {
+                // SAFETY: as above.
+                unsafe { generic::expand::<$v, W, ROUND>(a, out) }
+            }
+            $(#[$feature])*
+            unsafe fn gemm<const NP: usize, const MR: usize>(a: &GemmArgs) {
+                // SAFETY: as above.
+                unsafe { generic::gemm::<$v, NP, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn absmax_bits(x: *const f32, n: usize) -> u32 {
+                // SAFETY: as above.
+                unsafe { generic::absmax_bits::<$v>(x, n) }
+            }
+            $(#[$feature])*
+            unsafe fn quantise(x: *const f32, n: usize, s: f32, q: *mut i8) {
+                // SAFETY: as above.
+                unsafe { generic::quantise::<$v>(x, n, s, q) }
+            }
+            $(#[$feature])*
+            unsafe fn code_sums(q: *const i8, seg: usize, out: *mut i32) {
+                // SAFETY: as above.
+                unsafe { generic::code_sums::<$v>(q, seg, out) }
+            }
+            $(#[$feature])*
+            unsafe fn finish_raw(c: *const i32, out: *mut f32, e: &Finish) {
+                // SAFETY: as above.
+                unsafe { generic::finish_raw::<$v>(c, out, e) }
+            }
+            $(#[$feature])*
+            unsafe fn finish_f32(c: *mut f32, e: &Finish) {
+                // SAFETY: as above.
+                unsafe { generic::finish_f32::<$v>(c, e) }
+            }
+            $(#[$feature])*
+            unsafe fn round_bf16(x: *mut f32, n: usize) {
+                // SAFETY: as above.
+                unsafe { generic::round_rows::<$v>(x, n) }
+            }
+            fn pick<U: Unpack, const SEG: usize>(z: u8, a: bool, mr: usize) -> Option<(GroupedFn, usize)> {
+                macro_rules! rows { ($z:ident, $a:literal) => { match mr {
+                    1 => (grouped::<U, $z, $a, SEG, $np1, 1, $sets> as GroupedFn, $np1),
+                    2 => (grouped::<U, $z, $a, SEG, $np2, 2, $sets> as GroupedFn, $np2),
+                    4 => (grouped::<U, $z, $a, SEG, $np4, 4, $sets> as GroupedFn, $np4),
+                    _ => return None,
+                } } }
+                Some(match (z, a) {
+                    (Z_CONST, false) => rows!(Z_CONST, false),
+                    (Z_CONST, true) => rows!(Z_CONST, true),
+                    (Z_INT, false) => rows!(Z_INT, false),
+                    (Z_INT, true) => rows!(Z_INT, true),
+                    _ => return None,
+                })
+            }
+            #[allow(unused_variables)]
+            fn grouped_fused(bits: usize, z: u8, a: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
+                match (bits, seg) {
+                    $( ($bits, 16) => pick::<$u, 16>(z, a, mr), ($bits, 8) => pick::<$u, 8>(z, a, mr), )*
+                    _ => None,
+                }
+            }
+            fn grouped_bytes(z: u8, a: bool, seg: usize, mr: usize) -> GroupedFn {
+                macro_rules! rows { ($z:ident, $a:literal, $seg:literal) => { match mr {
+                    1 => grouped::<U8, $z, $a, $seg, 1, 1, $sets> as GroupedFn,
+                    2 => grouped::<U8, $z, $a, $seg, 1, 2, $sets> as GroupedFn,
+                    4 => grouped::<U8, $z, $a, $seg, 1, 4, $sets> as GroupedFn,
+                    _ => grouped::<U8, $z, $a, $seg, 1, $max_mr, $sets> as GroupedFn,
+                } } }
+                macro_rules! segs { ($z:ident, $a:literal) => { match seg {
+                    2 => rows!($z, $a, 2),
+                    4 => rows!($z, $a, 4),
+                    8 => rows!($z, $a, 8),
+                    _ => rows!($z, $a, 16),
+                } } }
+                match (z, a) {
+                    (Z_CONST, false) => segs!(Z_CONST, false),
+                    (Z_CONST, true) => segs!(Z_CONST, true),
+                    (Z_INT, false) => segs!(Z_INT, false),
+                    (Z_INT, true) => segs!(Z_INT, true),
+                    (_, false) => segs!(Z_FLOAT, false),
+                    (_, true) => segs!(Z_FLOAT, true),
+                }
+            }
+            #[allow(unused_variables)]
+            fn raw_fused(bits: usize, mr: usize) -> Option<(RawFn, usize)> {
+                match (bits, mr) {
+                    $( ($bits, 1) => Some((raw::<$u, $np1, 1, $sets> as RawFn, $np1)),
+                       ($bits, 2) => Some((raw::<$u, $np2, 2, $sets> as RawFn, $np2)),
+                       ($bits, 4) => Some((raw::<$u, $np4, 4, $sets> as RawFn, $np4)), )*
+                    _ => None,
+                }
+            }
+            fn raw_bytes(mr: usize) -> RawFn {
+                match mr {
+                    1 => raw::<U8, 1, 1, $sets>,
+                    2 => raw::<U8, 1, 2, $sets>,
+                    4 => raw::<U8, 1, 4, $sets>,
+                    _ => raw::<U8, 1, $max_mr, $sets>,
+                }
+            }
+            fn gemv_pick(w: u8, round: bool, mr: usize, single: bool) -> (GemvFn, usize) {
+                macro_rules! rows { ($w:ident, $r:literal) => { match (mr, single) {
+                    (1, false) => (gemv::<$w, $r, $np1, 1> as GemvFn, $np1),
+                    (2, false) => (gemv::<$w, $r, $np1, 2> as GemvFn, $np1),
+                    (_, false) => (gemv::<$w, $r, $np4, 4> as GemvFn, $np4),
+                    (1, true) => (gemv::<$w, $r, 1, 1> as GemvFn, 1),
+                    (2, true) => (gemv::<$w, $r, 1, 2> as GemvFn, 1),
+                    (_, true) => (gemv::<$w, $r, 1, 4> as GemvFn, 1),
+                } } }
+                match (w, round) {
+                    (W_MUL1, false) => rows!(W_MUL1, false),
+                    (W_MUL1, true) => rows!(W_MUL1, true),
+                    (W_MUL2, false) => rows!(W_MUL2, false),
+                    (W_MUL2, true) => rows!(W_MUL2, true),
+                    (_, false) => rows!(W_FLOAT, false),
+                    (_, true) => rows!(W_FLOAT, true),
+                }
+            }
+            fn expand_pick(w: u8, round: bool) -> unsafe fn(&F32Args, *mut f32) {
+                match (w, round) {
+                    (W_MUL1, false) => expand::<W_MUL1, false>,
+                    (W_MUL1, true) => expand::<W_MUL1, true>,
+                    (W_MUL2, false) => expand::<W_MUL2, false>,
+                    (W_MUL2, true) => expand::<W_MUL2, true>,
+                    (_, false) => expand::<W_FLOAT, false>,
+                    (_, true) => expand::<W_FLOAT, true>,
+                }
+            }
+            fn gemm_pick(mr: usize, single: bool) -> GemmFn {
+                match (mr, single) {
+                    $( ($mr, false) => gemm::<$gnp, $mr>, ($mr, true) => gemm::<1, $mr>, )*
+                    _ => unreachable!("the loop nest asks for at most gemm_mr rows"),
+                }
+            }
+            crate::kernel::Kernels {
+                isa: $isa,
+                max_mr: $max_mr,
+                unpack: [
+                    unpack::<U8>, unpack::<U1>, unpack::<U2>, unpack::<U3>, unpack::<U4>,
+                    unpack::<U5>, unpack::<U6>, unpack::<U7>, unpack::<U8>,
+                ],
+                grouped: grouped_fused,
+                grouped_bytes,
+                raw: raw_fused,
+                raw_bytes,
+                gemv: gemv_pick,
+                expand: expand_pick,
+                gemm: gemm_pick,
+                gemm_mr: [$($mr),*].len(),
+                gemm_np: $gnp,
+                absmax_bits,
+                quantise,
+                code_sums,
+                finish_raw,
+                finish_f32,
+                round_bf16,
+            }
+        };
+    };
+}
+pub(crate) use instantiate;
+
+instantiate!(
+    SCALAR, Isa::Scalar, scalar::Scalar,
+    fused [], panels [1, 1, 1], sets 1, rows 4, gemm 1 [1, 2, 3, 4]
+);

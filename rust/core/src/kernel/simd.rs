@@ -1,0 +1,87 @@
+//! The vector operations that the generic kernels are written in. One implementation per ISA; each is a thin wrapper
+//! of intrinsics, and the scalar one is their definition.
+//!
+//! A register is 64 bytes, seen as 16 lanes of i32 (four bytes each) or of f32: lane = row of a panel.
+
+/// Vector operations of one ISA.
+///
+/// # Safety
+/// Every method needs the ISA's CPU features; those with pointers need 64 readable (writable) bytes there unless they say
+/// otherwise. No alignment is required.
+#[allow(clippy::missing_safety_doc, missing_docs)]
+pub unsafe trait Simd: 'static {
+    /// 64 bytes of integers.
+    type I: Copy;
+    /// 16 lanes of f32.
+    type F: Copy;
+
+    unsafe fn load(p: *const u8) -> Self::I;
+    unsafe fn store(p: *mut u8, v: Self::I) -> ();
+    unsafe fn splat8(v: u8) -> Self::I;
+    unsafe fn splat(v: i32) -> Self::I;
+    unsafe fn and(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
+    /// Logical right shift of 16-bit lanes, `n < 8` and constant after inlining.
+    unsafe fn shr(a: Self::I, n: usize) -> Self::I;
+    /// Left shift of 16-bit lanes.
+    unsafe fn shl(a: Self::I, n: usize) -> Self::I;
+    unsafe fn add8(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn sub8(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn add(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn sub(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn mul(a: Self::I, b: Self::I) -> Self::I;
+    /// Unsigned maximum of 32-bit lanes.
+    unsafe fn maxu(a: Self::I, b: Self::I) -> Self::I;
+    /// `acc + sum_j u[j]*s[j]` over the four bytes of each lane, u unsigned, s signed; exact for every byte.
+    unsafe fn dot(acc: Self::I, u: Self::I, s: Self::I) -> Self::I;
+    /// As `dot`, for u up to 127.
+    unsafe fn dot7(acc: Self::I, u: Self::I, s: Self::I) -> Self::I;
+    /// 16 bytes, zero-extended to lanes.
+    unsafe fn load_u8(p: *const u8) -> Self::I;
+    /// Lanes (each within i8) stored as 16 bytes.
+    unsafe fn store_i8(p: *mut i8, v: Self::I) -> ();
+    unsafe fn cvt(a: Self::I) -> Self::F;
+    /// Round to nearest even.
+    unsafe fn rint(a: Self::F) -> Self::I;
+    /// Byte `j` of each lane as the float 2^23 + byte, exact.
+    unsafe fn magic(a: Self::I, j: usize) -> Self::F;
+
+    unsafe fn bits(a: Self::F) -> Self::I;
+    unsafe fn from_bits(a: Self::I) -> Self::F;
+    unsafe fn loadf(p: *const f32) -> Self::F;
+    unsafe fn storef(p: *mut f32, v: Self::F) -> ();
+    unsafe fn splatf(v: f32) -> Self::F;
+    /// 16 binary16 numbers (32 bytes).
+    unsafe fn load_f16(p: *const u16) -> Self::F;
+    /// 16 bfloat16 numbers (32 bytes).
+    unsafe fn load_bf16(p: *const u16) -> Self::F;
+    unsafe fn addf(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn subf(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn mulf(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn divf(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn minf(a: Self::F, b: Self::F) -> Self::F;
+    unsafe fn maxf(a: Self::F, b: Self::F) -> Self::F;
+    /// `a*b + c`, rounded once.
+    unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
+    /// 32-bit logical right shift by 16, for rounding to bfloat16.
+    unsafe fn shr32_16(a: Self::I) -> Self::I;
+    /// Flips bit 31 of every lane.
+    unsafe fn xor_sign(a: Self::I) -> Self::I;
+    /// Whether any lane of `a` is above its lane of `b`.
+    unsafe fn any_gt(a: Self::F, b: Self::F) -> bool;
+    /// Fetches the cache line of `p` for reading soon.
+    unsafe fn prefetch(p: *const u8) -> ();
+}
+
+/// Writes the methods of a [`Simd`] implementation, one expression each.
+macro_rules! ops {
+    ($($name:ident($($a:ident: $t:ty),*) -> $r:ty = $e:expr;)*) => { $(
+        #[inline(always)]
+        unsafe fn $name($($a: $t),*) -> $r {
+            // SAFETY: the trait's contract: the CPU has the features, and pointers are good for the access.
+            #[allow(unused_unsafe)]
+            unsafe { $e }
+        }
+    )* };
+}
+pub(crate) use ops;

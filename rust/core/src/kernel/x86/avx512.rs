@@ -1,0 +1,135 @@
+//! AVX-512: one zmm per register. With and without VNNI they differ only in the dot product.
+use crate::kernel::simd::{ops, Simd};
+use std::arch::x86_64::*;
+
+/// AVX-512 F, BW, DQ, VL.
+#[derive(Debug)]
+pub struct Avx512;
+/// AVX-512 with VNNI.
+#[derive(Debug)]
+pub struct Avx512Vnni;
+
+type I = __m512i;
+type F = __m512;
+
+#[inline(always)]
+unsafe fn shr16(a: I, n: usize) -> I {
+    // SAFETY: the caller has AVX-512BW.
+    unsafe {
+        match n {
+            0 => a,
+            1 => _mm512_srli_epi16::<1>(a),
+            2 => _mm512_srli_epi16::<2>(a),
+            3 => _mm512_srli_epi16::<3>(a),
+            4 => _mm512_srli_epi16::<4>(a),
+            5 => _mm512_srli_epi16::<5>(a),
+            6 => _mm512_srli_epi16::<6>(a),
+            _ => _mm512_srli_epi16::<7>(a),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn shl16(a: I, n: usize) -> I {
+    // SAFETY: the caller has AVX-512BW.
+    unsafe {
+        match n {
+            0 => a,
+            1 => _mm512_slli_epi16::<1>(a),
+            2 => _mm512_slli_epi16::<2>(a),
+            3 => _mm512_slli_epi16::<3>(a),
+            4 => _mm512_slli_epi16::<4>(a),
+            5 => _mm512_slli_epi16::<5>(a),
+            6 => _mm512_slli_epi16::<6>(a),
+            _ => _mm512_slli_epi16::<7>(a),
+        }
+    }
+}
+
+/// Byte `j` of each lane under the exponent of 2^23; `(x & 0xff) | 2^23` is one ternary logic operation.
+#[inline(always)]
+unsafe fn magic(a: I, j: usize) -> F {
+    // SAFETY: the caller has AVX-512F.
+    unsafe {
+        let base = _mm512_set1_epi32(0x4B00_0000);
+        let x = match j {
+            0 => a,
+            1 => _mm512_srli_epi32::<8>(a),
+            2 => _mm512_srli_epi32::<16>(a),
+            _ => return _mm512_castsi512_ps(_mm512_or_si512(_mm512_srli_epi32::<24>(a), base)),
+        };
+        _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xF8>(base, x, _mm512_set1_epi32(0xff)))
+    }
+}
+
+macro_rules! common {
+    () => {
+        type I = I;
+        type F = F;
+        ops! {
+            load(p: *const u8) -> I = _mm512_loadu_si512(p.cast());
+            store(p: *mut u8, v: I) -> () = _mm512_storeu_si512(p.cast(), v);
+            splat8(v: u8) -> I = _mm512_set1_epi8(v as i8);
+            splat(v: i32) -> I = _mm512_set1_epi32(v);
+            and(a: I, b: I) -> I = _mm512_and_si512(a, b);
+            or(a: I, b: I) -> I = _mm512_or_si512(a, b);
+            shr(a: I, n: usize) -> I = shr16(a, n);
+            shl(a: I, n: usize) -> I = shl16(a, n);
+            add8(a: I, b: I) -> I = _mm512_add_epi8(a, b);
+            sub8(a: I, b: I) -> I = _mm512_sub_epi8(a, b);
+            add(a: I, b: I) -> I = _mm512_add_epi32(a, b);
+            sub(a: I, b: I) -> I = _mm512_sub_epi32(a, b);
+            mul(a: I, b: I) -> I = _mm512_mullo_epi32(a, b);
+            maxu(a: I, b: I) -> I = _mm512_max_epu32(a, b);
+            load_u8(p: *const u8) -> I = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
+            store_i8(p: *mut i8, v: I) -> () = _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
+            cvt(a: I) -> F = _mm512_cvtepi32_ps(a);
+            rint(a: F) -> I = _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+            magic(a: I, j: usize) -> F = magic(a, j);
+            bits(a: F) -> I = _mm512_castps_si512(a);
+            from_bits(a: I) -> F = _mm512_castsi512_ps(a);
+            loadf(p: *const f32) -> F = _mm512_loadu_ps(p);
+            storef(p: *mut f32, v: F) -> () = _mm512_storeu_ps(p, v);
+            splatf(v: f32) -> F = _mm512_set1_ps(v);
+            load_f16(p: *const u16) -> F = _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()));
+            load_bf16(p: *const u16) -> F =
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast()))));
+            addf(a: F, b: F) -> F = _mm512_add_ps(a, b);
+            subf(a: F, b: F) -> F = _mm512_sub_ps(a, b);
+            mulf(a: F, b: F) -> F = _mm512_mul_ps(a, b);
+            divf(a: F, b: F) -> F = _mm512_div_ps(a, b);
+            minf(a: F, b: F) -> F = _mm512_min_ps(a, b);
+            maxf(a: F, b: F) -> F = _mm512_max_ps(a, b);
+            fma(a: F, b: F, c: F) -> F = _mm512_fmadd_ps(a, b, c);
+            shr32_16(a: I) -> I = _mm512_srli_epi32::<16>(a);
+            xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
+            any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
+            prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+    };
+}
+
+// SAFETY: intrinsics of the features that `Isa::Avx512` stands for.
+unsafe impl Simd for Avx512 {
+    common!();
+    ops! {
+        // VPMADDUBSW saturates at i16: u is split into its low seven bits and its top bit, each exact.
+        dot(acc: I, u: I, s: I) -> I = {
+            let ones = _mm512_set1_epi16(1);
+            let lo = _mm512_maddubs_epi16(_mm512_and_si512(u, _mm512_set1_epi8(0x7f)), s);
+            let hi = _mm512_maddubs_epi16(_mm512_and_si512(u, _mm512_set1_epi8(-128)), s);
+            _mm512_add_epi32(acc, _mm512_add_epi32(_mm512_madd_epi16(lo, ones), _mm512_madd_epi16(hi, ones)))
+        };
+        dot7(acc: I, u: I, s: I) -> I =
+            _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
+    }
+}
+
+// SAFETY: intrinsics of the features that `Isa::Avx512Vnni` stands for.
+unsafe impl Simd for Avx512Vnni {
+    common!();
+    ops! {
+        dot(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
+        dot7(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
+    }
+}

@@ -1,0 +1,339 @@
+//! Panels: the portable layout rearranged for the kernels.
+//!
+//! # Layout
+//! A panel holds 16 rows of the weight, cut along K in *blocks* of 64. A block of b-bit codes is `128*b` bytes, made of
+//! planes of 8, 4, 2 or 1 bits (3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1; the widest plane holds the low bits and comes first).
+//!
+//! Decoded to bytes, a block is 16 *registers* of 64 bytes; register `r`, byte `4*n + j` is row `n`, `k = 4r + j`: the order
+//! of `VPDPBUSD` and of an AMX B tile. In the 4-bit plane registers `r` and `r + 8` share 64 bytes (low and high nibble),
+//! in the 2-bit plane `r`, `r + 4`, `r + 8`, `r + 12`, in the 1-bit plane every second register from `r`:
+//!
+//! ```text
+//! plane   bytes   register r lives in
+//! 8       1024    bytes 64r..64r+64
+//! 4        512    bytes 64(r%8)..,  bits 4(r/8)..
+//! 2        256    bytes 64(r%4)..,  bits 2(r/4)..
+//! 1        128    bytes 64(r%2)..,  bit   r/2
+//! ```
+//!
+//! # Groups
+//! Along K a group of g values takes `gp` places: g where g is 8, 16, 32 or a multiple of 64, else the next such number.
+//! The padding meets zero activations, so its codes do not matter. Rows beyond N are zero codes with zero scales.
+use crate::bits;
+use crate::buf::Buf;
+use crate::error::Result;
+use crate::format::{Format, ValueMap};
+use crate::pool;
+use crate::qtensor::{QView, ScalesRef, ZerosRef};
+
+/// Rows of a panel.
+pub const PANEL: usize = 16;
+/// Values of K in a block.
+pub const BLOCK: usize = 64;
+
+/// How K is laid out in a panel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Geometry {
+    /// Values of K.
+    pub k: usize,
+    /// Natural group length (K when one group spans the row).
+    pub group: usize,
+    /// Places a group takes.
+    pub padded: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// Places of a whole row, a multiple of [`BLOCK`].
+    pub kp: usize,
+}
+
+impl Geometry {
+    /// The layout of `k` values in groups of `group` (`None`: one group).
+    pub fn new(k: usize, group: Option<usize>) -> Self {
+        if k == 0 {
+            return Self { k, group: 1, padded: BLOCK, groups: 0, kp: 0 };
+        }
+        match group {
+            Some(g) if g < k => {
+                let padded = match g {
+                    0..=8 => 8,
+                    9..=16 => 16,
+                    17..=32 => 32,
+                    _ => g.next_multiple_of(BLOCK),
+                };
+                let groups = k.div_ceil(g);
+                let tail = k - (groups - 1) * g;
+                Self { k, group: g, padded, groups, kp: ((groups - 1) * padded + tail).next_multiple_of(BLOCK) }
+            }
+            _ => {
+                let kp = k.next_multiple_of(BLOCK);
+                Self { k, group: k, padded: kp, groups: 1, kp }
+            }
+        }
+    }
+
+    /// Blocks of a row.
+    pub fn blocks(&self) -> usize {
+        self.kp / BLOCK
+    }
+
+    /// Whether natural and padded positions agree.
+    pub fn is_plain(&self) -> bool {
+        self.group == self.padded || self.groups <= 1
+    }
+
+    /// Calls `f(natural start, padded start, length)` for each run of K that stays contiguous.
+    pub fn runs(&self, mut f: impl FnMut(usize, usize, usize)) {
+        if self.is_plain() {
+            f(0, 0, self.k);
+        } else {
+            for g in 0..self.groups {
+                let k0 = g * self.group;
+                f(k0, g * self.padded, self.group.min(self.k - k0));
+            }
+        }
+    }
+}
+
+/// Scales in panel order `[panel][group][16]`, in their stored type.
+#[derive(Debug)]
+pub enum PanelScales {
+    /// binary32
+    F32(Buf<f32>),
+    /// binary16 bits
+    F16(Buf<u16>),
+    /// bfloat16 bits
+    BF16(Buf<u16>),
+}
+
+impl PanelScales {
+    fn nbytes(&self) -> usize {
+        match self {
+            Self::F32(b) => b.len() * 4,
+            Self::F16(b) | Self::BF16(b) => b.len() * 2,
+        }
+    }
+}
+
+/// Zero points in panel order `[panel][group][16]`.
+#[derive(Debug)]
+pub enum PanelZeros {
+    /// Every code has the format's constant offset.
+    Const,
+    /// Integers.
+    Int(Buf<u8>),
+    /// Floats.
+    Float(Buf<f32>),
+}
+
+/// A weight in panels, ready for every kernel of every ISA.
+#[derive(Debug)]
+pub struct Packed {
+    /// The format it came from.
+    pub format: Format,
+    /// N, rows of the weight.
+    pub n: usize,
+    /// The layout along K.
+    pub geometry: Geometry,
+    /// Bits of a stored code.
+    pub bits: usize,
+    /// `value = mul*u - zero`.
+    pub mul: i32,
+    /// The constant part of the zero (0 where zeros are stored).
+    pub sub: i32,
+    /// Largest stored integer zero.
+    pub zero_max: u8,
+    /// `[panel][block][128*bits]`.
+    pub codes: Buf<u8>,
+    /// Scales.
+    pub scales: PanelScales,
+    /// Zeros.
+    pub zeros: PanelZeros,
+}
+
+impl Packed {
+    /// Panels of 16 rows.
+    pub fn panels(&self) -> usize {
+        self.n.div_ceil(PANEL)
+    }
+
+    /// Rows of the weight (N).
+    pub fn rows(&self) -> usize {
+        self.n
+    }
+
+    /// Columns of the weight (K).
+    pub fn cols(&self) -> usize {
+        self.geometry.k
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(&self) -> usize {
+        128 * self.bits
+    }
+
+    /// Bytes of one panel's codes.
+    pub fn panel_bytes(&self) -> usize {
+        self.geometry.blocks() * self.block_bytes()
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        let z = match &self.zeros {
+            PanelZeros::Const => 0,
+            PanelZeros::Int(b) => b.len(),
+            PanelZeros::Float(b) => b.len() * 4,
+        };
+        self.codes.len() + self.scales.nbytes() + z
+    }
+}
+
+/// A pointer that tasks may share because each writes its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<T>(pub *mut T);
+// SAFETY: users index disjoint parts per task.
+unsafe impl<T> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for Shared<T> {}
+impl<T> Shared<T> {
+    /// The pointer (a method, so that closures capture the wrapper).
+    pub(crate) fn get(self) -> *mut T {
+        self.0
+    }
+}
+
+/// Rearranges a quantised matrix into panels.
+///
+/// # Errors
+/// [`crate::Error::OutOfMemory`].
+pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
+    let bits = usize::from(q.format.element.bits);
+    let geometry = Geometry::new(q.cols, q.format.group.map(|g| g as usize));
+    let panels = q.rows.div_ceil(PANEL);
+    let block_bytes = 128 * bits;
+    let panel_bytes = geometry.blocks() * block_bytes;
+    let mut codes = Buf::<u8>::zeroed(panels.checked_mul(panel_bytes).ok_or(crate::Error::OutOfMemory(usize::MAX))?)?;
+    let row_bytes = (q.cols * bits).div_ceil(8);
+    let out = Shared(codes.as_mut_ptr());
+    pool::run(threads, panels, None, |p| {
+        let mut rows = vec![0u8; PANEL * geometry.kp];
+        let mut flat = vec![0u8; geometry.k];
+        for i in 0..PANEL.min(q.rows - p * PANEL) {
+            let n = p * PANEL + i;
+            bits::unpack(bits as u8, &q.codes[n * row_bytes..(n + 1) * row_bytes], &mut flat);
+            let row = &mut rows[i * geometry.kp..(i + 1) * geometry.kp];
+            fill_padding(q, n, &geometry, row);
+            geometry.runs(|k0, p0, len| row[p0..p0 + len].copy_from_slice(&flat[k0..k0 + len]));
+        }
+        // SAFETY: panel p owns this part of the buffer, and no other task touches it.
+        let dst = unsafe { std::slice::from_raw_parts_mut(out.get().add(p * panel_bytes), panel_bytes) };
+        for (b, block) in dst.chunks_exact_mut(block_bytes.max(1)).enumerate() {
+            pack_block(&rows, geometry.kp, b * BLOCK, bits, block);
+        }
+    });
+    let groups = geometry.groups;
+    let scales = match q.scales {
+        ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
+        ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
+        ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
+    };
+    let ValueMap::Affine { mul, sub } = q.format.element.map;
+    let (zeros, zero_max) = match q.zeros {
+        ZerosRef::None => (PanelZeros::Const, 0),
+        ZerosRef::Int(z) => (PanelZeros::Int(panelise(z, q.rows, groups)?), z.iter().copied().max().unwrap_or(0)),
+        ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
+    };
+    Ok(Packed { format: q.format, n: q.rows, geometry, bits, mul, sub, zero_max, codes, scales, zeros })
+}
+
+/// Gives the padding of a row the code that is worth nothing (or least): a padded place meets a zero activation, and
+/// must stay finite under the largest scales.
+fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
+    let ValueMap::Affine { mul, sub } = q.format.element.map;
+    match q.zeros {
+        ZerosRef::None => row.fill((sub / mul) as u8),
+        ZerosRef::Int(z) => {
+            for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
+                let top = ((1u32 << q.format.element.bits) - 1) as u8;
+                part.fill(z[n * geometry.groups + g.min(geometry.groups - 1)].min(top));
+            }
+        }
+        ZerosRef::Float(_) => row.fill(0),
+    }
+}
+
+/// `[N][groups]` to `[N/16][groups][16]`.
+fn panelise<T: crate::buf::Plain>(src: &[T], rows: usize, groups: usize) -> Result<Buf<T>> {
+    let mut out = Buf::zeroed(rows.div_ceil(PANEL) * groups * PANEL)?;
+    for n in 0..rows {
+        let base = (n / PANEL) * groups * PANEL + n % PANEL;
+        for g in 0..groups {
+            out[base + g * PANEL] = src[n * groups + g];
+        }
+    }
+    Ok(out)
+}
+
+/// Widths of the planes of a code, widest (low bits) first.
+fn planes(bits: usize) -> &'static [usize] {
+    match bits {
+        1 => &[1],
+        2 => &[2],
+        3 => &[2, 1],
+        4 => &[4],
+        5 => &[4, 1],
+        6 => &[4, 2],
+        7 => &[4, 2, 1],
+        _ => &[8],
+    }
+}
+
+/// Writes one block from 16 rows of unpacked codes (`rows[n*stride + k0 + k]`).
+fn pack_block(rows: &[u8], stride: usize, k0: usize, bits: usize, out: &mut [u8]) {
+    let mut at = 0;
+    let mut low = 0;
+    for &w in planes(bits) {
+        let plane = &mut out[at..at + 128 * w];
+        let per = 16 / (8 / w);
+        let mask = if w == 8 { 0xff } else { (1u8 << w) - 1 };
+        for n in 0..PANEL {
+            let row: &[u8; BLOCK] = rows[n * stride + k0..][..BLOCK].try_into().expect("a block of 64");
+            for r in 0..16 {
+                let shift = (r / per) * w;
+                let base = (r % per) * 64 + 4 * n;
+                for j in 0..4 {
+                    plane[base + j] |= ((row[4 * r + j] >> low) & mask) << shift;
+                }
+            }
+        }
+        at += 128 * w;
+        low += w;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn geometry_of_every_group_length() {
+        assert_eq!(Geometry::new(0, Some(32)).kp, 0);
+        let g = Geometry::new(576, Some(128));
+        assert_eq!((g.padded, g.groups, g.kp, g.is_plain()), (128, 5, 576, true));
+        let g = Geometry::new(100, Some(12));
+        assert_eq!((g.padded, g.groups, g.kp), (16, 9, 192));
+        let g = Geometry::new(100, Some(200));
+        assert_eq!((g.group, g.padded, g.groups, g.kp), (100, 128, 1, 128));
+        for k in 1..300 {
+            for g in 8..70 {
+                let geo = Geometry::new(k, Some(g));
+                let mut seen = 0;
+                geo.runs(|k0, p0, len| {
+                    assert_eq!(k0, seen);
+                    assert!(p0 + len <= geo.kp);
+                    seen += len;
+                });
+                assert_eq!(seen, k);
+            }
+        }
+    }
+}

@@ -1,0 +1,139 @@
+//! A thread pool that survives `fork`.
+//!
+//! A forked child inherits the memory of a pool but none of its threads, so the handle is keyed by process id: the child
+//! leaks the inherited one and builds its own. Nothing here holds a lock, so a fork can happen at any moment.
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+/// More threads than this are never started; results do not depend on the number.
+pub const MAX_THREADS: usize = 256;
+
+/// How often a long call asks its caller whether to stop.
+const POLL_EVERY: Duration = Duration::from_millis(40);
+
+struct Handle {
+    pid: u32,
+    threads: usize,
+    pool: ThreadPool,
+}
+
+static CURRENT: AtomicPtr<Handle> = AtomicPtr::new(null_mut());
+
+/// A pool of at least `threads` workers, or `None` when the system refuses to start them.
+fn pool(threads: usize) -> Option<&'static ThreadPool> {
+    let pid = std::process::id();
+    let old = CURRENT.load(Ordering::Acquire);
+    // SAFETY: handles are leaked when published, so the pointer is null or valid for ever.
+    if let Some(h) = unsafe { old.as_ref() } {
+        if h.pid == pid && h.threads >= threads {
+            return Some(&h.pool);
+        }
+    }
+    let size = threads.next_power_of_two();
+    let pool = ThreadPoolBuilder::new().num_threads(size).thread_name(|i| format!("nibblas-{i}")).build().ok()?;
+    let new = Box::into_raw(Box::new(Handle { pid, threads: size, pool }));
+    match CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+        // SAFETY: just leaked above.
+        Ok(_) => Some(unsafe { &(*new).pool }),
+        Err(_) => {
+            // Another thread published first; ours is still private and may be freed.
+            // SAFETY: `new` came from Box::into_raw above and was never shared.
+            drop(unsafe { Box::from_raw(new) });
+            pool_published(threads)
+        }
+    }
+}
+
+fn pool_published(threads: usize) -> Option<&'static ThreadPool> {
+    // SAFETY: as in `pool`.
+    unsafe { CURRENT.load(Ordering::Acquire).as_ref() }
+        .filter(|h| h.pid == std::process::id() && h.threads >= threads)
+        .map(|h| &h.pool)
+}
+
+/// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them, in no fixed order.
+///
+/// `poll` is called from the caller's thread every 40 ms or so; when it answers true no further task starts and the
+/// function returns false. Runs on the caller alone when it is itself a worker of the pool, or no thread can be started.
+pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)>, f: impl Fn(usize) + Sync) -> bool {
+    let helpers = threads.min(tasks).min(MAX_THREADS).saturating_sub(1);
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let work = || {
+        while !stop.load(Ordering::Relaxed) {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                break;
+            }
+            f(i);
+        }
+    };
+    let lead = || {
+        let Some(poll) = poll else { return work() };
+        let mut asked = Instant::now();
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                break;
+            }
+            f(i);
+            if asked.elapsed() >= POLL_EVERY {
+                asked = Instant::now();
+                if poll() {
+                    stop.store(true, Ordering::Relaxed);
+                    break;
+                }
+            }
+        }
+    };
+    let pool = if helpers == 0 || rayon::current_thread_index().is_some() { None } else { pool(helpers) };
+    match pool {
+        None => lead(),
+        Some(p) => p.in_place_scope(|s| {
+            for _ in 0..helpers {
+                s.spawn(|_| work());
+            }
+            lead();
+        }),
+    }
+    !stop.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        for threads in [1, 2, 3, 7, 64] {
+            let hits: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
+            assert!(run(threads, hits.len(), None, |i| {
+                hits[i].fetch_add(1, Ordering::Relaxed);
+            }));
+            assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
+        }
+    }
+
+    #[test]
+    fn nested_calls_finish() {
+        let n = AtomicUsize::new(0);
+        run(4, 8, None, |_| {
+            run(4, 8, None, |_| {
+                n.fetch_add(1, Ordering::Relaxed);
+            });
+        });
+        assert_eq!(n.load(Ordering::Relaxed), 64);
+    }
+
+    #[test]
+    fn poll_stops_the_run() {
+        let done = AtomicUsize::new(0);
+        let finished = run(2, 10_000, Some(&|| true), |_| {
+            std::thread::sleep(Duration::from_millis(5));
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+        assert!(!finished && done.load(Ordering::Relaxed) < 1000);
+    }
+}
