@@ -9,14 +9,17 @@
 //! * [`plan`] picks kernel and blocking for a shape; [`gemm`] is the loop nest.
 #![allow(unsafe_code)]
 
+pub mod activation;
 pub mod bits;
 pub mod buf;
 pub mod error;
 pub mod format;
+pub mod gemm;
 pub mod isa;
 pub mod kernel;
 pub mod matrix;
 pub mod pack;
+pub mod plan;
 pub mod pool;
 pub mod qtensor;
 pub mod quantize;

@@ -70,14 +70,35 @@ macro_rules! regs {
     (@ $r:ident, $body:block, $($i:literal),*) => { $( { const $r: usize = $i; $body } )* };
 }
 
+/// Adds one block's dot products to `acc[panel][row][part]`, for registers `r0..r0 + len` of each part.
+///
+/// Formats of one plane hold `8/BITS` registers in each 64 bytes; part `t` of load `i` is register `t*PER + i`, so each
+/// part has its own accumulator and needs one load, one shift and one mask.
 #[inline(always)]
-unsafe fn dot<S: Simd, U: Unpack>(acc: S::I, u: S::I, s: S::I) -> S::I {
-    // SAFETY: the caller's features.
+unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(
+    acc: &mut [[[S::I; PARTS]; MR]; NP],
+    w: *const u8,
+    panel_stride: usize,
+    x: *const i8,
+    r0: usize,
+    len: usize,
+) {
+    // SAFETY: the caller gives whole blocks; `r0 + len` is at most the registers of a part.
     unsafe {
-        if U::BITS < 8 {
-            S::dot7(acc, u, s)
-        } else {
-            S::dot(acc, u, s)
+        let per = 16 / PARTS;
+        let mask = S::splat8(((1u32 << U::BITS) - 1) as u8);
+        for i in r0..r0 + len {
+            for p in 0..NP {
+                let v = S::load(w.add(p * panel_stride + 64 * i));
+                for t in 0..PARTS {
+                    let u = if PARTS == 1 { v } else { S::and(S::shr(v, t * U::BITS), mask) };
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
+                        acc[p][m][t] =
+                            if U::BITS < 8 { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
+                    }
+                }
+            }
         }
     }
 }
@@ -136,23 +157,25 @@ pub unsafe fn grouped<
     const SEG: usize,
     const NP: usize,
     const MR: usize,
-    const SETS: usize,
+    const PARTS: usize,
 >(
     a: &Grp,
 ) {
     // SAFETY: as the contract says; indices follow the shapes in `a`.
     unsafe {
         let dbl = S::splat(a.dbl);
+        let per = 16 / PARTS;
         let mut f = [[S::splatf(0.0); MR]; NP];
         for p in 0..NP {
             for m in 0..MR {
                 f[p][m] = S::loadf(a.c.add(m * a.ldc + p * 16));
             }
         }
-        let mut acc = [[[S::splat(0); SETS]; MR]; NP];
+        let mut acc = [[[S::splat(0); PARTS]; MR]; NP];
         let mut seg = a.seg0;
+        // Closes segment `seg`, whose sums are in parts `from..to`.
         macro_rules! flush {
-            () => {{
+            ($from:expr, $to:expr) => {{
                 let g = *a.seg_group.add(seg) as usize * 16;
                 let sums = a.act.sums.add(seg * a.act.rows);
                 for p in 0..NP {
@@ -160,9 +183,11 @@ pub unsafe fn grouped<
                     let z = if Z == Z_INT { S::load_u8(a.zeros.add(p * a.scale_stride + g)) } else { S::splat(0) };
                     let zf = if Z == Z_FLOAT { S::loadf(a.fzeros.add(p * a.scale_stride + g)) } else { S::splatf(0.0) };
                     for m in 0..MR {
-                        let mut d = acc[p][m][0];
-                        for t in 1..SETS {
+                        let mut d = acc[p][m][$from];
+                        acc[p][m][$from] = S::splat(0);
+                        for t in $from + 1..$to {
                             d = S::add(d, acc[p][m][t]);
+                            acc[p][m][t] = S::splat(0);
                         }
                         let sum = S::splat(*sums.add(m));
                         d = S::add(d, S::and(d, dbl));
@@ -177,7 +202,6 @@ pub unsafe fn grouped<
                             let sz = S::from_bits(S::xor_sign(S::bits(S::mulf(s, zf))));
                             f[p][m] = S::fma(S::cvt(sum), sz, f[p][m]);
                         }
-                        acc[p][m] = [S::splat(0); SETS];
                     }
                 }
                 seg += 1;
@@ -187,29 +211,24 @@ pub unsafe fn grouped<
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
-            if a.prefetch > 0 {
-                for p in 0..NP {
-                    for line in 0..2 * U::BITS {
-                        S::prefetch(w.wrapping_add(p * a.panel_stride + a.prefetch + 64 * line));
+            fetch::<S, U, NP>(w, a.panel_stride, a.prefetch);
+            if SEG >= per {
+                dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, per);
+                if SEG < 16 {
+                    for t in (0..PARTS).step_by(SEG / per) {
+                        flush!(t, t + SEG / per);
                     }
+                }
+            } else {
+                for i in (0..per).step_by(SEG) {
+                    dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, SEG);
+                    flush!(0, 1);
                 }
             }
-            regs!(R => {
-                for p in 0..NP {
-                    let u = U::reg::<S>(w.add(p * a.panel_stride), R);
-                    for m in 0..MR {
-                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
-                        acc[p][m][R % SETS] = dot::<S, U>(acc[p][m][R % SETS], u, q);
-                    }
-                }
-                if SEG < 16 && (R + 1) % SEG == 0 {
-                    flush!();
-                }
-            });
             if SEG == 16 {
                 left -= 1;
                 if left == 0 || b + 1 == a.blocks {
-                    flush!();
+                    flush!(0, PARTS);
                     left = a.seg_blocks;
                 }
             }
@@ -222,39 +241,38 @@ pub unsafe fn grouped<
     }
 }
 
+/// Prefetches one block of each panel `ahead` bytes on.
+#[inline(always)]
+unsafe fn fetch<S: Simd, U: Unpack, const NP: usize>(w: *const u8, panel_stride: usize, ahead: usize) {
+    if ahead > 0 {
+        for p in 0..NP {
+            for line in 0..2 * U::BITS {
+                // SAFETY: a prefetch may name any address.
+                unsafe { S::prefetch(w.wrapping_add(p * panel_stride + ahead + 64 * line)) };
+            }
+        }
+    }
+}
+
 /// Ungrouped product: `c += sum u*a` over all blocks, in int32.
 ///
 /// # Safety
 /// The pointers in `a` hold what [`Raw`] says; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const SETS: usize>(a: &Raw) {
+pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
     // SAFETY: as the contract says.
     unsafe {
-        let mut acc = [[[S::splat(0); SETS]; MR]; NP];
+        let mut acc = [[[S::splat(0); PARTS]; MR]; NP];
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
-            if a.prefetch > 0 {
-                for p in 0..NP {
-                    for line in 0..2 * U::BITS {
-                        S::prefetch(w.wrapping_add(p * a.panel_stride + a.prefetch + 64 * line));
-                    }
-                }
-            }
-            regs!(R => {
-                for p in 0..NP {
-                    let u = U::reg::<S>(w.add(p * a.panel_stride), R);
-                    for m in 0..MR {
-                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
-                        acc[p][m][R % SETS] = dot::<S, U>(acc[p][m][R % SETS], u, q);
-                    }
-                }
-            });
+            fetch::<S, U, NP>(w, a.panel_stride, a.prefetch);
+            dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, 16 / PARTS);
         }
         for p in 0..NP {
             for m in 0..MR {
                 let mut d = S::load(a.c.add(m * a.ldc + p * 16).cast());
-                for t in 0..SETS {
+                for t in 0..PARTS {
                     d = S::add(d, acc[p][m][t]);
                 }
                 S::store(a.c.add(m * a.ldc + p * 16).cast(), d);

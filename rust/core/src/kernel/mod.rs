@@ -225,8 +225,8 @@ pub fn table(isa: Isa) -> &'static Kernels {
 macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
-        fused [$(($bits:literal, $u:ident)),*], panels [$np1:literal, $np2:literal, $np4:literal], sets $sets:literal,
-        rows $max_mr:literal, gemm $gnp:literal [$($mr:literal),*]
+        fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal])),*],
+        rows $max_mr:literal, gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
@@ -237,14 +237,14 @@ macro_rules! instantiate {
                 unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub) }
             }
             $(#[$feature])*
-            unsafe fn grouped<U: Unpack, const Z: u8, const A: bool, const SEG: usize, const NP: usize, const MR: usize, const SETS: usize>(a: &Grp) {
+            unsafe fn grouped<U: Unpack, const Z: u8, const A: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
                 // SAFETY: as above.
-                unsafe { generic::grouped::<$v, U, Z, A, SEG, NP, MR, SETS>(a) }
+                unsafe { generic::grouped::<$v, U, Z, A, SEG, NP, MR, PARTS>(a) }
             }
             $(#[$feature])*
-            unsafe fn raw<U: Unpack, const NP: usize, const MR: usize, const SETS: usize>(a: &Raw) {
+            unsafe fn raw<U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
                 // SAFETY: as above.
-                unsafe { generic::raw::<$v, U, NP, MR, SETS>(a) }
+                unsafe { generic::raw::<$v, U, NP, MR, PARTS>(a) }
             }
             $(#[$feature])*
             unsafe fn gemv<const W: u8, const ROUND: bool, const NP: usize, const MR: usize>(a: &F32Args) {
@@ -291,11 +291,14 @@ macro_rules! instantiate {
                 // SAFETY: as above.
                 unsafe { generic::round_rows::<$v>(x, n) }
             }
-            fn pick<U: Unpack, const SEG: usize>(z: u8, a: bool, mr: usize) -> Option<(GroupedFn, usize)> {
+            #[allow(dead_code)]
+            fn pick<U: Unpack, const SEG: usize, const PARTS: usize, const NP1: usize, const NP2: usize, const NP4: usize>(
+                z: u8, a: bool, mr: usize,
+            ) -> Option<(GroupedFn, usize)> {
                 macro_rules! rows { ($z:ident, $a:literal) => { match mr {
-                    1 => (grouped::<U, $z, $a, SEG, $np1, 1, $sets> as GroupedFn, $np1),
-                    2 => (grouped::<U, $z, $a, SEG, $np2, 2, $sets> as GroupedFn, $np2),
-                    4 => (grouped::<U, $z, $a, SEG, $np4, 4, $sets> as GroupedFn, $np4),
+                    1 => (grouped::<U, $z, $a, SEG, NP1, 1, PARTS> as GroupedFn, NP1),
+                    2 => (grouped::<U, $z, $a, SEG, NP2, 2, PARTS> as GroupedFn, NP2),
+                    4 => (grouped::<U, $z, $a, SEG, NP4, 4, PARTS> as GroupedFn, NP4),
                     _ => return None,
                 } } }
                 Some(match (z, a) {
@@ -309,16 +312,17 @@ macro_rules! instantiate {
             #[allow(unused_variables)]
             fn grouped_fused(bits: usize, z: u8, a: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
                 match (bits, seg) {
-                    $( ($bits, 16) => pick::<$u, 16>(z, a, mr), ($bits, 8) => pick::<$u, 8>(z, a, mr), )*
+                    $( ($bits, 16) => pick::<$u, 16, $parts, $np1, $np2, $np4>(z, a, mr),
+                       ($bits, 8) => pick::<$u, 8, $parts, $np1, $np2, $np4>(z, a, mr), )*
                     _ => None,
                 }
             }
             fn grouped_bytes(z: u8, a: bool, seg: usize, mr: usize) -> GroupedFn {
                 macro_rules! rows { ($z:ident, $a:literal, $seg:literal) => { match mr {
-                    1 => grouped::<U8, $z, $a, $seg, 1, 1, $sets> as GroupedFn,
-                    2 => grouped::<U8, $z, $a, $seg, 1, 2, $sets> as GroupedFn,
-                    4 => grouped::<U8, $z, $a, $seg, 1, 4, $sets> as GroupedFn,
-                    _ => grouped::<U8, $z, $a, $seg, 1, $max_mr, $sets> as GroupedFn,
+                    1 => grouped::<U8, $z, $a, $seg, 1, 1, 1> as GroupedFn,
+                    2 => grouped::<U8, $z, $a, $seg, 1, 2, 1> as GroupedFn,
+                    4 => grouped::<U8, $z, $a, $seg, 1, 4, 1> as GroupedFn,
+                    _ => grouped::<U8, $z, $a, $seg, 1, $max_mr, 1> as GroupedFn,
                 } } }
                 macro_rules! segs { ($z:ident, $a:literal) => { match seg {
                     2 => rows!($z, $a, 2),
@@ -338,25 +342,25 @@ macro_rules! instantiate {
             #[allow(unused_variables)]
             fn raw_fused(bits: usize, mr: usize) -> Option<(RawFn, usize)> {
                 match (bits, mr) {
-                    $( ($bits, 1) => Some((raw::<$u, $np1, 1, $sets> as RawFn, $np1)),
-                       ($bits, 2) => Some((raw::<$u, $np2, 2, $sets> as RawFn, $np2)),
-                       ($bits, 4) => Some((raw::<$u, $np4, 4, $sets> as RawFn, $np4)), )*
+                    $( ($bits, 1) => Some((raw::<$u, $np1, 1, $parts> as RawFn, $np1)),
+                       ($bits, 2) => Some((raw::<$u, $np2, 2, $parts> as RawFn, $np2)),
+                       ($bits, 4) => Some((raw::<$u, $np4, 4, $parts> as RawFn, $np4)), )*
                     _ => None,
                 }
             }
             fn raw_bytes(mr: usize) -> RawFn {
                 match mr {
-                    1 => raw::<U8, 1, 1, $sets>,
-                    2 => raw::<U8, 1, 2, $sets>,
-                    4 => raw::<U8, 1, 4, $sets>,
-                    _ => raw::<U8, 1, $max_mr, $sets>,
+                    1 => raw::<U8, 1, 1, 1>,
+                    2 => raw::<U8, 1, 2, 1>,
+                    4 => raw::<U8, 1, 4, 1>,
+                    _ => raw::<U8, 1, $max_mr, 1>,
                 }
             }
             fn gemv_pick(w: u8, round: bool, mr: usize, single: bool) -> (GemvFn, usize) {
                 macro_rules! rows { ($w:ident, $r:literal) => { match (mr, single) {
-                    (1, false) => (gemv::<$w, $r, $np1, 1> as GemvFn, $np1),
-                    (2, false) => (gemv::<$w, $r, $np1, 2> as GemvFn, $np1),
-                    (_, false) => (gemv::<$w, $r, $np4, 4> as GemvFn, $np4),
+                    (1, false) => (gemv::<$w, $r, $vp1, 1> as GemvFn, $vp1),
+                    (2, false) => (gemv::<$w, $r, $vp1, 2> as GemvFn, $vp1),
+                    (_, false) => (gemv::<$w, $r, $vp4, 4> as GemvFn, $vp4),
                     (1, true) => (gemv::<$w, $r, 1, 1> as GemvFn, 1),
                     (2, true) => (gemv::<$w, $r, 1, 2> as GemvFn, 1),
                     (_, true) => (gemv::<$w, $r, 1, 4> as GemvFn, 1),
@@ -416,5 +420,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], panels [1, 1, 1], sets 1, rows 4, gemm 1 [1, 2, 3, 4]
+    fused [], rows 4, gemv [1, 1], gemm 1 [1, 2, 3, 4]
 );

@@ -1,0 +1,318 @@
+//! AMX int8 tiles: 32x32 outputs from 2x2 tiles of 16x16, 64 (or 32) values of K a step.
+//!
+//! A is the quantised activations in blocks of 16 rows x 64 k, B the decoded panel, whose registers are the rows of a B
+//! tile. Within a group the sums stay in tiles; at its end they go through a small buffer to float accumulators, while
+//! the tiles already work on the next group.
+use super::avx512::Avx512Vnni as V;
+use crate::kernel::generic::{Z_CONST, Z_FLOAT, Z_INT};
+use crate::kernel::simd::Simd;
+use crate::kernel::{ActRows, ScalePtr};
+use std::arch::asm;
+
+/// Tile configuration (palette 1): C 16x64 bytes, A 16 x `k` bytes, B `k/4` x 64 bytes.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    colsb: [u16; 16],
+    rows: [u8; 16],
+}
+
+impl Config {
+    const fn new(k: u16) -> Self {
+        let mut c = Self { palette: 1, start_row: 0, reserved: [0; 14], colsb: [0; 16], rows: [0; 16] };
+        let mut t = 0;
+        while t < 8 {
+            c.colsb[t] = if t == 4 || t == 5 { k } else { 64 };
+            c.rows[t] = if t >= 6 { (k / 4) as u8 } else { 16 };
+            t += 1;
+        }
+        c
+    }
+}
+
+static CONFIG64: Config = Config::new(64);
+static CONFIG32: Config = Config::new(32);
+
+/// Holds the tile configuration of this thread; releases it when dropped, which leaves the tile state clean.
+pub struct Tiles(());
+
+impl Tiles {
+    /// Configures tiles for steps of `k` = 64 or 32.
+    ///
+    /// # Safety
+    /// The process has AMX permission.
+    pub unsafe fn new(k: usize) -> Self {
+        let c = if k == 32 { &CONFIG32 } else { &CONFIG64 };
+        // SAFETY: the 64-byte configuration is valid; the operand is declared as the whole structure by the pointer and
+        // the absence of `nomem`.
+        unsafe { asm!("ldtilecfg [{}]", in(reg) c, options(nostack, readonly)) };
+        Self(())
+    }
+}
+
+impl Drop for Tiles {
+    fn drop(&mut self) {
+        // SAFETY: tiles were configured by `new` on this thread (the type is not Send through its raw use in one task).
+        unsafe { asm!("tilerelease", options(nostack, nomem)) };
+    }
+}
+
+/// Arguments of a grouped tile product: 32 activation rows (or 16) by two panels.
+#[derive(Debug, Clone, Copy)]
+pub struct TileGrp {
+    /// First block of the first 16 rows; blocks are 1024 bytes apart.
+    pub a0: *const i8,
+    /// The same for rows 16 to 31, or null.
+    pub a1: *const i8,
+    /// Decoded panels, 1024 bytes a block.
+    pub b: [*const u8; 2],
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Blocks of a segment (0: segments of 32 places).
+    pub seg_blocks: usize,
+    /// First segment.
+    pub seg0: usize,
+    /// Group of each segment.
+    pub seg_group: *const u32,
+    /// Scales of the two panels.
+    pub scales: [ScalePtr; 2],
+    /// Integer zeros of the two panels.
+    pub zeros: [*const u8; 2],
+    /// Float zeros of the two panels.
+    pub fzeros: [*const f32; 2],
+    /// Sums and scales of rows 0 to 15 (`codes` unused).
+    pub act0: ActRows,
+    /// The same for rows 16 to 31.
+    pub act1: ActRows,
+    /// Float sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+    /// All ones where values are `2u - sub`.
+    pub dbl: i32,
+}
+
+macro_rules! tile_steps {
+    // One pass over `n` steps of K, then the tiles are stored to `out`, 1 KiB each.
+    (2, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+        asm!(
+            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            "2:",
+            "tileloadd tmm6, [{b0} + {s}]",
+            "tileloadd tmm4, [{a0} + {s}]",
+            concat!($dp, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm7, [{b1} + {s}]",
+            concat!($dp, " tmm1, tmm4, tmm7"),
+            "tileloadd tmm5, [{a1} + {s}]",
+            concat!($dp, " tmm2, tmm5, tmm6"),
+            concat!($dp, " tmm3, tmm5, tmm7"),
+            "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            "tilestored [{o} + {s}], tmm0",
+            "tilestored [{o} + {s} + 1024], tmm1",
+            "tilestored [{o} + {s} + 2048], tmm2",
+            "tilestored [{o} + {s} + 3072], tmm3",
+            a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
+            b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
+            n = inout(reg) $n => _, o = in(reg) $out, s = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+    (1, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+        asm!(
+            "tilezero tmm0", "tilezero tmm1",
+            "2:",
+            "tileloadd tmm6, [{b0} + {s}]",
+            "tileloadd tmm4, [{a0} + {s}]",
+            concat!($dp, " tmm0, tmm4, tmm6"),
+            "tileloadd tmm7, [{b1} + {s}]",
+            concat!($dp, " tmm1, tmm4, tmm7"),
+            "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+            "dec {n}",
+            "jnz 2b",
+            "tilestored [{o} + {s}], tmm0",
+            "tilestored [{o} + {s} + 1024], tmm1",
+            a0 = inout(reg) $a0 => _,
+            b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
+            n = inout(reg) $n => _, o = in(reg) $out, s = in(reg) 64usize,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each). `SIGNED`: B holds signed bytes.
+#[inline(always)]
+unsafe fn steps<const MT: usize, const SIGNED: bool>(
+    a0: *const i8,
+    a1: *const i8,
+    b0: *const u8,
+    b1: *const u8,
+    n: usize,
+    out: *mut i32,
+) {
+    // SAFETY: the caller's pointers hold n steps; tiles are configured.
+    unsafe {
+        match (MT, SIGNED) {
+            (2, true) => tile_steps!(2, "tdpbssd", a0, a1, b0, b1, n, out),
+            (2, false) => tile_steps!(2, "tdpbsud", a0, a1, b0, b1, n, out),
+            (_, true) => tile_steps!(1, "tdpbssd", a0, a1, b0, b1, n, out),
+            (_, false) => tile_steps!(1, "tdpbsud", a0, a1, b0, b1, n, out),
+        }
+    }
+}
+
+/// Adds one segment's integer tiles to the float sums.
+#[inline(always)]
+unsafe fn flush<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>(
+    a: &TileGrp,
+    seg: usize,
+    tiles: *const i32,
+) {
+    // SAFETY: the caller's arguments; tiles hold MT*2 KiB.
+    unsafe {
+        let g = *a.seg_group.add(seg) as usize * 16;
+        let dbl = V::splat(a.dbl);
+        for p in 0..2 {
+            let s = match a.scales[p].offset(g) {
+                ScalePtr::F32(q) => V::loadf(q),
+                ScalePtr::F16(q) => V::load_f16(q),
+                ScalePtr::BF16(q) => V::load_bf16(q),
+            };
+            let z = if FIX && Z == Z_INT { V::load_u8(a.zeros[p].add(g)) } else { V::splat(0) };
+            let zf = if FIX && Z == Z_FLOAT { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
+            for t in 0..MT {
+                let act = if t == 0 { &a.act0 } else { &a.act1 };
+                let at = seg * act.rows;
+                for r in 0..16 {
+                    let mut d = V::load(tiles.add((t * 2 + p) * 256 + r * 16).cast());
+                    let s = if ACTG { V::mulf(s, V::splatf(*act.scales.add(at + r))) } else { s };
+                    let c = a.c.add((t * 16 + r) * a.ldc + p * 16);
+                    if FIX {
+                        let sum = V::splat(*act.sums.add(at + r));
+                        d = V::add(d, V::and(d, dbl));
+                        if Z == Z_CONST {
+                            d = V::sub(d, sum);
+                        } else if Z == Z_INT {
+                            d = V::sub(d, V::mul(z, sum));
+                        }
+                        let mut f = V::fma(V::cvt(d), s, V::loadf(c));
+                        if Z == Z_FLOAT {
+                            let sz = V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf))));
+                            f = V::fma(V::cvt(sum), sz, f);
+                        }
+                        V::storef(c, f);
+                    } else {
+                        V::storef(c, V::fma(V::cvt(d), s, V::loadf(c)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>(a: &TileGrp) {
+    #[repr(align(64))]
+    struct Pair([[i32; 1024]; 2]);
+    // SAFETY: as the caller says.
+    unsafe {
+        let mut buf = std::mem::MaybeUninit::<Pair>::uninit();
+        let buf = buf.as_mut_ptr().cast::<i32>();
+        let (count, per) = if a.seg_blocks == 0 {
+            (a.blocks * 2, 0)
+        } else {
+            (a.blocks.div_ceil(a.seg_blocks), a.seg_blocks)
+        };
+        for i in 0..=count {
+            if i < count {
+                // Offsets of segment i: whole blocks, or halves of one (A: 32 bytes into each row, B: 8 rows on).
+                let (ao, bo, n) = if per == 0 {
+                    ((i / 2) * 1024 + (i % 2) * 32, i * 512, 1)
+                } else {
+                    (i * per * 1024, i * per * 1024, per.min(a.blocks - i * per))
+                };
+                steps::<MT, { !FIX }>(
+                    a.a0.add(ao),
+                    a.a1.wrapping_add(ao),
+                    a.b[0].add(bo),
+                    a.b[1].add(bo),
+                    n,
+                    buf.add((i % 2) * 1024),
+                );
+            }
+            if i > 0 {
+                flush::<MT, Z, ACTG, FIX>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
+            }
+        }
+    }
+}
+
+/// A grouped tile kernel.
+pub type TileFn = unsafe fn(&TileGrp);
+
+macro_rules! entry {
+    ($($name:ident: $mt:literal, $z:ident, $a:literal, $fix:literal;)*) => { $(
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        unsafe fn $name(a: &TileGrp) {
+            // SAFETY: as the caller says.
+            unsafe { grouped_body::<$mt, $z, $a, $fix>(a) }
+        }
+    )* };
+}
+entry! {
+    g1: 1, Z_CONST, false, false; g2: 2, Z_CONST, false, false;
+    ga1: 1, Z_CONST, true, false; ga2: 2, Z_CONST, true, false;
+    gc1: 1, Z_CONST, false, true; gc2: 2, Z_CONST, false, true;
+    gca1: 1, Z_CONST, true, true; gca2: 2, Z_CONST, true, true;
+    gi1: 1, Z_INT, false, true; gi2: 2, Z_INT, false, true;
+    gia1: 1, Z_INT, true, true; gia2: 2, Z_INT, true, true;
+    gf1: 1, Z_FLOAT, false, true; gf2: 2, Z_FLOAT, false, true;
+    gfa1: 1, Z_FLOAT, true, true; gfa2: 2, Z_FLOAT, true, true;
+}
+
+/// The grouped tile kernels for 16 and 32 rows. `signed`: B holds the values themselves, so nothing needs correcting.
+pub fn grouped(z: u8, act_groups: bool, signed: bool) -> [TileFn; 2] {
+    match (z, act_groups, signed) {
+        (_, false, true) => [g1, g2],
+        (_, true, true) => [ga1, ga2],
+        (Z_CONST, false, _) => [gc1, gc2],
+        (Z_CONST, true, _) => [gca1, gca2],
+        (Z_INT, false, _) => [gi1, gi2],
+        (Z_INT, true, _) => [gia1, gia2],
+        (_, false, _) => [gf1, gf2],
+        (_, true, _) => [gfa1, gfa2],
+    }
+}
+
+/// Ungrouped product of 16 (`a1` null) or 32 rows by two panels, unsigned codes: tiles to `out`, `[m][ldc]` int32.
+///
+/// # Safety
+/// As [`TileGrp`]: `n` blocks behind each pointer, `out` writable, tiles configured for 64.
+pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, out: *mut i32, ldc: usize) {
+    let mut tiles = std::mem::MaybeUninit::<[i32; 1024]>::uninit();
+    let t = tiles.as_mut_ptr().cast::<i32>();
+    // SAFETY: as the caller says; the tile buffer holds four tiles.
+    unsafe {
+        let mt = if a1.is_null() {
+            steps::<1, false>(a0, a1, b[0], b[1], n, t);
+            1
+        } else {
+            steps::<2, false>(a0, a1, b[0], b[1], n, t);
+            2
+        };
+        for m in 0..mt {
+            for p in 0..2 {
+                for r in 0..16 {
+                    let from = t.add((m * 2 + p) * 256 + r * 16);
+                    std::ptr::copy_nonoverlapping(from, out.add((m * 16 + r) * ldc + p * 16), 16);
+                }
+            }
+        }
+    }
+}

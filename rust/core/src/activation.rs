@@ -1,0 +1,265 @@
+//! Activations as the integer kernels want them: int8 codes in blocks of 64 along K, with their scales and sums.
+//!
+//! One formula everywhere: `s = absmax/127` (one IEEE division), `q = clip(rint(x/s), -127, 127)`, ties to even; where s is
+//! 0 so is q. A row with NaN or Inf is flagged, and its output row becomes NaN.
+use crate::buf::Buf;
+use crate::error::{Error, Result};
+use crate::kernel::{ActRows, Kernels};
+use crate::matrix::{MatRef, Scalar};
+use crate::pack::{Geometry, Shared, BLOCK};
+use crate::pool;
+
+/// The stretches of K whose integer sums are exact and get one float multiplication each.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segments {
+    /// Places of a segment: 8, 16, 32 or a multiple of 64.
+    pub len: usize,
+    /// Number of segments.
+    pub count: usize,
+    /// Weight group of each segment.
+    pub group: Vec<u32>,
+    /// Activation group of each segment (empty where rows have one scale).
+    pub act: Vec<u32>,
+}
+
+impl Segments {
+    /// Segments of a weight layout under activation groups of `act` (`None`: one scale per row).
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] when neither group length divides the other.
+    pub fn new(g: &Geometry, act: Option<usize>) -> Result<Self> {
+        let whole = g.groups <= 1;
+        let len = match act {
+            Some(a) if whole || g.group % a == 0 => a.min(g.padded),
+            Some(a) if a % g.group != 0 => {
+                return Err(Error::Unsupported(format!(
+                    "compute int8_g{a} needs the weight's group length to divide {a} or be divided by it, not {}",
+                    g.group
+                )));
+            }
+            _ => g.padded,
+        };
+        let count = g.kp.div_ceil(len.max(1));
+        let mut group = Vec::with_capacity(count);
+        let mut acts = Vec::new();
+        for i in 0..count {
+            let place = i * len;
+            let w = (place / g.padded).min(g.groups.max(1) - 1);
+            group.push(w as u32);
+            if let Some(a) = act {
+                let natural = w * g.group + (place - w * g.padded).min(g.group - 1);
+                acts.push((natural / a) as u32);
+            }
+        }
+        Ok(Self { len, count, group, act: acts })
+    }
+
+    /// Registers (of four places) in a segment, 16 standing for whole blocks.
+    pub fn registers(&self) -> usize {
+        (self.len / 4).min(16)
+    }
+
+    /// Blocks of a segment, where it is whole blocks.
+    pub fn blocks(&self) -> usize {
+        self.len / BLOCK
+    }
+}
+
+/// Quantised activations of one call.
+#[derive(Debug)]
+pub struct Act {
+    /// Rows.
+    pub rows: usize,
+    /// Rows of a row block: rows m..m+mb of a block are 64 bytes apart.
+    pub mb: usize,
+    kp: usize,
+    segments: usize,
+    codes: Buf<i8>,
+    sums: Buf<i32>,
+    group_scales: Buf<f32>,
+    /// Scale of each row (1 where scales are per group).
+    pub scale: Buf<f32>,
+    /// 1 for rows with NaN or Inf.
+    pub bad: Buf<u8>,
+}
+
+impl Act {
+    /// Quantises `x` into row blocks of `mb`. Sums are multiplied by `factor`.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn quantise(
+        x: &MatRef,
+        g: &Geometry,
+        segs: &Segments,
+        act_group: Option<usize>,
+        mb: usize,
+        factor: i32,
+        kernels: &Kernels,
+        threads: usize,
+    ) -> Result<Self> {
+        let rows = x.rows;
+        let padded = rows.next_multiple_of(mb);
+        let (kp, n) = (g.kp, segs.count);
+        let mut act = Self {
+            rows,
+            mb,
+            kp,
+            segments: n,
+            codes: Buf::zeroed(padded * kp)?,
+            sums: Buf::zeroed(padded * n)?,
+            group_scales: Buf::zeroed(if act_group.is_some() { padded * n } else { 0 })?,
+            scale: Buf::zeroed(padded)?,
+            bad: Buf::zeroed(padded)?,
+        };
+        let out = Parts {
+            codes: Shared(act.codes.as_mut_ptr()),
+            sums: Shared(act.sums.as_mut_ptr()),
+            groups: Shared(act.group_scales.as_mut_ptr()),
+            scale: Shared(act.scale.as_mut_ptr()),
+            bad: Shared(act.bad.as_mut_ptr()),
+        };
+        let batch = (65_536 / (kp + 1)).clamp(1, 64);
+        let threads = if rows * kp < 1 << 16 { 1 } else { threads };
+        pool::run(threads, rows.div_ceil(batch), None, |t| {
+            let mut floats = vec![0.0f32; kp.max(g.k.next_multiple_of(16))];
+            let mut flat = vec![0i8; g.k.next_multiple_of(16)];
+            let mut placed = vec![0i8; kp];
+            let mut sums = vec![0i32; n.max(kp / BLOCK * (16 / segs.registers().max(1)))];
+            for m in t * batch..rows.min((t + 1) * batch) {
+                // SAFETY: row m belongs to this task alone; the kernels' features were checked by the table look-up.
+                unsafe {
+                    let s = if x.scalar == Scalar::I8 {
+                        copy_codes(x, m, &mut flat);
+                        1.0
+                    } else {
+                        let src = row(x, m, &mut floats);
+                        quantise_row(src, g.k, act_group, kernels, &mut flat, |j, s| {
+                            if let Some(a) = act_group {
+                                out.group_scale(m, mb, n, segs, j, s, a);
+                            }
+                        })
+                        .unwrap_or_else(|| {
+                            *out.bad.get().add(m) = 1;
+                            flat.fill(0);
+                            1.0
+                        })
+                    };
+                    if x.scalar == Scalar::I8 && act_group.is_some() {
+                        for j in 0..g.k.div_ceil(act_group.unwrap_or(1)) {
+                            out.group_scale(m, mb, n, segs, j, 1.0, 0);
+                        }
+                    }
+                    *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
+                    g.runs(|k0, p0, len| placed[p0..p0 + len].copy_from_slice(&flat[k0..k0 + len]));
+                    let (block, i) = (m / mb, m % mb);
+                    sums.fill(0);
+                    for (b, chunk) in placed.chunks_exact(BLOCK).enumerate() {
+                        let to = out.codes.get().add(block * mb * kp + (b * mb + i) * BLOCK);
+                        std::ptr::copy_nonoverlapping(chunk.as_ptr(), to, BLOCK);
+                        let first = b * BLOCK / segs.len;
+                        (kernels.code_sums)(chunk.as_ptr(), segs.registers(), sums.as_mut_ptr().add(first));
+                    }
+                    for (seg, v) in sums[..n].iter().enumerate() {
+                        *out.sums.get().add((block * n + seg) * mb + i) = v.wrapping_mul(factor);
+                    }
+                }
+            }
+        });
+        Ok(act)
+    }
+
+    /// Row block `i` from block `b` of K and segment `seg` on, as a kernel sees it.
+    pub fn rows(&self, i: usize, b: usize) -> ActRows {
+        ActRows {
+            codes: self.codes.as_ptr().wrapping_add(i * self.mb * self.kp + b * self.mb * BLOCK),
+            block_stride: self.mb * BLOCK,
+            sums: self.sums.as_ptr().wrapping_add(i * self.mb * self.segments),
+            scales: self.group_scales.as_ptr().wrapping_add(if self.group_scales.is_empty() {
+                0
+            } else {
+                i * self.mb * self.segments
+            }),
+            rows: self.mb,
+        }
+    }
+
+    /// Sum of row `m` in a layout of one segment.
+    pub fn sum(&self, m: usize) -> i32 {
+        self.sums[(m / self.mb) * self.mb * self.segments + m % self.mb]
+    }
+}
+
+struct Parts {
+    codes: Shared<i8>,
+    sums: Shared<i32>,
+    groups: Shared<f32>,
+    scale: Shared<f32>,
+    bad: Shared<u8>,
+}
+
+impl Parts {
+    /// Stores the scale of activation group `j` of row `m` for every segment that it covers.
+    unsafe fn group_scale(&self, m: usize, mb: usize, n: usize, segs: &Segments, j: usize, s: f32, _len: usize) {
+        let lo = segs.act.partition_point(|&a| (a as usize) < j);
+        for seg in lo..segs.act.len() {
+            if segs.act[seg] as usize != j {
+                break;
+            }
+            // SAFETY: the row's own entry.
+            unsafe { *self.groups.get().add(((m / mb) * n + seg) * mb + m % mb) = s };
+        }
+    }
+}
+
+/// Row `m` as f32, read in place when it can be, and always readable up to the next multiple of 16.
+fn row<'a>(x: &MatRef<'a>, m: usize, scratch: &'a mut [f32]) -> &'a [f32] {
+    match x.row_f32(m) {
+        Some(r) if r.len() % 16 == 0 => r,
+        _ => {
+            x.read_row(m, 0, &mut scratch[..x.cols]);
+            scratch[x.cols..].fill(0.0);
+            scratch
+        }
+    }
+}
+
+fn copy_codes(x: &MatRef, m: usize, out: &mut [i8]) {
+    let base = x.row_ptr(m);
+    for (j, o) in out[..x.cols].iter_mut().enumerate() {
+        // SAFETY: element (m, j) of the view, one byte.
+        *o = unsafe { *base.wrapping_offset(j as isize * x.col_stride).cast::<i8>() };
+    }
+}
+
+/// Quantises one row; gives its scale (of the last group, where grouped), or `None` when it is not finite.
+fn quantise_row(
+    x: &[f32],
+    k: usize,
+    group: Option<usize>,
+    kernels: &Kernels,
+    out: &mut [i8],
+    mut scale_of: impl FnMut(usize, f32),
+) -> Option<f32> {
+    let step = group.unwrap_or(k).max(1);
+    let mut s = 0.0;
+    for (j, k0) in (0..k).step_by(step).enumerate() {
+        let len = step.min(k - k0);
+        // SAFETY: `len` floats from k0; the buffers reach the next multiple of 16 and groups are multiples of 16.
+        unsafe {
+            let top = (kernels.absmax_bits)(x.as_ptr().add(k0), len);
+            if top >= 0x7f80_0000 {
+                return None;
+            }
+            s = f32::from_bits(top) / 127.0;
+            let n = len.next_multiple_of(16);
+            if s == 0.0 {
+                out[k0..k0 + n].fill(0);
+            } else {
+                (kernels.quantise)(x.as_ptr().add(k0), n, s, out.as_mut_ptr().add(k0));
+            }
+        }
+        scale_of(j, s);
+    }
+    Some(s)
+}

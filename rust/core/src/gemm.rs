@@ -1,0 +1,828 @@
+//! The loop nest: cuts a product into tasks, decodes panels, calls kernels, finishes tiles.
+use crate::activation::{Act, Segments};
+use crate::buf::Buf;
+use crate::error::{Error, Result};
+use crate::isa::Isa;
+use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, Z_CONST};
+use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
+use crate::matrix::{MatMut, MatRef, Scalar};
+use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::plan::{self, Blocking, Path, Plan};
+use crate::pool;
+use crate::qtensor::{QView, ScalesRef};
+use std::cell::RefCell;
+use std::fmt;
+use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Arithmetic of the inner product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compute {
+    /// float32 products and sums of the decoded weights.
+    F32,
+    /// bfloat16 operands, float32 sums.
+    Bf16,
+    /// int8 activations, integer sums; `group`: one activation scale per so many values of K instead of per row.
+    Int8 {
+        /// Values of K that share an activation scale.
+        group: Option<u32>,
+    },
+}
+
+impl Compute {
+    /// Every compute, in the order of the documentation.
+    pub const ALL: [Self; 5] = [
+        Self::F32,
+        Self::Bf16,
+        Self::Int8 { group: None },
+        Self::Int8 { group: Some(32) },
+        Self::Int8 { group: Some(128) },
+    ];
+}
+
+impl fmt::Display for Compute {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::F32 => f.write_str("f32"),
+            Self::Bf16 => f.write_str("bf16"),
+            Self::Int8 { group: None } => f.write_str("int8"),
+            Self::Int8 { group: Some(g) } => write!(f, "int8_g{g}"),
+        }
+    }
+}
+
+impl FromStr for Compute {
+    type Err = Error;
+    fn from_str(s: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|c| c.to_string() == s).ok_or_else(|| {
+            let names = Self::ALL.map(|c| c.to_string()).join(", ");
+            Error::Unsupported(format!("unknown compute {s:?}: expected one of {names}"))
+        })
+    }
+}
+
+/// How a product is to be done.
+#[derive(Clone, Copy)]
+pub struct Options<'a> {
+    /// Arithmetic.
+    pub compute: Compute,
+    /// Added last, `[N]`.
+    pub bias: Option<&'a [f32]>,
+    /// Threads at most.
+    pub threads: usize,
+    /// ISA level.
+    pub isa: Isa,
+    /// Asked now and then from the calling thread whether to stop.
+    pub poll: Option<&'a (dyn Fn() -> bool + Sync)>,
+}
+
+impl fmt::Debug for Options<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Options").field("compute", &self.compute).field("threads", &self.threads).finish_non_exhaustive()
+    }
+}
+
+impl Default for Options<'_> {
+    fn default() -> Self {
+        Self { compute: Compute::F32, bias: None, threads: 1, isa: crate::isa::active(), poll: None }
+    }
+}
+
+/// Where raw integer sums go, row-major `[M][N]`.
+#[derive(Debug)]
+pub enum RawOut<'a> {
+    /// int32; an error where the sums could overflow.
+    I32(&'a mut [i32]),
+    /// int64.
+    I64(&'a mut [i64]),
+}
+
+/// Rows handled at a time, so that prepared activations stay small whatever M is.
+const SLAB: usize = 4096;
+
+/// Per-thread buffers, kept between calls.
+#[derive(Default)]
+struct Scratch {
+    bytes: Option<Buf<u8>>,
+    sums: Option<Buf<i32>>,
+    wide: Option<Buf<i64>>,
+    floats: Option<Buf<f32>>,
+    weights: Option<Buf<f32>>,
+    bias: Option<Buf<f32>>,
+}
+
+fn grown<T: crate::buf::Plain>(slot: &mut Option<Buf<T>>, len: usize) -> Result<&mut Buf<T>> {
+    if slot.as_ref().is_none_or(|b| b.len() < len) {
+        *slot = None;
+        *slot = Some(Buf::zeroed(len)?);
+    }
+    slot.as_mut().ok_or(Error::OutOfMemory(len))
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
+}
+
+/// `y = x @ w.T`, with `x` (M, K), `w` (N, K), `y` (M, N).
+///
+/// # Errors
+/// [`Error::Shape`] where the shapes do not fit, [`Error::Unsupported`] where the compute does not fit the format,
+/// [`Error::OutOfMemory`], [`Error::Interrupted`].
+pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()> {
+    check(x.rows, x.cols, w, y, o)?;
+    if y.rows == 0 || y.cols == 0 {
+        return Ok(());
+    }
+    for m0 in (0..x.rows).step_by(SLAB) {
+        let rows = SLAB.min(x.rows - m0);
+        let xs = slab(x, m0, rows);
+        // SAFETY: the slab lies in y, and slabs are handled one after the other.
+        let mut ys = unsafe {
+            MatMut::from_raw(
+                y.ptr.wrapping_offset(m0 as isize * y.row_stride),
+                y.scalar,
+                rows,
+                y.cols,
+                y.row_stride,
+                y.col_stride,
+            )
+        };
+        match o.compute {
+            Compute::Int8 { group } => int8(&xs, w, &mut ys, o, group.map(|g| g as usize))?,
+            Compute::F32 => float(&xs, w, &mut ys, o, false)?,
+            Compute::Bf16 => float(&xs, w, &mut ys, o, true)?,
+        }
+    }
+    Ok(())
+}
+
+/// The plan that [`matmul`] follows for `m` rows.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the compute does not fit the format.
+pub fn explain(m: usize, w: &Packed, o: &Options) -> Result<Plan> {
+    plan::plan(m, w, o.compute, o.isa, o.threads)
+}
+
+fn slab<'a>(x: &MatRef<'a>, m0: usize, rows: usize) -> MatRef<'a> {
+    let p = x.ptr.wrapping_offset(m0 as isize * x.row_stride);
+    // SAFETY: rows m0..m0+rows of a valid view.
+    unsafe { MatRef::from_raw(p, x.scalar, rows, x.cols, x.row_stride, x.col_stride) }
+}
+
+fn check(m: usize, k: usize, w: &Packed, y: &MatMut, o: &Options) -> Result<()> {
+    if k != w.geometry.k {
+        return Err(Error::Shape(format!(
+            "inner dimensions differ: ({m}, {k}) against a weight of shape ({}, {})",
+            w.n, w.geometry.k
+        )));
+    }
+    if (y.rows, y.cols) != (m, w.n) {
+        return Err(Error::Shape(format!("output of shape ({}, {}), expected ({m}, {})", y.rows, y.cols, w.n)));
+    }
+    if y.scalar == Scalar::I8 {
+        return Err(Error::Unsupported("int8 is not an output type".to_owned()));
+    }
+    if let Some(b) = o.bias {
+        if b.len() != w.n {
+            return Err(Error::Shape(format!("bias of length {}, expected {}", b.len(), w.n)));
+        }
+    }
+    if !o.isa.is_available() {
+        return Err(Error::Unsupported(format!("ISA level {} is not available on this CPU", o.isa)));
+    }
+    Ok(())
+}
+
+/// Runs the tasks of a blocking: `f(first panel, panels, first row, rows, scratch)`.
+fn tasks(
+    b: &Blocking,
+    m: usize,
+    panels: usize,
+    o: &Options,
+    f: impl Fn(usize, usize, usize, usize, &mut Scratch) -> Result<()> + Sync,
+) -> Result<()> {
+    let by_n = panels.div_ceil(b.task_panels);
+    let failed = AtomicBool::new(false);
+    let finished = pool::run(b.threads, b.tasks, o.poll, |t| {
+        let (p0, m0) = ((t % by_n) * b.task_panels, (t / by_n) * b.task_rows);
+        let (np, rows) = (b.task_panels.min(panels - p0), b.task_rows.min(m - m0));
+        let done = SCRATCH.with(|s| match s.try_borrow_mut() {
+            Ok(mut s) => f(p0, np, m0, rows, &mut s),
+            Err(_) => f(p0, np, m0, rows, &mut Scratch::default()),
+        });
+        if done.is_err() {
+            failed.store(true, Ordering::Relaxed);
+        }
+    });
+    if failed.into_inner() {
+        return Err(Error::OutOfMemory(0));
+    }
+    if finished {
+        Ok(())
+    } else {
+        Err(Error::Interrupted)
+    }
+}
+
+/// Largest K whose int32 sums of codes (at most `mul*(2^bits - 1)` times 128) cannot overflow.
+fn int32_limit(w: &Packed) -> usize {
+    (i32::MAX as usize) / (128 * w.mul as usize * ((1 << w.bits) - 1))
+}
+
+fn scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
+    let at = panel * w.geometry.groups * PANEL;
+    match &w.scales {
+        PanelScales::F32(b) => ScalePtr::F32(b.as_ptr()),
+        PanelScales::F16(b) => ScalePtr::F16(b.as_ptr()),
+        PanelScales::BF16(b) => ScalePtr::BF16(b.as_ptr()),
+    }
+    .offset(at)
+}
+
+fn zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
+    let at = panel * w.geometry.groups * PANEL;
+    match &w.zeros {
+        PanelZeros::Const => (std::ptr::null(), std::ptr::null()),
+        PanelZeros::Int(b) => (b.as_ptr().wrapping_add(at), std::ptr::null()),
+        PanelZeros::Float(b) => (std::ptr::null(), b.as_ptr().wrapping_add(at)),
+    }
+}
+
+/// All ones where values are odd integers.
+fn doubling(w: &Packed) -> i32 {
+    -i32::from(w.mul == 2)
+}
+
+fn int8(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, group: Option<usize>) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let segs = Segments::new(&w.geometry, group)?;
+    let raw = w.geometry.groups <= 1 && group.is_none();
+    if !raw && segs.len > int32_limit(w) {
+        return Err(Error::Unsupported(format!(
+            "groups of {} values of {} may overflow int32 sums; use compute=\"f32\"",
+            segs.len, w.format
+        )));
+    }
+    let long = raw && w.geometry.kp > int32_limit(w);
+    let b = plan::int8(x.rows, w, &segs, group.is_some(), o.isa, o.threads);
+    let mb = if b.path == Path::Tiles { 16 } else { b.mr };
+    let z = plan::zero_mode(w);
+    let factor = if z == Z_CONST && !long { w.sub } else { 1 };
+    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, t, b.threads)?;
+    let job = IntJob { w, t, b, act: &act, segs: &segs, z, act_groups: group.is_some() };
+    let y = &*y;
+    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+        let ldc = np * PANEL;
+        let padded = rows.next_multiple_of(mb.max(1)).next_multiple_of(if mb == 16 { 32 } else { 1 });
+        let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
+        if raw {
+            let sums = grown(&mut s.sums, padded * ldc)?;
+            sums[..padded * ldc].fill(0);
+            let floats = grown(&mut s.floats, ldc)?;
+            let scales = row_scales(&mut s.weights, w, p0, np)?;
+            let (zi, zf) = zero_ptrs(w, p0);
+            if long {
+                let wide = grown(&mut s.wide, padded * ldc)?;
+                wide[..padded * ldc].fill(0);
+                let step = int32_limit(w) / BLOCK;
+                let blocks = w.geometry.blocks();
+                for b0 in (0..blocks).step_by(step) {
+                    sums[..padded * ldc].fill(0);
+                    job.raw(p0, np, m0, rows, b0, step.min(blocks - b0), sums, &mut s.bytes)?;
+                    wide.iter_mut().zip(sums.iter()).for_each(|(a, &v)| *a += i64::from(v));
+                }
+                for m in 0..rows {
+                    finish_wide(&wide[m * ldc..][..ldc], &mut floats[..ldc], w, &act, m0 + m, scales, zi, zf, bias);
+                    store_row(y, m0 + m, p0 * PANEL, floats, act.bad[m0 + m] != 0);
+                }
+                return Ok(());
+            }
+            job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, &mut s.bytes)?;
+            for m in 0..rows {
+                let e = Finish {
+                    cols: ldc,
+                    act_scale: act.scale[m0 + m],
+                    sum: if act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
+                    dbl: doubling(w),
+                    bias,
+                    scales,
+                    zeros: zi,
+                    fzeros: zf,
+                };
+                // SAFETY: all arrays reach the end of the last panel.
+                unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), floats.as_mut_ptr(), &e) };
+                store_row(y, m0 + m, p0 * PANEL, floats, act.bad[m0 + m] != 0);
+            }
+        } else {
+            let c = grown(&mut s.floats, padded * ldc)?;
+            c[..padded * ldc].fill(0.0);
+            job.grouped(p0, np, m0, rows, c, &mut s.bytes)?;
+            for m in 0..rows {
+                let row = &mut c[m * ldc..][..ldc];
+                let e = Finish {
+                    cols: ldc,
+                    act_scale: act.scale[m0 + m],
+                    sum: 0,
+                    dbl: 0,
+                    bias,
+                    scales: std::ptr::null(),
+                    zeros: std::ptr::null(),
+                    fzeros: std::ptr::null(),
+                };
+                // SAFETY: the row and the bias have ldc floats.
+                unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+                store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The bias of some panels, zero-padded; null where there is none.
+fn padded_bias(slot: &mut Option<Buf<f32>>, bias: Option<&[f32]>, p0: usize, np: usize, n: usize) -> Result<*const f32> {
+    let Some(b) = bias else { return Ok(std::ptr::null()) };
+    let out = grown(slot, np * PANEL)?;
+    let (lo, hi) = (p0 * PANEL, n.min((p0 + np) * PANEL));
+    out.fill(0.0);
+    out[..hi - lo].copy_from_slice(&b[lo..hi]);
+    Ok(out.as_ptr())
+}
+
+/// The row scales of some panels as f32 (formats with one scale per row).
+fn row_scales(slot: &mut Option<Buf<f32>>, w: &Packed, p0: usize, np: usize) -> Result<*const f32> {
+    let (lo, len) = (p0 * PANEL, np * PANEL);
+    if let PanelScales::F32(b) = &w.scales {
+        if !b.is_empty() {
+            return Ok(b[lo..lo + len].as_ptr());
+        }
+    }
+    let out = grown(slot, len)?;
+    match &w.scales {
+        PanelScales::F16(b) if !b.is_empty() => {
+            out.iter_mut().zip(&b[lo..lo + len]).for_each(|(o, &v)| *o = half::f16::from_bits(v).to_f32());
+        }
+        PanelScales::BF16(b) if !b.is_empty() => {
+            out.iter_mut().zip(&b[lo..lo + len]).for_each(|(o, &v)| *o = f32::from_bits(u32::from(v) << 16));
+        }
+        _ => out.fill(0.0),
+    }
+    Ok(out.as_ptr())
+}
+
+/// Finishes a row of int64 sums: the same arithmetic as `finish_raw`, the conversion rounding once.
+fn finish_wide(
+    d: &[i64],
+    out: &mut [f32],
+    w: &Packed,
+    act: &Act,
+    m: usize,
+    scales: *const f32,
+    zi: *const u8,
+    zf: *const f32,
+    bias: *const f32,
+) {
+    let sum = i64::from(act.sum(m));
+    for (j, (o, &d)) in out.iter_mut().zip(d).enumerate() {
+        // SAFETY: the arrays reach the end of the last panel, as `d` does.
+        unsafe {
+            let s = *scales.add(j);
+            let zero = if zi.is_null() { i64::from(w.sub) } else { i64::from(*zi.add(j)) };
+            let exact = d * i64::from(w.mul) - if zf.is_null() { zero * sum } else { 0 };
+            let mut f = (exact as f32).mul_add(s, 0.0);
+            if !zf.is_null() {
+                f = (sum as f32).mul_add(-(s * *zf.add(j)), f);
+            }
+            f *= act.scale[m];
+            *o = if bias.is_null() { f } else { f + *bias.add(j) };
+        }
+    }
+}
+
+/// One integer product: what every task shares.
+struct IntJob<'a> {
+    w: &'a Packed,
+    t: &'static Kernels,
+    b: Blocking,
+    act: &'a Act,
+    segs: &'a Segments,
+    z: u8,
+    act_groups: bool,
+}
+
+impl IntJob<'_> {
+    fn codes(&self, panel: usize, block: usize) -> *const u8 {
+        self.w.codes.as_ptr().wrapping_add(panel * self.w.panel_bytes() + block * self.w.block_bytes())
+    }
+
+    /// Unpacks blocks of one panel to bytes `u` (or values, where they fit a signed byte and `signed` is set).
+    unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
+        let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sub as u8) } else { (0, 0) };
+        // SAFETY: the caller's buffer holds `blocks` KiB.
+        unsafe { (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, dbl, sub) };
+    }
+
+    /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
+    fn prefetch(&self) -> usize {
+        if self.w.panel_bytes() >= 4096 { 2048 } else { 0 }
+    }
+
+    fn raw(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: &mut [i32],
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
+        let ldc = np * PANEL;
+        #[cfg(target_arch = "x86_64")]
+        if self.b.path == Path::Tiles {
+            use crate::kernel::x86::amx;
+            let buf = grown(bytes, 2 * blocks * 1024)?;
+            // SAFETY: the plan chose tiles, so permission was granted; buffers are sized for the padded rows.
+            unsafe {
+                let _tiles = amx::Tiles::new(64);
+                for p in (0..np).step_by(2) {
+                    let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
+                    let second = (p + 1).min(np - 1);
+                    self.unpack(p0 + p, b0, blocks, false, pair[0]);
+                    if second > p {
+                        self.unpack(p0 + second, b0, blocks, false, pair[1]);
+                    }
+                    let pair = [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()];
+                    // A lone last panel would write past its columns: it goes through a side buffer.
+                    let mut side = [0i32; 32 * 32];
+                    for m in (0..rows).step_by(32) {
+                        let a0 = self.act.rows((m0 + m) / 16, b0).codes;
+                        let a1 = if m + 16 < rows { self.act.rows((m0 + m) / 16 + 1, b0).codes } else { std::ptr::null() };
+                        if second > p {
+                            amx::raw(a0, a1, pair, blocks, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
+                        } else {
+                            amx::raw(a0, a1, pair, blocks, side.as_mut_ptr(), 32);
+                            for r in 0..(rows - m).min(32) {
+                                c[(m + r) * ldc + p * PANEL..][..PANEL].copy_from_slice(&side[r * 32..][..PANEL]);
+                            }
+                        }
+                    }
+                }
+            }
+            return Ok(());
+        }
+        let mr = self.b.mr;
+        let call = |f: kernel::RawFn, codes, panel_stride, b: usize, n, p: usize, m: usize, c: *mut i32, prefetch| {
+            let a = Raw {
+                codes,
+                panel_stride,
+                blocks: n,
+                act: self.act.rows((m0 + m) / mr, b),
+                c: c.wrapping_add(m * ldc + p * PANEL),
+                ldc,
+                prefetch,
+            };
+            // SAFETY: the arguments describe whole panels and padded rows.
+            unsafe { f(&a) };
+        };
+        let c = c.as_mut_ptr();
+        let fused = (self.b.path == Path::Fused).then(|| (self.t.raw)(self.w.bits, mr)).flatten();
+        let mut p = 0;
+        if let Some((f, fp)) = fused {
+            while p + fp <= np {
+                for m in (0..rows).step_by(mr) {
+                    call(f, self.codes(p0 + p, b0), self.w.panel_bytes(), b0, blocks, p, m, c, self.prefetch());
+                }
+                p += fp;
+            }
+        }
+        let window = if self.b.window == 0 { 16 } else { self.b.window };
+        let buf = grown(bytes, window * 1024)?;
+        while p < np {
+            for k in (0..blocks).step_by(window) {
+                let n = window.min(blocks - k);
+                // SAFETY: the buffer holds a window.
+                unsafe { self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr()) };
+                for m in (0..rows).step_by(mr) {
+                    call((self.t.raw_bytes)(mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
+                }
+            }
+            p += 1;
+        }
+        Ok(())
+    }
+
+    fn grouped(&self, p0: usize, np: usize, m0: usize, rows: usize, c: &mut [f32], bytes: &mut Option<Buf<u8>>) -> Result<()> {
+        #[cfg(target_arch = "x86_64")]
+        if self.b.path == Path::Tiles {
+            return self.grouped_tiles(p0, np, m0, rows, c, bytes);
+        }
+        let w = self.w;
+        let ldc = np * PANEL;
+        let blocks = w.geometry.blocks();
+        let mr = self.b.mr;
+        let regs = self.segs.registers();
+        let stride = w.geometry.groups * PANEL;
+        let c = c.as_mut_ptr();
+        let call = |f: kernel::GroupedFn, codes, panel_stride, k: usize, n, p: usize, m: usize, prefetch| {
+            let (zeros, fzeros) = zero_ptrs(w, p0 + p);
+            let a = Grp {
+                codes,
+                panel_stride,
+                blocks: n,
+                seg_blocks: self.segs.blocks().max(1),
+                seg0: k * BLOCK / self.segs.len,
+                seg_group: self.segs.group.as_ptr(),
+                scales: scale_ptr(w, p0 + p),
+                scale_stride: stride,
+                zeros,
+                fzeros,
+                act: self.act.rows((m0 + m) / mr, k),
+                c: c.wrapping_add(m * ldc + p * PANEL),
+                ldc,
+                dbl: doubling(w),
+                prefetch,
+            };
+            // SAFETY: the arguments describe whole panels, whole segments and padded rows.
+            unsafe { f(&a) };
+        };
+        let fused = (self.b.path == Path::Fused)
+            .then(|| (self.t.grouped)(w.bits, self.z, self.act_groups, regs, mr))
+            .flatten();
+        let mut p = 0;
+        if let Some((f, fp)) = fused {
+            while p + fp <= np {
+                for m in (0..rows).step_by(mr) {
+                    call(f, self.codes(p0 + p, 0), w.panel_bytes(), 0, blocks, p, m, self.prefetch());
+                }
+                p += fp;
+            }
+        }
+        let per = self.segs.blocks().max(1);
+        let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
+        let buf = grown(bytes, window.min(blocks) * 1024)?;
+        let f = (self.t.grouped_bytes)(self.z, self.act_groups, regs, mr);
+        while p < np {
+            for k in (0..blocks).step_by(window) {
+                let n = window.min(blocks - k);
+                // SAFETY: the buffer holds a window.
+                unsafe { self.unpack(p0 + p, k, n, false, buf.as_mut_ptr()) };
+                for m in (0..rows).step_by(mr) {
+                    call(f, buf.as_ptr(), 0, k, n, p, m, 0);
+                }
+            }
+            p += 1;
+        }
+        Ok(())
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn grouped_tiles(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        c: &mut [f32],
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
+        use crate::kernel::x86::amx;
+        let w = self.w;
+        let ldc = np * PANEL;
+        let blocks = w.geometry.blocks();
+        let signed = plan::signed_bytes(w);
+        let kernels = amx::grouped(self.z, self.act_groups, signed);
+        let buf = grown(bytes, 2 * blocks * 1024)?;
+        // SAFETY: the plan chose tiles, so permission was granted; buffers are sized for the padded rows.
+        unsafe {
+            let _tiles = amx::Tiles::new(self.segs.len.min(64));
+            for p in (0..np).step_by(2) {
+                let second = (p + 1).min(np - 1);
+                let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
+                self.unpack(p0 + p, 0, blocks, signed, pair[0]);
+                if second > p {
+                    self.unpack(p0 + second, 0, blocks, signed, pair[1]);
+                }
+                let pair = [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()];
+                let mut side = [0.0f32; 32 * 32];
+                for m in (0..rows).step_by(32) {
+                    let two = m + 16 < rows;
+                    let act0 = self.act.rows((m0 + m) / 16, 0);
+                    let act1 = if two { self.act.rows((m0 + m) / 16 + 1, 0) } else { act0 };
+                    let (z0, f0) = zero_ptrs(w, p0 + p);
+                    let (z1, f1) = zero_ptrs(w, p0 + second);
+                    let lone = second == p;
+                    if lone {
+                        side.fill(0.0);
+                    }
+                    let a = amx::TileGrp {
+                        a0: act0.codes,
+                        a1: act1.codes,
+                        b: pair,
+                        blocks,
+                        seg_blocks: self.segs.blocks(),
+                        seg0: 0,
+                        seg_group: self.segs.group.as_ptr(),
+                        scales: [scale_ptr(w, p0 + p), scale_ptr(w, p0 + second)],
+                        zeros: [z0, z1],
+                        fzeros: [f0, f1],
+                        act0,
+                        act1,
+                        c: if lone { side.as_mut_ptr() } else { c.as_mut_ptr().add(m * ldc + p * PANEL) },
+                        ldc: if lone { 32 } else { ldc },
+                        dbl: doubling(w),
+                    };
+                    kernels[usize::from(two)](&a);
+                    if lone {
+                        for r in 0..(rows - m).min(32) {
+                            c[(m + r) * ldc + p * PANEL..][..PANEL].copy_from_slice(&side[r * 32..][..PANEL]);
+                        }
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Float activations in padded places: read in place when they can be.
+struct Floats {
+    ptr: *const f32,
+    stride: isize,
+    _own: Option<Buf<f32>>,
+}
+// SAFETY: read only, and the owner outlives the job.
+unsafe impl Sync for Floats {}
+
+fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, threads: usize) -> Result<Floats> {
+    let g = &w.geometry;
+    let direct = !bf16
+        && g.is_plain()
+        && g.kp == g.k
+        && x.scalar == Scalar::F32
+        && x.col_stride == 4
+        && x.row_stride % 4 == 0
+        && x.ptr.align_offset(4) == 0;
+    if direct {
+        return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, _own: None });
+    }
+    let mut own = Buf::<f32>::zeroed(x.rows * g.kp)?;
+    let out = Shared(own.as_mut_ptr());
+    pool::run(if x.rows * g.kp < 1 << 17 { 1 } else { threads }, x.rows, None, |m| {
+        // SAFETY: row m of the buffer belongs to this task.
+        let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(m * g.kp), g.kp) };
+        g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
+        if bf16 {
+            // SAFETY: kp is a multiple of 64.
+            unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+        }
+    });
+    Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, _own: Some(own) })
+}
+
+fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
+    let xs = floats(x, w, t, bf16, b.threads)?;
+    let mode = match (&w.zeros, w.mul) {
+        (PanelZeros::Float(_), _) => W_FLOAT,
+        (_, 2) => W_MUL2,
+        _ => W_MUL1,
+    };
+    let g = &w.geometry;
+    let y = &*y;
+    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+        let ldc = np * PANEL;
+        let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
+        let c = grown(&mut s.floats, rows * ldc)?;
+        c[..rows * ldc].fill(0.0);
+        let cp = c.as_mut_ptr();
+        let args = |panel: usize, bytes: *const u8, k: usize, n: usize, m: usize, c: *mut f32| {
+            let (zeros, fzeros) = zero_ptrs(w, panel);
+            F32Args {
+                bytes,
+                byte_stride: b.window * 1024,
+                blocks: n,
+                padded: g.padded,
+                group0: k * BLOCK / g.padded.max(1),
+                groups: g.groups,
+                scales: scale_ptr(w, panel),
+                scale_stride: g.groups * PANEL,
+                zeros,
+                fzeros,
+                sub: w.sub,
+                x: xs.ptr.wrapping_offset((m0 + m) as isize * xs.stride).wrapping_add(k * BLOCK),
+                x_stride: xs.stride,
+                c,
+                ldc,
+            }
+        };
+        let blocks = g.blocks();
+        // SAFETY (whole loop): arguments describe whole panels, existing rows, and buffers of the plan's window.
+        for k in (0..blocks).step_by(b.window) {
+            let n = b.window.min(blocks - k);
+            let mut p = 0;
+            while p < np {
+                let wide = np - p >= b.np;
+                let count = if wide { b.np } else { 1 };
+                let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
+                for i in 0..count {
+                    let src = w.codes.as_ptr().wrapping_add((p0 + p + i) * w.panel_bytes() + k * w.block_bytes());
+                    // SAFETY: see above.
+                    unsafe { (t.unpack[w.bits])(src, bytes.as_mut_ptr().add(i * b.window * 1024), n, 0, 0) };
+                }
+                if b.path == Path::Gemv {
+                    let mut m = 0;
+                    while m < rows {
+                        let mr = match rows - m {
+                            1 => 1,
+                            2 | 3 => 2,
+                            _ => 4,
+                        };
+                        let (f, fp) = (t.gemv)(mode, bf16, mr, !wide);
+                        for i in (0..count).step_by(fp) {
+                            let at = bytes.as_ptr().wrapping_add(i * b.window * 1024);
+                            let a = args(p0 + p + i, at, k, n, m, cp.wrapping_add(m * ldc + (p + i) * PANEL));
+                            // SAFETY: see above.
+                            unsafe { f(&a) };
+                        }
+                        m += mr;
+                    }
+                } else {
+                    let span = b.window * 1024;
+                    let weights = grown(&mut s.weights, b.np * span)?;
+                    for i in 0..count {
+                        let at = bytes.as_ptr().wrapping_add(i * span);
+                        let a = args(p0 + p + i, at, k, n, 0, cp);
+                        // SAFETY: see above.
+                        unsafe { (t.expand)(mode, bf16)(&a, weights.as_mut_ptr().add(i * span)) };
+                    }
+                    let mut m = 0;
+                    while m < rows {
+                        let mr = (rows - m).min(b.mr);
+                        let x = xs.ptr.wrapping_offset((m0 + m) as isize * xs.stride).wrapping_add(k * BLOCK);
+                        let a = GemmArgs {
+                            x,
+                            x_stride: xs.stride,
+                            w: weights.as_ptr(),
+                            panel_stride: span,
+                            k: n * BLOCK,
+                            c: cp.wrapping_add(m * ldc + p * PANEL),
+                            ldc,
+                        };
+                        // SAFETY: see above.
+                        unsafe { (t.gemm)(mr, !wide)(&a) };
+                        m += mr;
+                    }
+                }
+                p += count;
+            }
+        }
+        for m in 0..rows {
+            let row = &mut c[m * ldc..][..ldc];
+            if !bias.is_null() {
+                let e = Finish {
+                    cols: ldc,
+                    act_scale: 1.0,
+                    sum: 0,
+                    dbl: 0,
+                    bias,
+                    scales: std::ptr::null(),
+                    zeros: std::ptr::null(),
+                    fzeros: std::ptr::null(),
+                };
+                // SAFETY: the row and the bias have ldc floats.
+                unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+            }
+            store_row(y, m0 + m, p0 * PANEL, row, false);
+        }
+        Ok(())
+    })
+}
+
+/// Writes finished floats to row `m` from column `n0`, converted to the output type; NaN where the row is bad.
+fn store_row(y: &MatMut, m: usize, n0: usize, row: &[f32], bad: bool) {
+    let cols = row.len().min(y.cols - n0);
+    let base = y.ptr.wrapping_offset(m as isize * y.row_stride + n0 as isize * y.col_stride);
+    // SAFETY (all arms): elements (m, n0..n0+cols) of the view; tasks write disjoint elements.
+    if y.scalar == Scalar::F32 && y.col_stride == 4 && !bad {
+        // SAFETY: as above; byte copies need no alignment.
+        unsafe { std::ptr::copy_nonoverlapping(row.as_ptr().cast::<u8>(), base, cols * 4) };
+        return;
+    }
+    for (j, &v) in row[..cols].iter().enumerate() {
+        let v = if bad { f32::NAN } else { v };
+        let p = base.wrapping_offset(j as isize * y.col_stride);
+        // SAFETY: as above, unaligned stores.
+        unsafe {
+            match y.scalar {
+                Scalar::F32 => p.cast::<f32>().write_unaligned(v),
+                Scalar::F64 => p.cast::<f64>().write_unaligned(f64::from(v)),
+                Scalar::F16 => p.cast::<u16>().write_unaligned(half::f16::from_f32(v).to_bits()),
+                Scalar::BF16 => p.cast::<u16>().write_unaligned(half::bf16::from_f32(v).to_bits()),
+                Scalar::I8 => {}
+            }
+        }
+    }
+}
