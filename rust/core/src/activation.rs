@@ -30,10 +30,10 @@ impl Segments {
     pub fn new(g: &Geometry, act: Option<usize>) -> Result<Self> {
         let whole = g.groups <= 1;
         let len = match act {
-            Some(a) if whole || g.group % a == 0 => a.min(g.padded),
-            Some(a) if a % g.group != 0 => {
+            Some(a) if (whole || g.group % a == 0) && (matches!(a, 8 | 16 | 32) || a % BLOCK == 0) => a.min(g.padded),
+            Some(a) if whole || a % g.group != 0 => {
                 return Err(Error::Unsupported(format!(
-                    "compute int8_g{a} needs the weight's group length to divide {a} or be divided by it, not {}",
+                    "activation groups of {a} need a weight whose group length divides {a} or is divided by it, not {}",
                     g.group
                 )));
             }
@@ -84,7 +84,8 @@ pub struct Act {
 }
 
 impl Act {
-    /// Quantises `x` into row blocks of `mb`. Sums are multiplied by `factor`.
+    /// Quantises `x` into row blocks of `mb`. Sums are multiplied by `factor`. An int8 `x` is taken as codes, with the
+    /// scales `given` (`[rows][groups]`), or 1.
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
@@ -95,6 +96,7 @@ impl Act {
         act_group: Option<usize>,
         mb: usize,
         factor: i32,
+        given: Option<&[f32]>,
         kernels: &Kernels,
         threads: usize,
     ) -> Result<Self> {
@@ -131,12 +133,12 @@ impl Act {
                 unsafe {
                     let s = if x.scalar == Scalar::I8 {
                         copy_codes(x, m, &mut flat);
-                        1.0
+                        given.filter(|_| act_group.is_none()).map_or(1.0, |s| s[m])
                     } else {
                         let src = row(x, m, &mut floats);
                         quantise_row(src, g.k, act_group, kernels, &mut flat, |j, s| {
-                            if let Some(a) = act_group {
-                                out.group_scale(m, mb, n, segs, j, s, a);
+                            if act_group.is_some() {
+                                out.group_scale(m, mb, n, segs, j, s);
                             }
                         })
                         .unwrap_or_else(|| {
@@ -145,9 +147,10 @@ impl Act {
                             1.0
                         })
                     };
-                    if x.scalar == Scalar::I8 && act_group.is_some() {
-                        for j in 0..g.k.div_ceil(act_group.unwrap_or(1)) {
-                            out.group_scale(m, mb, n, segs, j, 1.0, 0);
+                    if let (Scalar::I8, Some(a)) = (x.scalar, act_group) {
+                        let count = g.k.div_ceil(a);
+                        for j in 0..count {
+                            out.group_scale(m, mb, n, segs, j, given.map_or(1.0, |s| s[m * count + j]));
                         }
                     }
                     *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
@@ -200,7 +203,7 @@ struct Parts {
 
 impl Parts {
     /// Stores the scale of activation group `j` of row `m` for every segment that it covers.
-    unsafe fn group_scale(&self, m: usize, mb: usize, n: usize, segs: &Segments, j: usize, s: f32, _len: usize) {
+    unsafe fn group_scale(&self, m: usize, mb: usize, n: usize, segs: &Segments, j: usize, s: f32) {
         let lo = segs.act.partition_point(|&a| (a as usize) < j);
         for seg in lo..segs.act.len() {
             if segs.act[seg] as usize != j {

@@ -9,7 +9,7 @@ use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::qtensor::{QView, ScalesRef};
+use crate::qtensor::{QView, ZerosRef};
 use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
@@ -148,7 +148,7 @@ pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()>
             )
         };
         match o.compute {
-            Compute::Int8 { group } => int8(&xs, w, &mut ys, o, group.map(|g| g as usize))?,
+            Compute::Int8 { group } => int8(&xs, w, &mut ys, o, group.map(|g| g as usize), None)?,
             Compute::F32 => float(&xs, w, &mut ys, o, false)?,
             Compute::Bf16 => float(&xs, w, &mut ys, o, true)?,
         }
@@ -162,6 +162,232 @@ pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()>
 /// [`Error::Unsupported`] where the compute does not fit the format.
 pub fn explain(m: usize, w: &Packed, o: &Options) -> Result<Plan> {
     plan::plan(m, w, o.compute, o.isa, o.threads)
+}
+
+/// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
+/// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
+fn value_planes(a: &QView, threads: usize) -> Result<(Vec<Buf<i8>>, i64)> {
+    if matches!(a.zeros, ZerosRef::Float(_)) {
+        return Err(Error::Unsupported("a left operand with float zero points has no integer values".to_owned()));
+    }
+    let (m, k) = (a.rows, a.cols);
+    let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
+    let (lo, hi) = a.format.element.values();
+    let (lo, hi) = match a.zeros {
+        ZerosRef::Int(z) => {
+            let top = i32::from(z.iter().copied().max().unwrap_or(0));
+            (lo - top, hi - i32::from(z.iter().copied().min().unwrap_or(0)))
+        }
+        _ => (lo, hi),
+    };
+    let narrow = lo >= -128 && hi <= 127;
+    let mut planes = vec![Buf::<i8>::zeroed(size)?];
+    if !narrow {
+        planes.push(Buf::zeroed(size)?);
+    }
+    let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
+    let out = &out;
+    pool::run(if size < 1 << 18 { 1 } else { threads }, m, None, |i| {
+        let mut row = vec![0u8; k];
+        a.unpack_row(i, 0, &mut row);
+        for (j, &u) in row.iter().enumerate() {
+            let zero = match a.zeros {
+                ZerosRef::Int(z) => i32::from(z[i * a.groups() + j / a.group_len().max(1)]),
+                _ => 0,
+            };
+            let v = a.format.element.value(u) - zero;
+            // SAFETY: row i of each plane belongs to this task.
+            unsafe {
+                if narrow {
+                    *out[0].get().add(i * k + j) = v as i8;
+                } else {
+                    *out[0].get().add(i * k + j) = (v >> 1) as i8;
+                    *out[1].get().add(i * k + j) = (v & 1) as i8;
+                }
+            }
+        }
+    });
+    Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
+}
+
+fn plane_rows<'a>(p: &'a Buf<i8>, k: usize, m0: usize, rows: usize) -> MatRef<'a> {
+    let ptr = p.as_ptr().wrapping_add(m0 * k).cast();
+    // SAFETY: rows m0..m0+rows of an (M, k) matrix of bytes.
+    unsafe { MatRef::from_raw(ptr, Scalar::I8, rows, k, k as isize, 1) }
+}
+
+/// Raw sums of code values of two quantised operands, `a` (M, K) and `w` (N, K), one scale per row on both sides.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Value`] where an operand is grouped or int32 could overflow, [`Error::Unsupported`] where
+/// zero points are floats.
+pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Result<()> {
+    let (m, n, k) = (a.rows, w.n, w.geometry.k);
+    if a.cols != k {
+        return Err(Error::Shape(format!("inner dimensions differ: ({m}, {}) against ({n}, {k})", a.cols)));
+    }
+    if a.groups() > 1 || w.geometry.groups > 1 {
+        return Err(Error::Value(format!(
+            "raw sums need one scale per row on both sides, not {} and {}",
+            a.format, w.format
+        )));
+    }
+    if matches!(w.zeros, PanelZeros::Float(_)) {
+        return Err(Error::Unsupported("raw sums need integer zero points".to_owned()));
+    }
+    let size = match out {
+        RawOut::I32(s) => s.len(),
+        RawOut::I64(s) => s.len(),
+    };
+    if m.checked_mul(n) != Some(size) {
+        return Err(Error::Shape(format!("output of {size} elements, expected ({m}, {n})")));
+    }
+    if size == 0 {
+        return Ok(());
+    }
+    let (planes, a_top) = value_planes(a, o.threads)?;
+    let w_top = i64::from(w.mul) * ((1 << w.bits) - 1) + i64::from(w.sub).max(i64::from(w.zero_max));
+    if matches!(out, RawOut::I32(_)) && i128::from(a_top) * i128::from(w_top) * k as i128 > i128::from(i32::MAX) {
+        let (lo, hi) = w.format.element.values();
+        let exact = i64::from(lo.abs().max(hi.abs()) + i32::from(w.zero_max));
+        if i128::from(a_top) * i128::from(exact) * k as i128 > i128::from(i32::MAX) {
+            return Err(Error::Value(format!(
+                "int32 sums of {} by {} may overflow at K = {k}; ask for int64",
+                a.format, w.format
+            )));
+        }
+    }
+    let out = match out {
+        RawOut::I32(s) => (Shared(s.as_mut_ptr()), Shared(std::ptr::null_mut::<i64>())),
+        RawOut::I64(s) => (Shared(std::ptr::null_mut::<i32>()), Shared(s.as_mut_ptr())),
+    };
+    raw_products(&planes, m, w, o, |row, n0, sums| {
+        for (j, &v) in sums.iter().enumerate() {
+            // SAFETY: tasks own disjoint parts of row `row` of the output.
+            unsafe {
+                if out.1.get().is_null() {
+                    *out.0.get().add(row * n + n0 + j) = v as i32;
+                } else {
+                    *out.1.get().add(row * n + n0 + j) = v;
+                }
+            }
+        }
+    })
+}
+
+/// Exact sums `sum_k a*w` of the planes of `a` against an ungrouped `w`, given to `emit(row, first column, sums)`.
+fn raw_products(
+    planes: &[Buf<i8>],
+    m: usize,
+    w: &Packed,
+    o: &Options,
+    emit: impl Fn(usize, usize, &[i64]) + Sync,
+) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let segs = Segments::new(&w.geometry, None)?;
+    let (k, kp) = (w.geometry.k, w.geometry.kp);
+    for m0 in (0..m).step_by(SLAB) {
+        let rows = SLAB.min(m - m0);
+        let b = plan::int8(rows, w, &segs, false, o.isa, o.threads);
+        let mb = if b.path == Path::Tiles { 16 } else { b.mr };
+        let acts = planes
+            .iter()
+            .map(|p| {
+                let x = plane_rows(p, k, m0, rows);
+                Act::quantise(&x, &w.geometry, &segs, None, mb, 1, None, t, b.threads)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let emit = &emit;
+        tasks(&b, rows, w.panels(), o, |p0, np, r0, count, s| {
+            let ldc = np * PANEL;
+            let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
+            let len = padded * ldc;
+            let (zi, _) = zero_ptrs(w, p0);
+            grown(&mut s.wide, len)?[..len].fill(0);
+            for (i, act) in acts.iter().enumerate() {
+                let job = IntJob { w, t, b, act, segs: &segs, z: plan::zero_mode(w), act_groups: false };
+                let weight = if i + 1 < acts.len() { 2 } else { 1 };
+                let step = (int32_limit(w) / BLOCK).max(1);
+                for b0 in (0..kp / BLOCK).step_by(step) {
+                    let sums = grown(&mut s.sums, len)?;
+                    sums[..len].fill(0);
+                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, &mut s.bytes)?;
+                    let wide = grown(&mut s.wide, len)?;
+                    wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
+                }
+            }
+            let wide = grown(&mut s.wide, len)?;
+            let cols = ldc.min(w.n - p0 * PANEL);
+            for r in 0..count {
+                let sum: i64 = acts.iter().enumerate().fold(0, |t, (i, a)| {
+                    t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r))
+                });
+                let row = &mut wide[r * ldc..][..cols];
+                for (j, v) in row.iter_mut().enumerate() {
+                    // SAFETY: zeros reach the end of the last panel.
+                    let zero = if zi.is_null() { i64::from(w.sub) } else { i64::from(unsafe { *zi.add(j) }) };
+                    *v = *v * i64::from(w.mul) - zero * sum;
+                }
+                emit(m0 + r0 + r, p0 * PANEL, row);
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// `y = a @ w.T` of two quantised operands, as integers: exact sums per group, then scales as [`matmul`] applies them
+/// with `a`'s scales in the place of the activation's.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the group lengths do not nest, or an operand's values are not integers.
+pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()> {
+    check(a.rows, a.cols, w, y, o)?;
+    let (m, k) = (a.rows, a.cols);
+    if m == 0 || w.n == 0 {
+        return Ok(());
+    }
+    let (planes, _) = value_planes(a, o.threads)?;
+    let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
+    let group = (a.groups() > 1).then(|| a.group_len());
+    if planes.len() == 1 {
+        for m0 in (0..m).step_by(SLAB) {
+            let rows = SLAB.min(m - m0);
+            let x = plane_rows(&planes[0], k, m0, rows);
+            // SAFETY: a slab of rows of y, one after the other.
+            let mut ys = unsafe {
+                let p = y.ptr.wrapping_offset(m0 as isize * y.row_stride);
+                MatMut::from_raw(p, y.scalar, rows, y.cols, y.row_stride, y.col_stride)
+            };
+            int8(&x, w, &mut ys, o, group, Some(&scales[m0 * a.groups()..]))?;
+        }
+        return Ok(());
+    }
+    if group.is_some() || w.geometry.groups > 1 || matches!(w.zeros, PanelZeros::Float(_)) {
+        return Err(Error::Unsupported(format!("{} has no integer product with {}", a.format, w.format)));
+    }
+    let y = &*y;
+    let w_scales: Vec<f32> = (0..w.n).map(|n| panel_scale(w, n)).collect();
+    raw_products(&planes, m, w, o, |row, n0, sums| {
+        let out: Vec<f32> = sums
+            .iter()
+            .enumerate()
+            .map(|(j, &d)| {
+                let f = (d as f32).mul_add(w_scales[n0 + j], 0.0) * scales[row];
+                o.bias.map_or(f, |b| f + b[n0 + j])
+            })
+            .collect();
+        store_row(y, row, n0, &out, false);
+    })
+}
+
+/// Scale of row `n` of an ungrouped weight.
+fn panel_scale(w: &Packed, n: usize) -> f32 {
+    match &w.scales {
+        PanelScales::F32(b) => b.get(n).copied().unwrap_or(0.0),
+        PanelScales::F16(b) => b.get(n).map_or(0.0, |&v| half::f16::from_bits(v).to_f32()),
+        PanelScales::BF16(b) => b.get(n).map_or(0.0, |&v| f32::from_bits(u32::from(v) << 16)),
+    }
 }
 
 fn slab<'a>(x: &MatRef<'a>, m0: usize, rows: usize) -> MatRef<'a> {
@@ -254,7 +480,14 @@ fn doubling(w: &Packed) -> i32 {
     -i32::from(w.mul == 2)
 }
 
-fn int8(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, group: Option<usize>) -> Result<()> {
+fn int8(
+    x: &MatRef,
+    w: &Packed,
+    y: &mut MatMut,
+    o: &Options,
+    group: Option<usize>,
+    given: Option<&[f32]>,
+) -> Result<()> {
     let t = kernel::table(o.isa);
     let segs = Segments::new(&w.geometry, group)?;
     let raw = w.geometry.groups <= 1 && group.is_none();
@@ -269,7 +502,7 @@ fn int8(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, group: Option<usize
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
     let z = plan::zero_mode(w);
     let factor = if z == Z_CONST && !long { w.sub } else { 1 };
-    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, t, b.threads)?;
+    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, t, b.threads)?;
     let job = IntJob { w, t, b, act: &act, segs: &segs, z, act_groups: group.is_some() };
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
@@ -532,6 +765,7 @@ impl IntJob<'_> {
                 panel_stride,
                 blocks: n,
                 seg_blocks: self.segs.blocks().max(1),
+                seg_registers: regs,
                 seg0: k * BLOCK / self.segs.len,
                 seg_group: self.segs.group.as_ptr(),
                 scales: scale_ptr(w, p0 + p),
@@ -562,7 +796,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(self.z, self.act_groups, regs, mr);
+        let f = (self.t.grouped_bytes)(self.z, self.act_groups, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -655,6 +889,13 @@ struct Floats {
 // SAFETY: read only, and the owner outlives the job.
 unsafe impl Sync for Floats {}
 
+impl Floats {
+    /// Row `m` from place `k` on.
+    fn at(&self, m: usize, k: usize) -> *const f32 {
+        self.ptr.wrapping_offset(m as isize * self.stride).wrapping_add(k)
+    }
+}
+
 fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, threads: usize) -> Result<Floats> {
     let g = &w.geometry;
     let direct = !bf16
@@ -681,16 +922,139 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, threads: usize) -> Re
     Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, _own: Some(own) })
 }
 
-fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
-    let t = kernel::table(o.isa);
-    let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
-    let xs = floats(x, w, t, bf16, b.threads)?;
-    let mode = match (&w.zeros, w.mul) {
+/// How the float kernels decode this weight.
+fn weight_mode(w: &Packed) -> u8 {
+    match (&w.zeros, w.mul) {
         (PanelZeros::Float(_), _) => W_FLOAT,
         (_, 2) => W_MUL2,
         _ => W_MUL1,
-    };
+    }
+}
+
+/// Activations rounded to bf16, in blocks of 16 rows by 32 k: 1 KiB, a row every 64 bytes.
+#[cfg(target_arch = "x86_64")]
+fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Buf<u16>> {
     let g = &w.geometry;
+    let mut own = Buf::<u16>::zeroed(x.rows.next_multiple_of(16) * g.kp)?;
+    let out = Shared(own.as_mut_ptr());
+    pool::run(if x.rows * g.kp < 1 << 16 { 1 } else { threads }, x.rows.div_ceil(16), None, |i| {
+        let mut row = vec![0.0f32; g.kp];
+        for m in i * 16..x.rows.min((i + 1) * 16) {
+            g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
+            // SAFETY: kp is a multiple of 64.
+            unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+            for (s, part) in row.chunks_exact(32).enumerate() {
+                let to = out.get().wrapping_add(i * 16 * g.kp + s * 512 + (m % 16) * 32);
+                for (j, &v) in part.iter().enumerate() {
+                    let bits = if v.is_nan() { 0x7fc0 } else { (v.to_bits() >> 16) as u16 };
+                    // SAFETY: row m of block i belongs to this task.
+                    unsafe { *to.add(j) = bits };
+                }
+            }
+        }
+    });
+    Ok(own)
+}
+
+/// Columns of K decoded to bf16 at a time, in blocks: two panels stay within half of a 1 MiB cache.
+const BF16_WINDOW: usize = 64;
+
+#[cfg(target_arch = "x86_64")]
+fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking) -> Result<()> {
+    use crate::kernel::x86::amx;
+    let t = kernel::table(o.isa);
+    let a = bf16_blocks(x, w, t, b.threads)?;
+    let (a, y) = (&a, &*y);
+    let g = &w.geometry;
+    let decode = amx::bf16_decoder(weight_mode(w));
+    tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+        // A lone last panel gets a partner whose columns are dropped.
+        let ldc = np.next_multiple_of(2) * PANEL;
+        let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
+        let padded = rows.next_multiple_of(32);
+        let c = grown(&mut s.floats, padded * ldc)?;
+        c[..padded * ldc].fill(0.0);
+        let bytes = grown(&mut s.bytes, BF16_WINDOW * (1024 + 2 * 2048))?;
+        let tiles = bytes.as_mut_ptr().wrapping_add(BF16_WINDOW * 1024);
+        for p in (0..np).step_by(2) {
+            for k in (0..g.blocks()).step_by(BF16_WINDOW) {
+                let n = BF16_WINDOW.min(g.blocks() - k);
+                let count = 2.min(np - p);
+                // SAFETY: buffers hold a window of two panels and the padded rows; permission came with the plan.
+                unsafe {
+                    for i in 0..count {
+                        let panel = p0 + p + i;
+                        let src = w.codes.as_ptr().wrapping_add(panel * w.panel_bytes() + k * w.block_bytes());
+                        (t.unpack[w.bits])(src, bytes.as_mut_ptr(), n, 0, 0);
+                        let (zeros, fzeros) = zero_ptrs(w, panel);
+                        let args = F32Args {
+                            bytes: bytes.as_ptr(),
+                            byte_stride: 0,
+                            blocks: n,
+                            padded: g.padded,
+                            group0: k * BLOCK / g.padded.max(1),
+                            groups: g.groups,
+                            scales: scale_ptr(w, panel),
+                            scale_stride: g.groups * PANEL,
+                            zeros,
+                            fzeros,
+                            sub: w.sub,
+                            x: std::ptr::null(),
+                            x_stride: 0,
+                            c: std::ptr::null_mut(),
+                            ldc: 0,
+                        };
+                        decode(&args, tiles.wrapping_add(i * BF16_WINDOW * 2048));
+                    }
+                    let second = tiles.wrapping_add((count - 1) * BF16_WINDOW * 2048);
+                    let pair = [tiles.cast_const(), second.cast_const()];
+                    let _tiles = amx::Tiles::new(64);
+                    for m in (0..rows).step_by(32) {
+                        let at = |i: usize| a.as_ptr().wrapping_add(((m0 + m) / 16 + i) * 16 * g.kp + k * BLOCK * 16);
+                        let a1 = if m + 16 < rows { at(1) } else { std::ptr::null() };
+                        amx::bf16(at(0), a1, pair, 2 * n, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
+                    }
+                }
+            }
+        }
+        for m in 0..rows {
+            finish_plain(t, &mut c[m * ldc..][..np * PANEL], bias);
+            store_row(y, m0 + m, p0 * PANEL, &c[m * ldc..][..np * PANEL], false);
+        }
+        Ok(())
+    })
+}
+
+/// Adds the bias to a row of float sums.
+fn finish_plain(t: &Kernels, row: &mut [f32], bias: *const f32) {
+    if bias.is_null() {
+        return;
+    }
+    let e = Finish {
+        cols: row.len(),
+        act_scale: 1.0,
+        sum: 0,
+        dbl: 0,
+        bias,
+        scales: std::ptr::null(),
+        zeros: std::ptr::null(),
+        fzeros: std::ptr::null(),
+    };
+    // SAFETY: the row and the bias have as many floats.
+    unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+}
+
+fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
+    #[cfg(target_arch = "x86_64")]
+    if b.path == Path::TilesBf16 {
+        return float_tiles(x, w, y, o, &b);
+    }
+    let xs = floats(x, w, t, bf16, b.threads)?;
+    let mode = weight_mode(w);
+    let g = &w.geometry;
+    let (xs, stride) = (&xs, xs.stride);
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = np * PANEL;
@@ -712,8 +1076,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 zeros,
                 fzeros,
                 sub: w.sub,
-                x: xs.ptr.wrapping_offset((m0 + m) as isize * xs.stride).wrapping_add(k * BLOCK),
-                x_stride: xs.stride,
+                x: xs.at(m0 + m, k * BLOCK),
+                x_stride: stride,
                 c,
                 ldc,
             }
@@ -761,10 +1125,9 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                     let mut m = 0;
                     while m < rows {
                         let mr = (rows - m).min(b.mr);
-                        let x = xs.ptr.wrapping_offset((m0 + m) as isize * xs.stride).wrapping_add(k * BLOCK);
                         let a = GemmArgs {
-                            x,
-                            x_stride: xs.stride,
+                            x: xs.at(m0 + m, k * BLOCK),
+                            x_stride: stride,
                             w: weights.as_ptr(),
                             panel_stride: span,
                             k: n * BLOCK,
@@ -781,20 +1144,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
         }
         for m in 0..rows {
             let row = &mut c[m * ldc..][..ldc];
-            if !bias.is_null() {
-                let e = Finish {
-                    cols: ldc,
-                    act_scale: 1.0,
-                    sum: 0,
-                    dbl: 0,
-                    bias,
-                    scales: std::ptr::null(),
-                    zeros: std::ptr::null(),
-                    fzeros: std::ptr::null(),
-                };
-                // SAFETY: the row and the bias have ldc floats.
-                unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
-            }
+            finish_plain(t, row, bias);
             store_row(y, m0 + m, p0 * PANEL, row, false);
         }
         Ok(())

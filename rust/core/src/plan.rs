@@ -144,7 +144,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
     if m <= 4 {
-        let mr = if m >= 3 { 4 } else { m };
+        let mr = if m == 3 { 2 } else { m };
         let (_, np) = (t.gemv)(0, false, mr, false);
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);

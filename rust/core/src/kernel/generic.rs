@@ -144,7 +144,8 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
 
 /// Grouped product: for each group in increasing k, `c = fma(f32(D), s, c)` with `D` the exact integer sum.
 ///
-/// `SEG` is the number of registers of a segment (2, 4, 8), or 16 where a segment is whole blocks.
+/// `SEG` is the number of registers of a segment (8), 16 where a segment is whole blocks, or 0 to take it from
+/// `seg_registers` (codes of one byte).
 ///
 /// # Safety
 /// The pointers in `a` hold what [`Grp`] says; the CPU has the features of `S`.
@@ -212,9 +213,15 @@ pub unsafe fn grouped<
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
             fetch::<S, U, NP>(w, a.panel_stride, a.prefetch);
-            if SEG >= per {
+            let small = if SEG == 0 { a.seg_registers } else { SEG };
+            if SEG == 0 && small < 16 {
+                for i in (0..16).step_by(small) {
+                    dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, small);
+                    flush!(0, 1);
+                }
+            } else if SEG == 0 || SEG >= per {
                 dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, per);
-                if SEG < 16 {
+                if SEG != 0 && SEG < 16 {
                     for t in (0..PARTS).step_by(SEG / per) {
                         flush!(t, t + SEG / per);
                     }
@@ -225,7 +232,7 @@ pub unsafe fn grouped<
                     flush!(0, 1);
                 }
             }
-            if SEG == 16 {
+            if small == 16 {
                 left -= 1;
                 if left == 0 || b + 1 == a.blocks {
                     flush!(0, PARTS);
@@ -289,8 +296,11 @@ pub const W_MUL2: u8 = 1;
 pub const W_FLOAT: u8 = 2;
 
 /// The decoded weights of one lane-byte: byte `j` of every lane of `w`.
+///
+/// # Safety
+/// The CPU has the features of `S`.
 #[inline(always)]
-unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(w: S::I, j: usize, z: S::F, s: S::F) -> S::F {
+pub(crate) unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(w: S::I, j: usize, z: S::F, s: S::F) -> S::F {
     // SAFETY: the caller's features.
     unsafe {
         let v = S::magic(w, j);
@@ -324,8 +334,11 @@ pub unsafe fn round_bf16<S: Simd>(v: S::F) -> S::F {
 }
 
 /// Scale and zero vectors of one group, as [`weight`] wants them.
+///
+/// # Safety
+/// The group is within the arrays of `a`; the CPU has the features of `S`.
 #[inline(always)]
-unsafe fn group<S: Simd, const W: u8>(a: &F32Args, panel: usize, g: usize) -> (S::F, S::F) {
+pub(crate) unsafe fn group<S: Simd, const W: u8>(a: &F32Args, panel: usize, g: usize) -> (S::F, S::F) {
     // SAFETY: the caller's group is in range.
     unsafe {
         let at = panel * a.scale_stride + g * 16;

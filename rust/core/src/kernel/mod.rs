@@ -58,6 +58,8 @@ pub struct Grp {
     pub blocks: usize,
     /// Blocks of a segment (where segments are whole blocks).
     pub seg_blocks: usize,
+    /// Registers of a segment, 16 where it is whole blocks.
+    pub seg_registers: usize,
     /// First segment.
     pub seg0: usize,
     /// Group of each segment.
@@ -176,8 +178,8 @@ pub struct Kernels {
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
     /// Fused grouped kernel by (bits, zero mode, activation groups, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, u8, bool, usize, usize) -> Option<(GroupedFn, usize)>,
-    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, registers of a segment, rows).
-    pub grouped_bytes: fn(u8, bool, usize, usize) -> GroupedFn,
+    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, rows).
+    pub grouped_bytes: fn(u8, bool, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
     pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Ungrouped kernel over bytes, one panel, by rows.
@@ -317,26 +319,20 @@ macro_rules! instantiate {
                     _ => None,
                 }
             }
-            fn grouped_bytes(z: u8, a: bool, seg: usize, mr: usize) -> GroupedFn {
-                macro_rules! rows { ($z:ident, $a:literal, $seg:literal) => { match mr {
-                    1 => grouped::<U8, $z, $a, $seg, 1, 1, 1> as GroupedFn,
-                    2 => grouped::<U8, $z, $a, $seg, 1, 2, 1> as GroupedFn,
-                    4 => grouped::<U8, $z, $a, $seg, 1, 4, 1> as GroupedFn,
-                    _ => grouped::<U8, $z, $a, $seg, 1, $max_mr, 1> as GroupedFn,
-                } } }
-                macro_rules! segs { ($z:ident, $a:literal) => { match seg {
-                    2 => rows!($z, $a, 2),
-                    4 => rows!($z, $a, 4),
-                    8 => rows!($z, $a, 8),
-                    _ => rows!($z, $a, 16),
+            fn grouped_bytes(z: u8, a: bool, mr: usize) -> GroupedFn {
+                macro_rules! rows { ($z:ident, $a:literal) => { match mr {
+                    1 => grouped::<U8, $z, $a, 0, 1, 1, 1> as GroupedFn,
+                    2 => grouped::<U8, $z, $a, 0, 1, 2, 1> as GroupedFn,
+                    4 => grouped::<U8, $z, $a, 0, 1, 4, 1> as GroupedFn,
+                    _ => grouped::<U8, $z, $a, 0, 1, $max_mr, 1> as GroupedFn,
                 } } }
                 match (z, a) {
-                    (Z_CONST, false) => segs!(Z_CONST, false),
-                    (Z_CONST, true) => segs!(Z_CONST, true),
-                    (Z_INT, false) => segs!(Z_INT, false),
-                    (Z_INT, true) => segs!(Z_INT, true),
-                    (_, false) => segs!(Z_FLOAT, false),
-                    (_, true) => segs!(Z_FLOAT, true),
+                    (Z_CONST, false) => rows!(Z_CONST, false),
+                    (Z_CONST, true) => rows!(Z_CONST, true),
+                    (Z_INT, false) => rows!(Z_INT, false),
+                    (Z_INT, true) => rows!(Z_INT, true),
+                    (_, false) => rows!(Z_FLOAT, false),
+                    (_, true) => rows!(Z_FLOAT, true),
                 }
             }
             #[allow(unused_variables)]

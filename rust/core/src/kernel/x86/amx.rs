@@ -4,9 +4,9 @@
 //! tile. Within a group the sums stay in tiles; at its end they go through a small buffer to float accumulators, while
 //! the tiles already work on the next group.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{Z_CONST, Z_FLOAT, Z_INT};
+use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2, Z_CONST, Z_FLOAT, Z_INT};
 use crate::kernel::simd::Simd;
-use crate::kernel::{ActRows, ScalePtr};
+use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
 
 /// Tile configuration (palette 1): C 16x64 bytes, A 16 x `k` bytes, B `k/4` x 64 bytes.
@@ -146,9 +146,9 @@ macro_rules! tile_steps {
     };
 }
 
-/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each). `SIGNED`: B holds signed bytes.
+/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each). `UNSIGNED`: B holds unsigned codes.
 #[inline(always)]
-unsafe fn steps<const MT: usize, const SIGNED: bool>(
+unsafe fn steps<const MT: usize, const UNSIGNED: bool>(
     a0: *const i8,
     a1: *const i8,
     b0: *const u8,
@@ -158,11 +158,11 @@ unsafe fn steps<const MT: usize, const SIGNED: bool>(
 ) {
     // SAFETY: the caller's pointers hold n steps; tiles are configured.
     unsafe {
-        match (MT, SIGNED) {
-            (2, true) => tile_steps!(2, "tdpbssd", a0, a1, b0, b1, n, out),
-            (2, false) => tile_steps!(2, "tdpbsud", a0, a1, b0, b1, n, out),
-            (_, true) => tile_steps!(1, "tdpbssd", a0, a1, b0, b1, n, out),
-            (_, false) => tile_steps!(1, "tdpbsud", a0, a1, b0, b1, n, out),
+        match (MT, UNSIGNED) {
+            (2, false) => tile_steps!(2, "tdpbssd", a0, a1, b0, b1, n, out),
+            (2, true) => tile_steps!(2, "tdpbsud", a0, a1, b0, b1, n, out),
+            (_, false) => tile_steps!(1, "tdpbssd", a0, a1, b0, b1, n, out),
+            (_, true) => tile_steps!(1, "tdpbsud", a0, a1, b0, b1, n, out),
         }
     }
 }
@@ -219,6 +219,7 @@ unsafe fn flush<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>
 #[inline(always)]
 unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>(a: &TileGrp) {
     #[repr(align(64))]
+    #[allow(dead_code)]
     struct Pair([[i32; 1024]; 2]);
     // SAFETY: as the caller says.
     unsafe {
@@ -237,7 +238,7 @@ unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX
                 } else {
                     (i * per * 1024, i * per * 1024, per.min(a.blocks - i * per))
                 };
-                steps::<MT, { !FIX }>(
+                steps::<MT, FIX>(
                     a.a0.add(ao),
                     a.a1.wrapping_add(ao),
                     a.b[0].add(bo),
@@ -300,10 +301,10 @@ pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, out
     // SAFETY: as the caller says; the tile buffer holds four tiles.
     unsafe {
         let mt = if a1.is_null() {
-            steps::<1, false>(a0, a1, b[0], b[1], n, t);
+            steps::<1, true>(a0, a1, b[0], b[1], n, t);
             1
         } else {
-            steps::<2, false>(a0, a1, b[0], b[1], n, t);
+            steps::<2, true>(a0, a1, b[0], b[1], n, t);
             2
         };
         for m in 0..mt {
@@ -313,6 +314,111 @@ pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, out
                     std::ptr::copy_nonoverlapping(from, out.add((m * 16 + r) * ldc + p * 16), 16);
                 }
             }
+        }
+    }
+}
+
+/// Decodes unpacked bytes of one panel to bf16 tiles: 2 KiB a block, row r of a tile holds k = 2r, 2r+1 of 16 rows.
+#[inline(always)]
+unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let step = a.padded.min(64) / 4;
+        let high = V::splat(-65536);
+        for b in 0..a.blocks {
+            let mut g = a.group0 + b * 64 / a.padded;
+            for r0 in (0..16).step_by(step) {
+                let (s, z) = group::<V, W>(a, 0, g.min(a.groups - 1));
+                g += 1;
+                for r in r0..r0 + step {
+                    let w = V::load(a.bytes.add(b * 1024 + 64 * r));
+                    for half in 0..2 {
+                        let lo = V::bits(weight::<V, W, true>(w, 2 * half, z, s));
+                        let hi = V::bits(weight::<V, W, true>(w, 2 * half + 1, z, s));
+                        let pair = V::or(V::shr32_16(lo), V::and(hi, high));
+                        V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
+                    }
+                }
+            }
+        }
+    }
+}
+
+macro_rules! decoders {
+    ($($name:ident: $w:ident;)*) => { $(
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+        unsafe fn $name(a: &F32Args, out: *mut u8) {
+            // SAFETY: as the caller says.
+            unsafe { decode_bf16::<$w>(a, out) }
+        }
+    )* };
+}
+decoders! { d1: W_MUL1; d2: W_MUL2; df: W_FLOAT; }
+
+/// The decoder to bf16 tiles for a weight mode: 2 KiB a block.
+pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
+    match mode {
+        W_MUL1 => d1,
+        W_MUL2 => d2,
+        _ => df,
+    }
+}
+
+/// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats).
+///
+/// # Safety
+/// Each pointer has `n` KiB, `c` is readable and writable for whole tiles, tiles are configured for 64 bytes.
+pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, c: *mut f32, ldc: usize) {
+    let stride = ldc * 4;
+    let (c1, c2) = (c.wrapping_add(16), c.wrapping_add(16 * ldc));
+    let c3 = c2.wrapping_add(16);
+    // SAFETY: as the caller says.
+    unsafe {
+        if a1.is_null() {
+            asm!(
+                "tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
+                "2:",
+                "tileloadd tmm6, [{b0} + {s}]",
+                "tileloadd tmm4, [{a0} + {s}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {s}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+                "dec {n}",
+                "jnz 2b",
+                "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
+                a0 = inout(reg) a0 => _,
+                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+                n = inout(reg) n => _, c0 = in(reg) c, c1 = in(reg) c1, t = in(reg) stride, s = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
+        } else {
+            asm!(
+                "tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
+                "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c3} + {t}]",
+                "2:",
+                "tileloadd tmm6, [{b0} + {s}]",
+                "tileloadd tmm4, [{a0} + {s}]",
+                "tdpbf16ps tmm0, tmm4, tmm6",
+                "tileloadd tmm7, [{b1} + {s}]",
+                "tdpbf16ps tmm1, tmm4, tmm7",
+                "tileloadd tmm5, [{a1} + {s}]",
+                "tdpbf16ps tmm2, tmm5, tmm6",
+                "tdpbf16ps tmm3, tmm5, tmm7",
+                "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
+                "dec {n}",
+                "jnz 2b",
+                "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
+                "tilestored [{c2} + {t}], tmm2", "tilestored [{c3} + {t}], tmm3",
+                a0 = inout(reg) a0 => _, a1 = inout(reg) a1 => _,
+                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
+                n = inout(reg) n => _, c0 = in(reg) c, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
+                t = in(reg) stride, s = in(reg) 64usize,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack),
+            );
         }
     }
 }
