@@ -70,10 +70,7 @@ impl<T: Plain> Drop for Buf<T> {
         if self.len > 0 {
             // SAFETY: allocated in `zeroed` with this very layout.
             unsafe {
-                dealloc(
-                    self.ptr.as_ptr().cast(),
-                    Layout::from_size_align_unchecked(self.len * size_of::<T>(), ALIGN),
-                );
+                dealloc(self.ptr.as_ptr().cast(), Layout::from_size_align_unchecked(self.len * size_of::<T>(), ALIGN));
             }
         }
     }

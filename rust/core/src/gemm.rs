@@ -78,7 +78,10 @@ pub struct Options<'a> {
 
 impl fmt::Debug for Options<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Options").field("compute", &self.compute).field("threads", &self.threads).finish_non_exhaustive()
+        f.debug_struct("Options")
+            .field("compute", &self.compute)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
     }
 }
 
@@ -319,9 +322,10 @@ fn raw_products(
             let wide = grown(&mut s.wide, len)?;
             let cols = ldc.min(w.n - p0 * PANEL);
             for r in 0..count {
-                let sum: i64 = acts.iter().enumerate().fold(0, |t, (i, a)| {
-                    t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r))
-                });
+                let sum: i64 = acts
+                    .iter()
+                    .enumerate()
+                    .fold(0, |t, (i, a)| t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r)));
                 let row = &mut wide[r * ldc..][..cols];
                 for (j, v) in row.iter_mut().enumerate() {
                     // SAFETY: zeros reach the end of the last panel.
@@ -573,7 +577,13 @@ fn int8(
 }
 
 /// The bias of some panels, zero-padded; null where there is none.
-fn padded_bias(slot: &mut Option<Buf<f32>>, bias: Option<&[f32]>, p0: usize, np: usize, n: usize) -> Result<*const f32> {
+fn padded_bias(
+    slot: &mut Option<Buf<f32>>,
+    bias: Option<&[f32]>,
+    p0: usize,
+    np: usize,
+    n: usize,
+) -> Result<*const f32> {
     let Some(b) = bias else { return Ok(std::ptr::null()) };
     let out = grown(slot, np * PANEL)?;
     let (lo, hi) = (p0 * PANEL, n.min((p0 + np) * PANEL));
@@ -657,7 +667,11 @@ impl IntJob<'_> {
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
     fn prefetch(&self) -> usize {
-        if self.w.panel_bytes() >= 4096 { 2048 } else { 0 }
+        if self.w.panel_bytes() >= 4096 {
+            2048
+        } else {
+            0
+        }
     }
 
     fn raw(
@@ -691,7 +705,8 @@ impl IntJob<'_> {
                     let mut side = [0i32; 32 * 32];
                     for m in (0..rows).step_by(32) {
                         let a0 = self.act.rows((m0 + m) / 16, b0).codes;
-                        let a1 = if m + 16 < rows { self.act.rows((m0 + m) / 16 + 1, b0).codes } else { std::ptr::null() };
+                        let a1 =
+                            if m + 16 < rows { self.act.rows((m0 + m) / 16 + 1, b0).codes } else { std::ptr::null() };
                         if second > p {
                             amx::raw(a0, a1, pair, blocks, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
                         } else {
@@ -746,7 +761,15 @@ impl IntJob<'_> {
         Ok(())
     }
 
-    fn grouped(&self, p0: usize, np: usize, m0: usize, rows: usize, c: &mut [f32], bytes: &mut Option<Buf<u8>>) -> Result<()> {
+    fn grouped(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        c: &mut [f32],
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             return self.grouped_tiles(p0, np, m0, rows, c, bytes);
@@ -781,9 +804,8 @@ impl IntJob<'_> {
             // SAFETY: the arguments describe whole panels, whole segments and padded rows.
             unsafe { f(&a) };
         };
-        let fused = (self.b.path == Path::Fused)
-            .then(|| (self.t.grouped)(w.bits, self.z, self.act_groups, regs, mr))
-            .flatten();
+        let fused =
+            (self.b.path == Path::Fused).then(|| (self.t.grouped)(w.bits, self.z, self.act_groups, regs, mr)).flatten();
         let mut p = 0;
         if let Some((f, fp)) = fused {
             while p + fp <= np {

@@ -22,8 +22,7 @@ pub enum Isa {
 
 impl Isa {
     /// All levels, lowest first.
-    pub const ALL: [Self; 6] =
-        [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni, Self::Amx];
+    pub const ALL: [Self; 6] = [Self::Scalar, Self::Avx2, Self::AvxVnni, Self::Avx512, Self::Avx512Vnni, Self::Amx];
 
     /// Lower-case name, as in `NIBBLAS_ISA`.
     pub fn name(self) -> &'static str {
@@ -122,11 +121,9 @@ mod x86 {
         match isa {
             Isa::Scalar => None,
             Isa::Avx2 => avx2(),
-            Isa::AvxVnni => avx2().or(if std::is_x86_feature_detected!("avxvnni") {
-                None
-            } else {
-                Some("the CPU lacks AVX-VNNI")
-            }),
+            Isa::AvxVnni => {
+                avx2().or(if std::is_x86_feature_detected!("avxvnni") { None } else { Some("the CPU lacks AVX-VNNI") })
+            }
             Isa::Avx512 => avx512(),
             Isa::Avx512Vnni => avx512vnni(),
             Isa::Amx => {
@@ -153,11 +150,7 @@ mod x86 {
     }
 
     fn avx512vnni() -> Option<&'static str> {
-        avx512().or(if std::is_x86_feature_detected!("avx512vnni") {
-            None
-        } else {
-            Some("the CPU lacks AVX-512 VNNI")
-        })
+        avx512().or(if std::is_x86_feature_detected!("avx512vnni") { None } else { Some("the CPU lacks AVX-512 VNNI") })
     }
 
     /// The three checks, in order; the kernel is asked only when the first two pass, once per process.

@@ -619,7 +619,6 @@ pub unsafe fn finish_f32<S: Simd>(c: *mut f32, e: &Finish) {
     }
 }
 
-
 /// Rounds `n` floats (a multiple of 16) to bfloat16 precision in place; NaN stays NaN.
 ///
 /// # Safety

@@ -225,11 +225,8 @@ unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX
     unsafe {
         let mut buf = std::mem::MaybeUninit::<Pair>::uninit();
         let buf = buf.as_mut_ptr().cast::<i32>();
-        let (count, per) = if a.seg_blocks == 0 {
-            (a.blocks * 2, 0)
-        } else {
-            (a.blocks.div_ceil(a.seg_blocks), a.seg_blocks)
-        };
+        let (count, per) =
+            if a.seg_blocks == 0 { (a.blocks * 2, 0) } else { (a.blocks.div_ceil(a.seg_blocks), a.seg_blocks) };
         for i in 0..=count {
             if i < count {
                 // Offsets of segment i: whole blocks, or halves of one (A: 32 bytes into each row, B: 8 rows on).
