@@ -380,6 +380,7 @@ def test_numbers():
     assert _out.number(123456.0) == "123456"
     assert _out.number(9.999) == "10.00"
     assert _out.number(0.00886) == "0.00886"
+    assert _out.number(0.00886) == "0.00886"
     assert _out.number(1e-9) == "1.00e-09"
     assert _out.number(1e12) == "1.00e+12"
     assert _out.size(0) == "0 B"

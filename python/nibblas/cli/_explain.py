@@ -50,7 +50,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
     for i, m in enumerate(args.m):
         x = np.broadcast_to(np.float32(0), (m, cols))
         plan = explain(x, q.T, compute=args.compute, threads=args.threads)
-        plans.append({"m": m, **plan.fields()})
+        plans.append({**plan.fields(), "m": m})
         if i:
             out.line()
         for line in str(plan).splitlines():

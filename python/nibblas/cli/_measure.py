@@ -71,23 +71,21 @@ def medians(
     functions : dict of str to callable
         What to time.
     budget : float
-        Seconds to spend on all together; one sample of each is taken in any case.
+        Seconds to spend on all together; each is called twice in any case.
     samples : int
         At most so many samples of each.
     """
     loops: dict[str, int] = {}
-    first: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     for name, function in functions.items():
         function()
         start = time.perf_counter()
         function()
         took = max(time.perf_counter() - start, 1e-7)
         loops[name] = max(1, min(1000, int(_SAMPLE / took)))
-        first[name] = took
-    turn = sum(first[n] * loops[n] for n in functions)
-    rounds = max(1, min(samples, int(budget / turn)))
-    times: dict[str, list[float]] = {n: [] for n in functions}
-    for _ in range(rounds):
+        times[name] = [took]
+    turn = sum(times[n][0] * loops[n] for n in functions)
+    for _ in range(min(samples, int(budget / turn))):
         for name, function in functions.items():
             n = loops[name]
             start = time.perf_counter()
