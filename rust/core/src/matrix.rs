@@ -127,7 +127,7 @@ impl<'a> MatRef<'a> {
         match self.scalar {
             Scalar::F32 => copy!(f32, |v| v),
             Scalar::F64 => copy!(f64, |v| v as f32),
-            Scalar::I8 => copy!(i8, |v| f32::from(v)),
+            Scalar::I8 => copy!(i8, f32::from),
             Scalar::F16 => copy!(u16, |v| half::f16::from_bits(v).to_f32()),
             Scalar::BF16 => copy!(u16, |v: u16| f32::from_bits(u32::from(v) << 16)),
         }
