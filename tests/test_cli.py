@@ -380,7 +380,6 @@ def test_numbers():
     assert _out.number(123456.0) == "123456"
     assert _out.number(9.999) == "10.00"
     assert _out.number(0.00886) == "0.00886"
-    assert _out.number(0.00886) == "0.00886"
     assert _out.number(1e-9) == "1.00e-09"
     assert _out.number(1e12) == "1.00e+12"
     assert _out.size(0) == "0 B"
@@ -408,3 +407,135 @@ def test_medians_take_turns():
     assert set(took) == {"a", "b"}
     assert all(t > 0 for t in took.values())
     assert set(calls) == {"a", "b"}
+
+
+def test_demo(capsys):
+    args = ["demo", "--shape", "64x256"]
+    found = result(capsys, *args)
+    assert [r["format"] for r in found["results"]] == [f"{e.name}_g128" for e in nb.formats.table()]
+    w = _measure.transformer_weight(64, 256)
+    for r in found["results"]:
+        q = nb.quantize(w, r["format"])
+        assert r["bits_per_weight"] == q.bits_per_weight
+        ideal = np.linalg.norm(w - q.dequantize()) / np.linalg.norm(w)
+        assert r["relative_error"] == pytest.approx(ideal, rel=1e-5)
+        measured = {(s["compute"], s["m"]): s for s in r["speed"]}
+        assert set(measured) <= {(c, m) for c in ("f32", "int8") for m in (1, 16, 256)}
+        for s in measured.values():
+            assert s["ratio"] == pytest.approx(s["numpy_seconds"] / s["seconds"])
+    assert any(len(r["speed"]) == 6 for r in found["results"])
+    code, out, _ = run(capsys, *args, "--formats", "int4_g32,ternary")
+    assert code == 0
+    assert re.search(r"^int4_g32 +4\.500 +0\.\d+ +\S+x ", out, re.MULTILINE)
+
+
+def test_bench(capsys):
+    found = result(
+        capsys,
+        *("bench", "--shapes", "32x64,64x32", "--formats", "int4_g32,uint2", "--m", "1,3"),
+        *("--compute", "f32,int8", "--threads", "1,2", "--seconds", "1"),
+    )["results"]
+    assert len(found) == 32
+    assert (
+        len({(tuple(r["shape"]), r["format"], r["compute"], r["threads"], r["m"]) for r in found})
+        == 32
+    )
+    for r in found:
+        assert r["ratio"] == pytest.approx(r["numpy_seconds"] / r["nibblas_seconds"])
+        ops = 2 * r["m"] * r["shape"][0] * r["shape"][1]
+        assert r["gops"] == pytest.approx(ops / r["nibblas_seconds"] / 1e9)
+        assert r["numpy_threads"] in (None, r["threads"])
+    code, out, err = run(capsys, "bench", "--shapes", "32x64", "--formats", "int4", "--m", "2")
+    assert code == 0
+    assert re.search(r"^int4 +f32 +32x64 ", out, re.MULTILINE)
+    code, _, err = run(capsys, "bench", "--shapes", "32x64", "--compute", "nonsense")
+    assert code == 1
+    assert "nonsense" in err.splitlines()[-1]
+
+
+def test_plots(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    png = b"\x89PNG\r\n"
+    file = tmp_path / "demo.png"
+    args = ["--formats", "int4_g32,int8,ternary", "--plot", file]
+    assert result(capsys, "demo", "--shape", "32x64", *args)["plot"] == str(file)
+    assert file.read_bytes().startswith(png)
+    file = tmp_path / "bench.png"
+    args = ["--shapes", "32x64", "--m", "1,2", "--plot", file]
+    assert result(capsys, "bench", *args)["plot"] == str(file)
+    assert file.read_bytes().startswith(png)
+
+
+def test_numpy_alone(tmp_path):
+    """The whole command line, with everything optional missing."""
+    nb.save(tmp_path / "f", {"w": weight(16, 64)})
+    f, o = str(tmp_path / "f"), str(tmp_path / "o")
+    commands = [
+        ["info"],
+        ["quantize", f, "-f", "int4_g32", "-o", o],
+        ["inspect", o],
+        ["explain", "--shape", "64x64"],
+        ["bench", "--shapes", "32x64", "--m", "1", "--formats", "int4"],
+        ["demo", "--shape", "32x64", "--formats", "int4"],
+    ]
+    code = f"""
+        import sys
+        for name in ("rich", "matplotlib", "ml_dtypes", "threadpoolctl"):
+            sys.modules[name] = None
+        from nibblas.cli import main
+        for command in {commands!r}:
+            assert main(command) == 0, command
+            assert main([*command, "--json"]) == 0, command
+        sys.exit(main(["demo", "--plot", {str(tmp_path / "x.png")!r}]))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENV,
+    )
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == (
+        "nibblas demo: --plot needs matplotlib: pip install matplotlib"
+    )
+    assert sorted(os.listdir(tmp_path)) == ["f", "o"]
+
+
+def test_explain(capsys):
+    args = ["explain", "--shape", "256x512", "-f", "int4_g128", "-m", "1,64", "--compute", "int8"]
+    found = result(capsys, *args)
+    assert [p["m"] for p in found["plans"]] == [1, 64]
+    q = nb.quantize(np.zeros((256, 512), np.float32), "int4_g128")
+    plan = nb.explain(np.zeros((64, 512), np.float32), q.T, compute="int8")
+    assert found["plans"][1]["kernel"] == plan.fields()["kernel"]
+    code, out, _ = run(capsys, *args)
+    assert code == 0
+    assert plan.fields()["kernel"] in out
+    code, _, err = run(capsys, "explain", "--compute", "nonsense")
+    assert code == 1
+    assert "nonsense" in err
+
+
+def test_verify(capsys):
+    report = result(capsys, "verify")
+    code, out, _ = run(capsys, "verify")
+    assert code == 0
+    assert re.search(r"^scalar +ok +ok ", out, re.MULTILINE)
+    assert "wrong" not in out
+    assert report["ok"]
+    assert report["cases"] > 100
+    assert len(set(report["levels"].values())) == 1
+    assert "scalar" in report["levels"]
+
+
+def test_verify_fails_when_a_result_is_wrong(capsys, monkeypatch):
+    wrong = nb.testing.Report(
+        levels={"scalar": "aa", "avx2": "bb"}, cases=7, failures=["avx2 int4-int8-deep: 1"]
+    )
+    monkeypatch.setattr("nibblas.cli._verify.self_test", lambda threads: wrong)
+    code, out, _ = run(capsys, "verify")
+    assert code == 1
+    assert "FAILED: 7 products" in out
+    assert re.search(r"^avx2 +ok .* 1 wrong .* bb", out, re.MULTILINE)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from .. import _info as machine
+from ..formats import table
 from ..testing import self_test
 from . import _args
 from ._out import Out
@@ -25,18 +27,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_args.positive, metavar="N", help="at most N threads")
 
 
+def _kernel(failure: str) -> tuple[str, str]:
+    """Return the level and the compute of a line ``level format-compute-shape: ...``."""
+    level, _, case = failure.partition(" ")
+    return level, case.split(":")[0].split("-")[1]
+
+
 def run(args: argparse.Namespace, out: Out) -> int:
     """Run the command."""
     report = self_test(threads=args.threads)
+    computes = list(dict.fromkeys(c for e in table() for c in e.computes))
+    wrong = Counter(_kernel(failure) for failure in report.failures)
     rows = []
     for name, level in machine.info()["isa"]["levels"].items():
         digest = report.levels.get(name)
-        wrong = sum(failure.startswith(f"{name} ") for failure in report.failures)
         if digest is not None:
-            rows.append([name, f"{wrong} wrong" if wrong else "ok", digest[:16]])
+            cells = [f"{wrong[name, c]} wrong" if wrong[name, c] else "ok" for c in computes]
+            rows.append([name, *cells, digest[:16]])
         else:
-            rows.append([name, level["reason"] or "above NIBBLAS_ISA", "-"])
-    out.table(["level", "result", "hash of the exact products"], rows)
+            reason = level["reason"] or "above NIBBLAS_ISA"
+            rows.append([name, *("-" for _ in computes), reason])
+    out.table(["level", *computes, "hash of the exact products"], rows)
     for failure in report.failures[:20]:
         out.line(failure)
     if len(report.failures) > 20:
