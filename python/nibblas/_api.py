@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, SupportsIndex
@@ -66,7 +67,7 @@ def quantize(
     w, _ = _operand(_import(x), "f32")
     if w.ndim != 2:
         raise ValueError(f"a QTensor is a matrix: expected 2 dimensions, got shape {w.shape}")
-    ax = axis.__index__()
+    ax = operator.index(axis)
     if not -2 <= ax < 2:
         raise np.exceptions.AxisError(ax, 2)
     transposed = ax % 2 == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
@@ -478,6 +479,7 @@ def _rebuild(
     transposed: bool = False,
 ) -> QTensor:
     """Build a tensor from the arrays of its portable layout, checked (pickles and files)."""
+    rows, cols = _length(rows), _length(cols)
     storage = _Storage(Format(format), rows, cols, codes, scales, zeros, bounds)
     _core.check(storage.parts())
     return QTensor._wrap(storage, transposed)
@@ -523,8 +525,8 @@ def _length(n: SupportsIndex) -> int:
         value = n.__index__()
     except AttributeError:
         raise TypeError(f"a shape holds integers, got {n!r}") from None
-    if value < 0:
-        raise ValueError(f"a shape holds no negative lengths, got {value}")
+    if not 0 <= value <= sys.maxsize:
+        raise ValueError(f"a shape holds lengths from 0 to {sys.maxsize}, got {value}")
     return value
 
 
