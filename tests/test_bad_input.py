@@ -207,6 +207,14 @@ def test_compute_names(q: nb.QTensor, compute: str) -> None:
         nb.matmul(q, q.T, compute=compute)
 
 
+def test_activation_groups_nest(w: np.ndarray) -> None:
+    q = nb.quantize(w, "int4_g24")
+    assert q.format.computes == ("f32", "bf16", "int8")
+    with pytest.raises(ValueError, match="expected one of f32, bf16, int8$"):
+        nb.matmul(np.ones((2, K), np.float32), q.T, compute="int8_g32")
+    assert "int8_g128" in nb.Format("int4_g64").computes
+
+
 def test_compute_is_a_string(q: nb.QTensor) -> None:
     with pytest.raises(TypeError, match="compute"):
         nb.matmul(np.ones((2, K), np.float32), q.T, compute=8)

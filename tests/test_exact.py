@@ -15,14 +15,24 @@ from nibblas import _core, testing
 
 EXACT = ["f32", "int8", "int8_g32", "int8_g128"]
 SHAPES = [(1, 50, 300), (3, 16, 64), (17, 33, 129), (64, 96, 256), (130, 20, 70), (2, 1, 1)]
-FORMATS = ["int4_g32", "int8", "uint4_g16", "uint3_g128", "bipolar3_g64", "ternary_g32", "int6_g40_sbf16"]
+FORMATS = [
+    "int4_g32",
+    "int8",
+    "uint4_g16",
+    "uint3_g128",
+    "bipolar3_g64",
+    "ternary_g32",
+    "int6_g40_sbf16",
+]
 
 
 def product(m: int, n: int, k: int, fmt: str, seed: int = 0) -> tuple[np.ndarray, nb.QTensor]:
     return testing.values((m, k), seed + 1), nb.quantize(testing.values((n, k), seed + 2), fmt)
 
 
-def reference(x: np.ndarray, q: nb.QTensor, compute: str, bias: np.ndarray | None = None) -> np.ndarray:
+def reference(
+    x: np.ndarray, q: nb.QTensor, compute: str, bias: np.ndarray | None = None
+) -> np.ndarray:
     y = np.empty((len(x), len(q)), np.float32)
     _core.reference(x, q._storage.parts(), y, compute, bias)
     return y
@@ -40,6 +50,8 @@ def test_f32_is_a_sequential_fma(shape: tuple[int, int, int], fmt: str) -> None:
 @pytest.mark.parametrize("compute", EXACT)
 @pytest.mark.parametrize("isa", levels())
 def test_every_level_equals_the_reference(isa: str, compute: str, fmt: str) -> None:
+    if compute not in nb.Format(fmt).computes:
+        pytest.skip("the groups do not nest")
     for m, n, k in SHAPES:
         x, q = product(m, n, k, fmt)
         bias = testing.values((n,), 9)
@@ -47,7 +59,9 @@ def test_every_level_equals_the_reference(isa: str, compute: str, fmt: str) -> N
         for b in (None, bias):
             _core.matmul(x, q._storage.pack(1), got, compute, b, 2, isa)
             np.testing.assert_array_equal(
-                got.view(np.uint32), reference(x, q, compute, b).view(np.uint32), err_msg=f"{m},{n},{k}"
+                got.view(np.uint32),
+                reference(x, q, compute, b).view(np.uint32),
+                err_msg=f"{m},{n},{k}",
             )
 
 
@@ -92,19 +106,23 @@ def test_threads(compute: str, fmt: str) -> None:
         x, q = product(m, n, k, fmt)
         first = nb.matmul(x, q.T, compute=compute, threads=1)
         for threads in (2, 3, 7, 16, 64):
-            np.testing.assert_array_equal(nb.matmul(x, q.T, compute=compute, threads=threads), first)
+            np.testing.assert_array_equal(
+                nb.matmul(x, q.T, compute=compute, threads=threads), first
+            )
         with nb.threads(5):
             np.testing.assert_array_equal(nb.matmul(x, q.T, compute=compute), first)
 
 
 @pytest.mark.parametrize("compute", EXACT)
-@pytest.mark.parametrize("fmt", ["int4_g32", "uint4_g48", "bipolar1"])
+@pytest.mark.parametrize("fmt", ["int4_g32", "uint4_g64", "bipolar1"])
 def test_batch_invariance(compute: str, fmt: str) -> None:
     x, q = product(130, 70, 192, fmt)
     every = nb.matmul(x, q.T, compute=compute)
     for m in (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 31, 32, 33, 64, 65, 100, 129):
         np.testing.assert_array_equal(nb.matmul(x[:m], q.T, compute=compute), every[:m])
-        np.testing.assert_array_equal(nb.matmul(x[130 - m :], q.T, compute=compute), every[130 - m :])
+        np.testing.assert_array_equal(
+            nb.matmul(x[130 - m :], q.T, compute=compute), every[130 - m :]
+        )
     for i in (0, 57, 129):
         np.testing.assert_array_equal(nb.matmul(x[i], q.T, compute=compute), every[i])
 
@@ -121,7 +139,7 @@ def test_any_window_of_the_weight(compute: str) -> None:
 def test_rows_that_are_not_finite(value: float) -> None:
     for fmt, m in itertools.product(("int4_g32", "uint4", "ternary_g64"), (1, 4, 40)):
         x, q = product(m, 33, 160, fmt)
-        clean = {c: nb.matmul(x, q.T, compute=c) for c in [*EXACT, "bf16"]}
+        clean = {c: nb.matmul(x, q.T, compute=c) for c in q.format.computes}
         bad = x.copy()
         bad[m // 2, 101] = value
         others = np.arange(m) != m // 2
@@ -138,10 +156,14 @@ def test_rows_that_are_not_finite(value: float) -> None:
 
 
 def test_subnormals_are_kept() -> None:
-    q = nb.QTensor.from_parts("int8", np.full((1, 64), 1, np.int8), np.array([[2.0**-20]], np.float32))
+    q = nb.QTensor.from_parts(
+        "int8", np.full((1, 64), 1, np.int8), np.array([[2.0**-20]], np.float32)
+    )
     x = np.full((1, 64), 2.0**-126, np.float32)
     assert (x @ q.T)[0, 0] == np.float32(2.0**-140)
-    q = nb.QTensor.from_parts("int8", np.full((1, 64), 1, np.int8), np.array([[2.0**-140]], np.float32))
+    q = nb.QTensor.from_parts(
+        "int8", np.full((1, 64), 1, np.int8), np.array([[2.0**-140]], np.float32)
+    )
     for compute in ("f32", "int8"):
         np.testing.assert_array_equal(
             nb.matmul(np.ones((1, 64), np.float32), q.T, compute=compute), [[np.float32(2.0**-134)]]
@@ -155,7 +177,9 @@ def test_extreme_codes(bits: int) -> None:
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     patterns = [np.full(k, low), np.full(k, high), np.where(np.arange(k) % 2, low, high)]
     q = nb.QTensor.from_parts(f"int{bits}", np.stack(patterns), np.ones(3, np.float32))
-    u = nb.QTensor.from_parts(f"uint{bits}", np.stack(patterns) - low, np.ones(3, np.float32), [0, 1, 3])
+    u = nb.QTensor.from_parts(
+        f"uint{bits}", np.stack(patterns) - low, np.ones(3, np.float32), [0, 1, 3]
+    )
     x = np.stack([np.full(k, -128), np.full(k, 127), np.where(np.arange(k) % 2, -128, 127)])
     for isa in levels():
         for w, integers in ((q, q.codes()), (u, u.codes() - u.zeros.astype(int))):

@@ -75,7 +75,9 @@ def test_every_code_round_trips(e: nb.formats.Element, suffix: str) -> None:
         assert nb.QTensor.from_parts(f, q.codes(), q.scales, q.zeros) == q
 
 
-IDEMPOTENT = [n for n in NAMES if n.startswith("int") or (n.startswith("bipolar") and n != "bipolar1")]
+IDEMPOTENT = [
+    n for n in NAMES if n.startswith("int") or (n.startswith("bipolar") and n != "bipolar1")
+]
 
 
 @pytest.mark.parametrize("name", IDEMPOTENT)

@@ -143,9 +143,7 @@ def test_interrupt(compute: str, threads: int) -> None:
     late = time.perf_counter() - sent[0]
     timer.join()
     assert late < 1.0
-    np.testing.assert_array_equal(
-        nb.matmul(x, q.T, compute=compute, threads=threads), out
-    )
+    np.testing.assert_array_equal(nb.matmul(x, q.T, compute=compute, threads=threads), out)
 
 
 @posix

@@ -49,7 +49,10 @@ def test_attributes(q: nb.QTensor) -> None:
     assert q.bits_per_weight == 8 * q.nbytes / 576
     for a in (q.scales, q.zeros, q.error_bound):
         assert a is None or not a.flags.writeable
-    assert q.scales.dtype == {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scale]
+    assert (
+        q.scales.dtype
+        == {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scale]
+    )
 
 
 def test_error_bound_holds(rng: np.random.Generator, q: nb.QTensor) -> None:
@@ -70,8 +73,8 @@ def test_repr(q: nb.QTensor) -> None:
 
 
 def test_transpose_is_a_flag(q: nb.QTensor) -> None:
-    assert q.T.T == q
-    assert q.T != q
+    assert q == q.T.T
+    assert q != q.T
     np.testing.assert_array_equal(q.T.dequantize(), q.dequantize().T)
     np.testing.assert_array_equal(q.T.codes(), q.codes().T)
     q.T.pack()
@@ -212,7 +215,11 @@ def test_columns() -> None:
 def test_refused_slices() -> None:
     q = nb.quantize(np.ones((12, 64), np.float32), "int4_g16")
     odd = nb.quantize(np.ones((12, 64), np.float32), "int3_g9")
-    for key in [(slice(None), slice(3, 16)), (slice(None), slice(0, 15)), (slice(None), slice(8, 24))]:
+    for key in [
+        (slice(None), slice(3, 16)),
+        (slice(None), slice(0, 15)),
+        (slice(None), slice(8, 24)),
+    ]:
         with pytest.raises(ValueError, match="group"):
             q[key]
     with pytest.raises(ValueError, match="bytes"):
@@ -303,7 +310,15 @@ def test_pickle_of_nonsense_is_refused() -> None:
     q = nb.quantize(np.ones((4, 16), np.float32), "ternary")
     build, state = q.__reduce__()
     assert build(*state) == q
-    for at, bad in [(1, 5), (2, 17), (2, 2**62), (1, -1), (1, 2**70), (0, "int9"), (4, np.full((4, 1), np.nan, "f4"))]:
+    for at, bad in [
+        (1, 5),
+        (2, 17),
+        (2, 2**62),
+        (1, -1),
+        (1, 2**70),
+        (0, "int9"),
+        (4, np.full((4, 1), np.nan, "f4")),
+    ]:
         changed = list(state)
         changed[at] = bad
         with pytest.raises(ValueError):

@@ -503,5 +503,9 @@ def _both(
             place.array = y = np.empty(shape, result)
         _core.matmul_raw(left.parts(), packed, y, count, None)
     else:
-        _core.matmul_q(left.parts(), packed, _raw(place.array), vector, count, None)
+        y = _raw(place.array)
+        if not _core.matmul_q(left.parts(), packed, y, vector, count, None):
+            # Zero points that are floats, or groups that do not nest: the left side is decoded.
+            x = a.dequantize()
+            _core.matmul(x, packed, y, "f32", vector, count, None)
     return place.finish()

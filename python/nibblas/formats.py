@@ -46,7 +46,8 @@ class Format(str):
         If the name does not parse; the message names the part at fault.
     """
 
-    __slots__ = ("_element", "_group", "_scale")
+    __slots__ = ("_computes", "_element", "_group", "_scale")
+    _computes: tuple[str, ...]
     _element: Element
     _group: int | None
     _scale: str
@@ -56,11 +57,12 @@ class Format(str):
             return name
         if not isinstance(name, str):
             raise TypeError(f"a format is named by a string, got {type(name).__name__}")
-        canonical, element, group, scale = _core.parse_format(name)
+        canonical, element, group, scale, computes = _core.parse_format(name)
         self = super().__new__(cls, canonical)
         self._element = Element(*element)
         self._group = group
         self._scale = scale
+        self._computes = computes
         return self
 
     def __repr__(self) -> str:
@@ -101,8 +103,11 @@ class Format(str):
 
     @property
     def computes(self) -> tuple[str, ...]:
-        """The values of ``compute=`` that the format has."""
-        return self._element.computes
+        """The values of ``compute=`` that the format has.
+
+        Those of its element, less activation groups that do not nest with the weight groups.
+        """
+        return self._computes
 
     def groups(self, cols: int) -> int:
         """Return the number of groups in a row of ``cols`` values."""

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import threading
+import warnings
 from types import EllipsisType
 from typing import TYPE_CHECKING, Any, NoReturn, SupportsIndex, TypeAlias
 
@@ -28,6 +29,7 @@ _FLOAT32 = np.dtype(np.float32)
 
 # Guards the first packing of every tensor. A child forked while it is held gets a new one.
 _pack_lock = threading.Lock()
+_isa_told = False
 
 
 def _new_lock() -> None:
@@ -97,8 +99,19 @@ class _Storage:
             with _pack_lock:
                 packed = self.packed
                 if packed is None:
+                    _tell_isa()
                     packed = self.packed = _core.pack(self.parts(), threads)
         return packed
+
+
+def _tell_isa() -> None:
+    """Warn, once, where ``NIBBLAS_ISA`` cannot be followed."""
+    global _isa_told
+    if not _isa_told:
+        _isa_told = True
+        text = _core.isa_warning()
+        if text is not None:
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 class _ArrayUfunc:

@@ -72,7 +72,7 @@ def cases() -> Iterator[Case]:
                 w = quantize(values((n, k), seed), element.name + group)
                 x: NDArray[Any] = values((m, k), seed + 1_000_000)
                 bias = values((n,), seed + 2_000_000) if s else None
-                for compute in element.computes:
+                for compute in w.format.computes:
                     name = f"{w.format}-{compute}-{shape}"
                     yield Case(name, x, w, compute, bias)
                 if s == 0 and "int8" in element.computes:

@@ -154,7 +154,7 @@ impl Nd {
 }
 
 macro_rules! slices {
-    ($get:ident, $get_mut:ident, $t:ty, $kind:pat) => {
+    ($get:ident, $t:ty, $kind:pat) => {
         impl Nd {
             /// The elements of a C-contiguous, aligned array.
             ///
@@ -172,13 +172,18 @@ macro_rules! slices {
                 // QTensor are read-only; an array that another thread writes meanwhile is the caller's data race.
                 Ok(unsafe { std::slice::from_raw_parts(self.ptr.cast_const().cast(), self.len()) })
             }
+        }
+    };
+}
 
+macro_rules! slices_mut {
+    ($get:ident, $t:ty, $kind:pat) => {
+        impl Nd {
             /// The elements of a C-contiguous, aligned, writeable array.
             ///
             /// # Errors
-            /// As the read-only twin, and ValueError for a read-only array.
-            #[allow(dead_code)]
-            pub fn $get_mut(&mut self) -> PyResult<&mut [$t]> {
+            /// TypeError or ValueError where the array is something else.
+            pub fn $get(&mut self) -> PyResult<&mut [$t]> {
                 if !matches!(self.kind, $kind) {
                     return Err(PyTypeError::new_err(concat!("expected elements of type ", stringify!($t))));
                 }
@@ -187,19 +192,24 @@ macro_rules! slices {
                 if self.len() == 0 {
                     return Ok(&mut []);
                 }
-                // SAFETY: as above; the Python side passes an array of its own that nothing else refers to.
+                // SAFETY: contiguous, aligned, of this type, and kept alive by the caller's reference; the Python side
+                // passes an array of its own that nothing else refers to.
                 Ok(unsafe { std::slice::from_raw_parts_mut(self.ptr.cast(), self.len()) })
             }
         }
     };
 }
 
-slices!(u8s, u8s_mut, u8, Kind::U8);
-slices!(f32s, f32s_mut, f32, Kind::Float(Scalar::F32));
-slices!(bits16, bits16_mut, u16, Kind::Float(Scalar::F16 | Scalar::BF16));
-slices!(i16s, i16s_mut, i16, Kind::I16);
-slices!(i32s, i32s_mut, i32, Kind::I32);
-slices!(i64s, i64s_mut, i64, Kind::I64);
+slices!(u8s, u8, Kind::U8);
+slices!(f32s, f32, Kind::Float(Scalar::F32));
+slices!(bits16, u16, Kind::Float(Scalar::F16 | Scalar::BF16));
+slices!(i16s, i16, Kind::I16);
+slices_mut!(u8s_mut, u8, Kind::U8);
+slices_mut!(f32s_mut, f32, Kind::Float(Scalar::F32));
+slices_mut!(bits16_mut, u16, Kind::Float(Scalar::F16 | Scalar::BF16));
+slices_mut!(i16s_mut, i16, Kind::I16);
+slices_mut!(i32s_mut, i32, Kind::I32);
+slices_mut!(i64s_mut, i64, Kind::I64);
 
 /// A plain ndarray of native f32, f16 or f64 with one or two dimensions, as a matrix; `None` for anything else.
 ///

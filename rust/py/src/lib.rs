@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 mod array;
 mod convert;
 mod io;
+mod product;
 mod tensor;
 mod threads;
 
@@ -13,5 +14,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     threads::register(m)?;
     tensor::register(m)?;
+    product::register(m)?;
     io::register(m)
 }

@@ -1,6 +1,7 @@
 //! Formats, and the portable layout in NumPy's memory.
 use crate::array::Nd;
 use crate::convert::to_py;
+use crate::product::computes;
 use nibblas_core::format::table;
 use nibblas_core::qtensor::pack_values;
 use nibblas_core::quantize::{quantize_into, Dest, Method, ScalesMut};
@@ -73,9 +74,10 @@ fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, P
 fn parse_format<'py>(
     py: Python<'py>,
     name: &str,
-) -> PyResult<(String, Bound<'py, PyTuple>, Option<u32>, &'static str)> {
+) -> PyResult<(String, Bound<'py, PyTuple>, Option<u32>, &'static str, Bound<'py, PyTuple>)> {
     let f = Format::parse(name).map_err(to_py)?;
-    Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name()))
+    let computes = PyTuple::new(py, computes(&f).collect::<Vec<_>>())?;
+    Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name(), computes))
 }
 
 #[pyfunction]
