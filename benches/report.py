@@ -179,7 +179,7 @@ def plot_speed(result: dict[str, Any], path: Path) -> bool:
     rows = [row for row in CURVES if any(key[0] == row for key in curves)]
     counts = sorted({key[1] for key in curves})
     figure, axes = plt.subplots(
-        len(rows), len(counts), figsize=(6.5 * len(counts), 3.6 * len(rows)), squeeze=False
+        len(rows), len(counts), figsize=(8.5 * len(counts), 3.4 * len(rows)), squeeze=False
     )
     for (row, threads), lanes in curves.items():
         ax = axes[rows.index(row)][counts.index(threads)]
@@ -190,8 +190,14 @@ def plot_speed(result: dict[str, Any], path: Path) -> bool:
         ticks = sorted({m for points in lanes.values() for m, _ in points})
         ax.set_xticks(ticks, [str(m) for m in ticks])
         ax.minorticks_off()
+        low = min(v for points in lanes.values() for _, v in points)
+        high = max(v for points in lanes.values() for _, v in points)
+        steps = [v for e in range(6) for v in (10**e, 2 * 10**e, 5 * 10**e)]
+        marks = [v for v in steps if low / 2.5 <= v <= high * 2.5]
+        ax.set_yticks(marks, [str(v) for v in marks])
+        ax.set_ylim(low * 0.8, high * 1.25)
         ax.grid(alpha=0.3)
-        ax.legend(fontsize=7)
+        ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
