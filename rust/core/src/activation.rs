@@ -30,7 +30,9 @@ impl Segments {
     pub fn new(g: &Geometry, act: Option<usize>) -> Result<Self> {
         let whole = g.groups <= 1;
         let len = match act {
-            Some(a) if (whole || g.group % a == 0) && (matches!(a, 8 | 16 | 32) || a % BLOCK == 0) => a.min(g.padded),
+            Some(a) if (whole || g.group.is_multiple_of(a)) && (matches!(a, 8 | 16 | 32) || a % BLOCK == 0) => {
+                a.min(g.padded)
+            }
             Some(a) if whole || a % g.group != 0 => {
                 return Err(Error::Unsupported(format!(
                     "activation groups of {a} need a weight whose group length divides {a} or is divided by it, not {}",

@@ -213,7 +213,7 @@ fn value_planes(a: &QView, threads: usize) -> Result<(Vec<Buf<i8>>, i64)> {
     Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
 }
 
-fn plane_rows<'a>(p: &'a Buf<i8>, k: usize, m0: usize, rows: usize) -> MatRef<'a> {
+fn plane_rows(p: &Buf<i8>, k: usize, m0: usize, rows: usize) -> MatRef<'_> {
     let ptr = p.as_ptr().wrapping_add(m0 * k).cast();
     // SAFETY: rows m0..m0+rows of an (M, k) matrix of bytes.
     unsafe { MatRef::from_raw(ptr, Scalar::I8, rows, k, k as isize, 1) }

@@ -53,6 +53,7 @@ impl Isa {
     }
 
     /// The highest available level that is not above `self`.
+    #[must_use]
     pub fn clamp_to_cpu(self) -> Self {
         Self::ALL.into_iter().rev().find(|&i| i <= self && i.is_available()).unwrap_or(Self::Scalar)
     }

@@ -34,16 +34,14 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
     let size = threads.next_power_of_two();
     let pool = ThreadPoolBuilder::new().num_threads(size).thread_name(|i| format!("nibblas-{i}")).build().ok()?;
     let new = Box::into_raw(Box::new(Handle { pid, threads: size, pool }));
-    match CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire) {
+    if CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         // SAFETY: just leaked above.
-        Ok(_) => Some(unsafe { &(*new).pool }),
-        Err(_) => {
-            // Another thread published first; ours is still private and may be freed.
-            // SAFETY: `new` came from Box::into_raw above and was never shared.
-            drop(unsafe { Box::from_raw(new) });
-            pool_published(threads)
-        }
+        return Some(unsafe { &(*new).pool });
     }
+    // Another thread published first; ours is still private and may be freed.
+    // SAFETY: `new` came from Box::into_raw above and was never shared.
+    drop(unsafe { Box::from_raw(new) });
+    pool_published(threads)
 }
 
 fn pool_published(threads: usize) -> Option<&'static ThreadPool> {

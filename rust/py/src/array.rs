@@ -38,6 +38,14 @@ pub struct Nd {
     flags: c_int,
 }
 
+fn require(ok: bool, what: &str) -> PyResult<()> {
+    if ok {
+        Ok(())
+    } else {
+        Err(PyValueError::new_err(format!("array must be {what}")))
+    }
+}
+
 // SAFETY: a description only; whoever dereferences the pointer keeps the array object alive meanwhile.
 unsafe impl Send for Nd {}
 // SAFETY: as above.
@@ -95,14 +103,6 @@ impl Nd {
         self.shape.iter().product()
     }
 
-    fn require(&self, ok: bool, what: &str) -> PyResult<()> {
-        if ok {
-            Ok(())
-        } else {
-            Err(PyValueError::new_err(format!("array must be {what}")))
-        }
-    }
-
     /// The floating element type.
     ///
     /// # Errors
@@ -119,7 +119,7 @@ impl Nd {
     /// # Errors
     /// ValueError otherwise.
     pub fn require_writeable(&self) -> PyResult<()> {
-        self.require(self.flags & NPY_ARRAY_WRITEABLE != 0, "writeable")
+        require(self.flags & NPY_ARRAY_WRITEABLE != 0, "writeable")
     }
 
     /// A read-only matrix view of a two-dimensional array.
@@ -127,7 +127,7 @@ impl Nd {
     /// # Errors
     /// ValueError unless the array has two dimensions, TypeError for other element types.
     pub fn mat(&self) -> PyResult<MatRef<'_>> {
-        self.require(self.shape.len() == 2, "two-dimensional")?;
+        require(self.shape.len() == 2, "two-dimensional")?;
         let s = self.scalar()?;
         // SAFETY: NumPy guarantees that every element of an array lies in memory that the array keeps alive; the
         // caller holds a reference to it for the life of `self`.
@@ -139,7 +139,7 @@ impl Nd {
     /// # Errors
     /// ValueError unless the array is writeable and has two dimensions.
     pub fn mat_mut(&mut self) -> PyResult<MatMut<'_>> {
-        self.require(self.shape.len() == 2, "two-dimensional")?;
+        require(self.shape.len() == 2, "two-dimensional")?;
         self.require_writeable()?;
         let s = self.scalar()?;
         // SAFETY: as in `mat`; the Python side passes only arrays without internal overlap that alias no input.
@@ -147,9 +147,9 @@ impl Nd {
     }
 
     fn slice_checks<T>(&self) -> PyResult<()> {
-        self.require(self.flags & NPY_ARRAY_C_CONTIGUOUS != 0, "C-contiguous")?;
+        require(self.flags & NPY_ARRAY_C_CONTIGUOUS != 0, "C-contiguous")?;
         let aligned = self.flags & NPY_ARRAY_ALIGNED != 0 && self.ptr.align_offset(align_of::<T>()) == 0;
-        self.require(aligned || self.len() == 0, "aligned")
+        require(aligned || self.len() == 0, "aligned")
     }
 }
 

@@ -1,4 +1,6 @@
 //! The Python extension module `nibblas._core`: checks, the release of the interpreter lock, error mapping.
+// PyO3 hands arguments over by value.
+#![allow(clippy::needless_pass_by_value)]
 use pyo3::prelude::*;
 
 mod array;

@@ -29,7 +29,7 @@ unsafe fn plane<S: Simd, const W: usize>(p: *const u8, r: usize, to: usize) -> S
             return v;
         }
         let v = if from >= to { S::shr(v, from - to) } else { S::shl(v, to - from) };
-        S::and(v, S::splat8(((1u32 << W) - 1 << to) as u8))
+        S::and(v, S::splat8((((1u32 << W) - 1) << to) as u8))
     }
 }
 
@@ -149,6 +149,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
 ///
 /// # Safety
 /// The pointers in `a` hold what [`Grp`] says; the CPU has the features of `S`.
+#[allow(clippy::reversed_empty_ranges)] // flush!(0, 1) adds no further part
 #[inline(always)]
 pub unsafe fn grouped<
     S: Simd,
@@ -322,6 +323,9 @@ pub(crate) unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(w: S::I, j:
 }
 
 /// Rounds finite lanes to bfloat16, ties to even.
+///
+/// # Safety
+/// The CPU has the features of `S`.
 #[inline(always)]
 pub unsafe fn round_bf16<S: Simd>(v: S::F) -> S::F {
     // SAFETY: the caller's features.
