@@ -189,9 +189,10 @@ impl Act {
         }
     }
 
-    /// Sum of row `m` in a layout of one segment.
+    /// Sum of row `m` in a layout of one segment; 0 where there is nothing to sum.
     pub fn sum(&self, m: usize) -> i32 {
-        self.sums[(m / self.mb) * self.mb * self.segments + m % self.mb]
+        let at = (m / self.mb) * self.mb * self.segments + m % self.mb;
+        self.sums.get(at).copied().unwrap_or(0)
     }
 }
 

@@ -531,7 +531,7 @@ fn int8(
                 }
                 for m in 0..rows {
                     finish_wide(&wide[m * ldc..][..ldc], &mut floats[..ldc], w, &act, m0 + m, scales, zi, zf, bias);
-                    store_row(y, m0 + m, p0 * PANEL, floats, act.bad[m0 + m] != 0);
+                    store_row(y, m0 + m, p0 * PANEL, &floats[..ldc], act.bad[m0 + m] != 0);
                 }
                 return Ok(());
             }
@@ -549,7 +549,7 @@ fn int8(
                 };
                 // SAFETY: all arrays reach the end of the last panel.
                 unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), floats.as_mut_ptr(), &e) };
-                store_row(y, m0 + m, p0 * PANEL, floats, act.bad[m0 + m] != 0);
+                store_row(y, m0 + m, p0 * PANEL, &floats[..ldc], act.bad[m0 + m] != 0);
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
