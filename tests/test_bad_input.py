@@ -87,9 +87,8 @@ def test_format_names(w: np.ndarray, name: str) -> None:
         lambda: nb.quantize(w, name),
         lambda: nb.QTensor.from_parts(name, [[1]], [1.0]),
     ):
-        with pytest.raises(ValueError) as e:
+        with pytest.raises(ValueError, match=r"format|element|group|scale|suffix"):
             call()
-        assert str(e.value)
 
 
 @pytest.mark.parametrize("name", [None, 4, b"int4", ["int4"], np.int8])
@@ -134,7 +133,7 @@ def test_weights_too_large_for_the_scale(w: np.ndarray) -> None:
     with pytest.raises(ValueError, match="scale"):
         nb.quantize(w * np.float32(1e30), "int4_g16")
     nb.quantize(w * np.float32(1e30), "int4_g16_sf32")
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not finite"):
         nb.quantize(np.full((2, 8), 1e300), "int4")
 
 
@@ -210,7 +209,7 @@ def test_compute_names(q: nb.QTensor, compute: str) -> None:
 def test_activation_groups_nest(w: np.ndarray) -> None:
     q = nb.quantize(w, "int4_g24")
     assert q.format.computes == ("f32", "bf16", "int8")
-    with pytest.raises(ValueError, match="expected one of f32, bf16, int8$"):
+    with pytest.raises(ValueError, match=r"expected one of f32, bf16, int8$"):
         nb.matmul(np.ones((2, K), np.float32), q.T, compute="int8_g32")
     assert "int8_g128" in nb.Format("int4_g64").computes
 

@@ -23,9 +23,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="POSIX")
 def test_results_too_large_to_exist() -> None:
     q = nb.QTensor.from_parts("int4", np.zeros((2**10, 0), np.int8), np.zeros((2**10, 0)))
     x = np.broadcast_to(np.float32(1), (2**56, 0))
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"too big|too large|maximum"):
         x @ q.T
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"too big|too large|maximum"):
         nb.matmul(q, x.T)
     with pytest.raises((ValueError, MemoryError)):
         np.broadcast_to(np.float32(1), (2**50, 0)) @ q.T
@@ -33,7 +33,7 @@ def test_results_too_large_to_exist() -> None:
 
 @pytest.mark.parametrize("rows", [2**31 - 1, 2**31, 2**31 + 5, 2**32, 2**32 + 3])
 def test_more_rows_than_an_int(rows: int) -> None:
-    """Boundaries of 32-bit row counts, without the memory: nothing to multiply, or nothing to store."""
+    """Boundaries of 32-bit row counts, without the memory: nothing is stored."""
     empty = nb.quantize(np.zeros((0, 8), np.float32), "int4")
     x = np.broadcast_to(np.float32(1), (rows, 8))
     assert (x @ empty.T).shape == (rows, 0)
@@ -120,7 +120,7 @@ print("alive")
 @pytest.mark.parametrize("compute", ["f32", "int8"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_interrupt(compute: str, threads: int) -> None:
-    """Ctrl-C during a long product is a KeyboardInterrupt soon after, and nothing is left running."""
+    """Ctrl-C during long products is a KeyboardInterrupt soon after; later calls are right."""
     q = nb.quantize(np.ones((2048, 2048), np.float32), "int4_g32").pack()
     x = np.ones((512, 2048), np.float32)
     out = np.empty((512, 2048), np.float32)
@@ -130,16 +130,16 @@ def test_interrupt(compute: str, threads: int) -> None:
 
     def send() -> None:
         sent.append(time.perf_counter())
-        signal.raise_signal(signal.SIGINT) if False else os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    stack = np.broadcast_to(x, (100_000, 512, 2048))
-    results = np.lib.stride_tricks.as_strided(out, (100_000, 512, 2048), (0, *out.strides))
-    del results
+    def work() -> None:
+        while time.perf_counter() < deadline:
+            nb.matmul(np.concatenate([x] * 4), q.T, compute=compute, threads=threads)
+
     timer = threading.Timer(0.3, send)
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        while time.perf_counter() < deadline:
-            nb.matmul(stack[:4].reshape(-1, 2048)[:2048], q.T, compute=compute, threads=threads)
+        work()
     late = time.perf_counter() - sent[0]
     timer.join()
     assert late < 1.0
@@ -178,7 +178,7 @@ def test_many_python_threads_on_one_tensor() -> None:
     q = nb.quantize(rng.standard_normal((96, 128)).astype(np.float32), "int4_g32")
     x = rng.standard_normal((32, 8, 128)).astype(np.float32)
     fresh = nb.quantize(q.dequantize(), "int4_g32")
-    want = [fresh.dequantize() for _ in range(1)][0]
+    want = fresh.dequantize()
     expected = [x[i] @ fresh.T for i in range(32)]
     start = threading.Barrier(32)
     problems: list[str] = []
@@ -235,7 +235,8 @@ def test_the_number_of_threads(run_python: Callable[..., str]) -> None:
 def test_affinity_is_the_default(run_python: Callable[..., str]) -> None:
     cpu = min(os.sched_getaffinity(0))
     out = run_python(
-        f"import os; os.sched_setaffinity(0, {{{cpu}}}); import nibblas as nb; print(nb.get_num_threads())"
+        f"import os; os.sched_setaffinity(0, {{{cpu}}})\n"
+        "import nibblas as nb; print(nb.get_num_threads())"
     )
     assert out.strip() == "1"
 
@@ -347,7 +348,7 @@ before = set(sys.modules)
 import nibblas
 assert threading.active_count() == 1
 assert len(os.listdir("/proc/self/task")) == int(os.environ["TASKS"])
-heavy = {"rich", "matplotlib", "cupy", "torch", "ml_dtypes", "safetensors", "nibblas.testing", "nibblas.cli"}
+heavy = {"rich", "matplotlib", "cupy", "torch", "ml_dtypes", "nibblas.testing", "nibblas.cli"}
 assert not heavy & (set(sys.modules) - before), heavy & (set(sys.modules) - before)
 missing = [name for name in nibblas.__all__ if not hasattr(nibblas, name)]
 assert not missing, missing

@@ -159,7 +159,6 @@ STACK_WEIGHT = nb.quantize(np.random.default_rng(9).standard_normal((10, 24)), "
 def test_format_names_never_crash(text):  # type: ignore[no-untyped-def]
     try:
         f = nb.Format(text)
-    except ValueError as e:
-        assert str(e)
-    else:
-        assert nb.Format(str(f)) == f
+    except ValueError:
+        return
+    assert nb.Format(str(f)) == f

@@ -63,10 +63,8 @@ def test_error_bound_holds(rng: np.random.Generator, q: nb.QTensor) -> None:
 
 
 def test_repr(q: nb.QTensor) -> None:
-    assert repr(q) == (
-        f"QTensor({q.format}, shape=(12, 48), {q.nbytes if q.nbytes < 1024 else round(q.nbytes / 1024, 1)}"
-        f" {'B' if q.nbytes < 1024 else 'KiB'}, device=cpu, packed=no)"
-    )
+    size = f"{q.nbytes} B" if q.nbytes < 1024 else f"{q.nbytes / 1024:.1f} KiB"
+    assert repr(q) == f"QTensor({q.format}, shape=(12, 48), {size}, device=cpu, packed=no)"
     q.pack()
     assert f"packed={nb.info()['isa']['active']})" in repr(q)
     assert "\n" not in repr(q)
@@ -274,8 +272,6 @@ def test_equality(q: nb.QTensor) -> None:
     assert q != nb.quantize(w, "int7")
     with pytest.raises(TypeError, match="unhashable"):
         hash(q)
-    with pytest.raises(TypeError):
-        {q}
 
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
@@ -321,7 +317,7 @@ def test_pickle_of_nonsense_is_refused() -> None:
     ]:
         changed = list(state)
         changed[at] = bad
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match=r"length|shape|scale|element"):
             build(*changed)
     changed = list(state)
     changed[3] = np.full_like(state[3], 0xFF)
@@ -356,7 +352,7 @@ def test_no_reference_leaks() -> None:
     def work() -> None:
         x @ q.T
         nb.matmul(x, q.T, out=out, bias=bias, compute="int8")
-        with pytest.raises(ValueError):
+        with pytest.raises(ValueError, match="mismatch"):
             x[:, 1:] @ q.T
 
     work()
