@@ -136,6 +136,9 @@ pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()>
     if y.rows == 0 || y.cols == 0 {
         return Ok(());
     }
+    if x.cols == 0 {
+        return nothing(y, o);
+    }
     for m0 in (0..x.rows).step_by(SLAB) {
         let rows = SLAB.min(x.rows - m0);
         let xs = slab(x, m0, rows);
@@ -155,6 +158,18 @@ pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()>
             Compute::F32 => float(&xs, w, &mut ys, o, false)?,
             Compute::Bf16 => float(&xs, w, &mut ys, o, true)?,
         }
+    }
+    Ok(())
+}
+
+/// The product where K is 0: zeros, or the bias.
+fn nothing(y: &MatMut, o: &Options) -> Result<()> {
+    let mut row = Buf::<f32>::zeroed(y.cols)?;
+    if let Some(bias) = o.bias {
+        row.copy_from_slice(bias);
+    }
+    for m in 0..y.rows {
+        store_row(y, m, 0, &row, false);
     }
     Ok(())
 }
@@ -350,6 +365,9 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     let (m, k) = (a.rows, a.cols);
     if m == 0 || w.n == 0 {
         return Ok(());
+    }
+    if k == 0 {
+        return nothing(y, o);
     }
     let (planes, _) = value_planes(a, o.threads)?;
     let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
