@@ -78,9 +78,10 @@ def test_out_of_memory_is_a_memory_error(run_python: Callable[..., str]) -> None
         """
 import resource
 import numpy as np, nibblas as nb
-w = np.random.default_rng(0).standard_normal((4096, 4096)).astype(np.float32)
+# Each request is above 32 MiB, so that it is mapped afresh and not served from freed memory.
+w = np.broadcast_to(np.linspace(-1, 1, 8192, dtype=np.float32), (8192, 8192))
 q = nb.quantize(w, "int8", threads=2)
-x = np.ones((2, 4096), np.float32)
+x = np.ones((2, 8192), np.float32)
 x @ nb.quantize(w[:64], "int4").T
 def used():
     with open("/proc/self/statm") as f:
@@ -99,8 +100,8 @@ def limited(extra, call):
 limited(8 << 20, lambda: nb.matmul(x, q.T, threads=1))
 limited(8 << 20, q.dequantize)
 limited(8 << 20, q.codes)
-limited(4 << 20, lambda: nb.quantize(w, "int8", threads=1))
-limited(4 << 20, lambda: nb.matmul(np.broadcast_to(np.float32(1), (10**6, 4096)), q.T, threads=1))
+limited(8 << 20, lambda: nb.quantize(w, "int8", threads=1))
+limited(8 << 20, lambda: nb.matmul(np.broadcast_to(np.float32(1), (10**6, 8192)), q.T, threads=1))
 before = q.codes().sum()
 y = x @ q.T
 np.testing.assert_array_equal(y[0], y[1])
@@ -335,7 +336,8 @@ def test_import_is_cheap(run_python: Callable[..., str]) -> None:
         "import time, numpy; t = time.perf_counter(); import nibblas; "
         "print((time.perf_counter() - t) * 1000)"
     )
-    best = min(float(run_python(program)) for _ in range(5))
+    # With compiled modules, as an installed package has them.
+    best = min(float(run_python(program, PYTHONDONTWRITEBYTECODE="")) for _ in range(5))
     assert best < 60, f"{best:.1f} ms over numpy"
 
 

@@ -4,6 +4,35 @@ from typing import Any, TypeAlias, final
 
 from numpy.typing import NDArray
 
+__all__ = [
+    "Packed",
+    "Plan",
+    "SafetensorsReader",
+    "SafetensorsWriter",
+    "__version__",
+    "check",
+    "check_compute",
+    "decode_codes",
+    "dequantize",
+    "encode",
+    "explain",
+    "format_table",
+    "get_num_threads",
+    "isa_active",
+    "isa_detected",
+    "isa_report",
+    "isa_warning",
+    "matmul",
+    "matmul_plain",
+    "matmul_q",
+    "matmul_raw",
+    "pack",
+    "parse_format",
+    "quantize",
+    "reference",
+    "set_num_threads",
+]
+
 __version__: str
 
 _Row: TypeAlias = tuple[str, int, int, int, int, bool, tuple[str, ...]]

@@ -12,7 +12,9 @@ import os
 import sys
 import warnings
 from contextvars import ContextVar, Token
-from types import TracebackType
+from importlib import util
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import ModuleType, TracebackType
 from typing import Any, SupportsIndex
 
 from . import _core
@@ -131,22 +133,10 @@ class threads:
         _local.reset(self._tokens.pop())
 
 
-def register_threadpoolctl(module: Any = None) -> bool:
-    """Tell threadpoolctl about the library, so that ``threadpool_limits`` governs it.
-
-    Parameters
-    ----------
-    module : module, optional
-        threadpoolctl; by default the one already imported.
-
-    Returns
-    -------
-    bool
-        Whether it was there to be told.
-    """
-    ctl = module or sys.modules.get("threadpoolctl")
-    if ctl is None or not hasattr(ctl, "register"):
-        return False
+def _register(ctl: ModuleType) -> None:
+    """Tell threadpoolctl about the library, so that ``threadpool_limits`` governs it."""
+    if not hasattr(ctl, "LibController") or not hasattr(ctl, "register"):
+        return  # before version 3.3 it takes no libraries
 
     class NibblasController(ctl.LibController):  # type: ignore[misc, name-defined]
         user_api = "nibblas"
@@ -164,4 +154,32 @@ def register_threadpoolctl(module: Any = None) -> bool:
             return _core.__version__
 
     ctl.register(NibblasController)
-    return True
+
+
+class _WhenImported:
+    """Registers with threadpoolctl once somebody imports it; doing so here would be slow."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "threadpoolctl" or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = util.find_spec(name)
+        if spec is None or not isinstance(spec.loader, SourceFileLoader):
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _register(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def register_threadpoolctl() -> None:
+    """Register with threadpoolctl, now if it is imported and otherwise when it is."""
+    module = sys.modules.get("threadpoolctl")
+    if module is not None:
+        _register(module)
+    else:
+        sys.meta_path.insert(0, _WhenImported())
