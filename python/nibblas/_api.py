@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable
@@ -452,6 +453,10 @@ def _one(
     y = _raw(place.array)
     if vector:
         x, y = x[None], y[None]
+    elif right and x.ndim > 2 and y.flags.c_contiguous and 0 not in x.strides:
+        # One product with many rows beats many with few, even where the stack has to be copied.
+        rows = math.prod(x.shape[:-1])
+        x, y = x.reshape(rows, x.shape[-1]), y.reshape(rows, n)
     elif not right:
         # y = q x per matrix of the stack is y^T = x^T q^T: swapped strides, nothing copied.
         x, y = x.swapaxes(-1, -2), y.swapaxes(-1, -2)

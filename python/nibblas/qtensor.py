@@ -27,14 +27,15 @@ _Key: TypeAlias = slice | EllipsisType | NDArray[Any] | list[int]
 _SCALE_DTYPE: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
 _FLOAT32 = np.dtype(np.float32)
 
-# Guards the first packing of every tensor. A child forked while it is held gets a new one.
-_pack_lock = threading.Lock()
+# Guards the first packing of every tensor. A child forked while it is held gets a new one; a signal
+# handler that multiplies may find it held by its own thread.
+_pack_lock = threading.RLock()
 _isa_told = False
 
 
 def _new_lock() -> None:
     global _pack_lock
-    _pack_lock = threading.Lock()
+    _pack_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
