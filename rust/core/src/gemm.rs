@@ -1143,7 +1143,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                             1 => 1,
                             2 | 3 => 2,
                             _ => 4,
-                        };
+                        }
+                        .min(t.max_mr);
                         let (f, fp) = (t.gemv)(mode, bf16, mr, !wide);
                         for i in (0..count).step_by(fp) {
                             let at = bytes.as_ptr().wrapping_add(i * b.window * 1024);

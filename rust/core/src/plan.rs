@@ -120,7 +120,8 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         2 => 2,
         3..=4 => 4,
         _ => t.max_mr,
-    };
+    }
+    .min(t.max_mr);
     let fused = if raw {
         (t.raw)(w.bits, mr).map(|f| f.1)
     } else {
@@ -146,7 +147,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
     if m <= 4 {
-        let mr = if m == 3 { 2 } else { m };
+        let mr = if m == 3 { 2 } else { m }.min(t.max_mr);
         let (_, np) = (t.gemv)(0, false, mr, false);
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);

@@ -228,7 +228,7 @@ macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal])),*],
-        rows $max_mr:literal, gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
+        rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
@@ -322,8 +322,8 @@ macro_rules! instantiate {
             fn grouped_bytes(z: u8, a: bool, mr: usize) -> GroupedFn {
                 macro_rules! rows { ($z:ident, $a:literal) => { match mr {
                     1 => grouped::<U8, $z, $a, 0, 1, 1, 1> as GroupedFn,
-                    2 => grouped::<U8, $z, $a, 0, 1, 2, 1> as GroupedFn,
-                    4 => grouped::<U8, $z, $a, 0, 1, 4, 1> as GroupedFn,
+                    2 => grouped::<U8, $z, $a, 0, 1, $r2, 1> as GroupedFn,
+                    4 => grouped::<U8, $z, $a, 0, 1, $r4, 1> as GroupedFn,
                     _ => grouped::<U8, $z, $a, 0, 1, $max_mr, 1> as GroupedFn,
                 } } }
                 match (z, a) {
@@ -347,19 +347,19 @@ macro_rules! instantiate {
             fn raw_bytes(mr: usize) -> RawFn {
                 match mr {
                     1 => raw::<U8, 1, 1, 1>,
-                    2 => raw::<U8, 1, 2, 1>,
-                    4 => raw::<U8, 1, 4, 1>,
+                    2 => raw::<U8, 1, $r2, 1>,
+                    4 => raw::<U8, 1, $r4, 1>,
                     _ => raw::<U8, 1, $max_mr, 1>,
                 }
             }
             fn gemv_pick(w: u8, round: bool, mr: usize, single: bool) -> (GemvFn, usize) {
                 macro_rules! rows { ($w:ident, $r:literal) => { match (mr, single) {
                     (1, false) => (gemv::<$w, $r, $vp1, 1> as GemvFn, $vp1),
-                    (2, false) => (gemv::<$w, $r, $vp1, 2> as GemvFn, $vp1),
-                    (_, false) => (gemv::<$w, $r, $vp4, 4> as GemvFn, $vp4),
+                    (2, false) => (gemv::<$w, $r, $vp1, $r2> as GemvFn, $vp1),
+                    (_, false) => (gemv::<$w, $r, $vp4, $r4> as GemvFn, $vp4),
                     (1, true) => (gemv::<$w, $r, 1, 1> as GemvFn, 1),
-                    (2, true) => (gemv::<$w, $r, 1, 2> as GemvFn, 1),
-                    (_, true) => (gemv::<$w, $r, 1, 4> as GemvFn, 1),
+                    (2, true) => (gemv::<$w, $r, 1, $r2> as GemvFn, 1),
+                    (_, true) => (gemv::<$w, $r, 1, $r4> as GemvFn, 1),
                 } } }
                 match (w, round) {
                     (W_MUL1, false) => rows!(W_MUL1, false),
@@ -416,5 +416,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], rows 4, gemv [1, 1], gemm 1 [1, 2, 3, 4]
+    fused [], rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
 );
