@@ -712,13 +712,18 @@ impl IntJob<'_> {
             unsafe {
                 let _tiles = amx::Tiles::new(64);
                 for p in (0..np).step_by(2) {
-                    let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
                     let second = (p + 1).min(np - 1);
-                    self.unpack(p0 + p, b0, blocks, false, pair[0]);
-                    if second > p {
-                        self.unpack(p0 + second, b0, blocks, false, pair[1]);
-                    }
-                    let pair = [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()];
+                    // Codes of a byte are tiles already.
+                    let pair = if self.w.bits == 8 {
+                        [self.codes(p0 + p, b0), self.codes(p0 + second, b0)]
+                    } else {
+                        let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
+                        self.unpack(p0 + p, b0, blocks, false, pair[0]);
+                        if second > p {
+                            self.unpack(p0 + second, b0, blocks, false, pair[1]);
+                        }
+                        [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()]
+                    };
                     // A lone last panel would write past its columns: it goes through a side buffer.
                     let mut side = [0i32; 32 * 32];
                     for m in (0..rows).step_by(32) {
@@ -936,8 +941,32 @@ impl Floats {
     }
 }
 
-fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, threads: usize) -> Result<Floats> {
+/// `mr`: rows are wanted side by side, `[block of mr][k][mr]` (the last block as narrow as its rows), which the dense
+/// kernel reads in order; rows a power of two apart would fall on one cache set. 0 keeps rows apart.
+fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
     let g = &w.geometry;
+    if mr > 0 {
+        let mut own = Buf::<f32>::zeroed(x.rows * g.kp)?;
+        let out = Shared(own.as_mut_ptr());
+        let threads = if x.rows * g.kp < 1 << 17 { 1 } else { threads };
+        pool::run(threads, x.rows.div_ceil(mr), None, |i| {
+            let mut row = vec![0.0f32; g.kp];
+            let (m0, count) = (i * mr, mr.min(x.rows - i * mr));
+            for j in 0..count {
+                g.runs(|k0, p0, len| x.read_row(m0 + j, k0, &mut row[p0..p0 + len]));
+                if bf16 {
+                    // SAFETY: kp is a multiple of 64.
+                    unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+                }
+                let to = out.get().wrapping_add(m0 * g.kp + j);
+                for (k, &v) in row.iter().enumerate() {
+                    // SAFETY: block i of the buffer belongs to this task.
+                    unsafe { *to.add(k * count) = v };
+                }
+            }
+        });
+        return Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, _own: Some(own) });
+    }
     let direct = !bf16
         && g.is_plain()
         && g.kp == g.k
@@ -1091,7 +1120,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     if b.path == Path::TilesBf16 {
         return float_tiles(x, w, y, o, &b);
     }
-    let xs = floats(x, w, t, bf16, b.threads)?;
+    let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
     let mode = weight_mode(w);
     let g = &w.geometry;
     let (xs, stride) = (&xs, xs.stride);
@@ -1167,8 +1196,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                     while m < rows {
                         let mr = (rows - m).min(b.mr);
                         let a = GemmArgs {
-                            x: xs.at(m0 + m, k * BLOCK),
-                            x_stride: stride,
+                            x: xs.at(m0 + m, k * BLOCK * mr),
                             w: weights.as_ptr(),
                             panel_stride: span,
                             k: n * BLOCK,

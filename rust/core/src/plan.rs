@@ -127,7 +127,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     } else {
         (t.grouped)(w.bits, zero_mode(w), act, segs.registers(), mr).map(|f| f.1)
     };
-    if let (Some(np), true) = (fused, m <= 4) {
+    if let (Some(np), true) = (fused, m <= 8) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };
         return b.cut(m, panels, n, k, threads, np);
     }
@@ -140,7 +140,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
 pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) -> Blocking {
     let t = kernel::table(isa);
     let (n, k) = (w.n, w.geometry.k);
-    let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 4, threads, tasks: 1 };
+    let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 2, threads, tasks: 1 };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b =
             Blocking { path: Path::TilesBf16, mr: 32, np: 2, task_panels: 2, task_rows: m.min(256), window: 0, ..base };

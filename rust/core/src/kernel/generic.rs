@@ -452,7 +452,7 @@ pub unsafe fn gemm<S: Simd, const NP: usize, const MR: usize>(a: &GemmArgs) {
                 w[p] = S::loadf(a.w.add(p * a.panel_stride + k * 16));
             }
             for m in 0..MR {
-                let x = S::splatf(*a.x.offset(m as isize * a.x_stride).add(k));
+                let x = S::splatf(*a.x.add(k * MR + m));
                 for p in 0..NP {
                     f[m][p] = S::fma(x, w[p], f[m][p]);
                 }

@@ -141,10 +141,8 @@ pub struct F32Args {
 /// Arguments of the dense float kernel.
 #[derive(Debug, Clone, Copy)]
 pub struct GemmArgs {
-    /// Activations, row m at `m*x_stride`.
+    /// Activations `[k][rows]`: the rows of a register tile side by side.
     pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
     /// Weights `[panel][k][16]`.
     pub w: *const f32,
     /// Floats between panels.
@@ -227,7 +225,7 @@ pub fn table(isa: Isa) -> &'static Kernels {
 macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
-        fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal])),*],
+        fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)?)),*],
         rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
@@ -311,10 +309,24 @@ macro_rules! instantiate {
                     _ => return None,
                 })
             }
+            #[allow(dead_code)]
+            fn pick8<U: Unpack, const SEG: usize, const PARTS: usize, const NP: usize>(
+                z: u8, a: bool,
+            ) -> Option<(GroupedFn, usize)> {
+                Some((match (z, a) {
+                    (Z_CONST, false) => grouped::<U, Z_CONST, false, SEG, NP, 8, PARTS> as GroupedFn,
+                    (Z_CONST, true) => grouped::<U, Z_CONST, true, SEG, NP, 8, PARTS>,
+                    (Z_INT, false) => grouped::<U, Z_INT, false, SEG, NP, 8, PARTS>,
+                    (Z_INT, true) => grouped::<U, Z_INT, true, SEG, NP, 8, PARTS>,
+                    _ => return None,
+                }, NP))
+            }
             #[allow(unused_variables)]
             fn grouped_fused(bits: usize, z: u8, a: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
                 match (bits, seg) {
-                    $( ($bits, 16) => pick::<$u, 16, $parts, $np1, $np2, $np4>(z, a, mr),
+                    $( $( ($bits, 16) if mr == 8 => pick8::<$u, 16, $parts, $np8>(z, a),
+                          ($bits, 8) if mr == 8 => pick8::<$u, 8, $parts, $np8>(z, a), )?
+                       ($bits, 16) => pick::<$u, 16, $parts, $np1, $np2, $np4>(z, a, mr),
                        ($bits, 8) => pick::<$u, 8, $parts, $np1, $np2, $np4>(z, a, mr), )*
                     _ => None,
                 }
