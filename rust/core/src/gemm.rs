@@ -1067,7 +1067,9 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                             scale_stride: g.groups * PANEL,
                             zeros,
                             fzeros,
+                            mul: w.mul,
                             sub: w.sub,
+                            prefetch: 0,
                             x: std::ptr::null(),
                             x_stride: 0,
                             c: std::ptr::null_mut(),
@@ -1144,7 +1146,9 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 scale_stride: g.groups * PANEL,
                 zeros,
                 fzeros,
+                mul: w.mul,
                 sub: w.sub,
+                prefetch: if w.panel_bytes() >= 4096 { 2048 } else { 0 },
                 x: xs.at(m0 + m, k * BLOCK),
                 x_stride: stride,
                 c,
@@ -1152,10 +1156,35 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
             }
         };
         let blocks = g.blocks();
+        let mut first = 0;
+        if b.path == Path::Gemv && mode != W_FLOAT {
+            let zeros = matches!(w.zeros, PanelZeros::Int(_));
+            if let Some((f, fp)) = (t.gemv_table)(w.bits, zeros, bf16, b.mr) {
+                while first + fp <= np {
+                    let src = w.codes.as_ptr().wrapping_add((p0 + first) * w.panel_bytes());
+                    let mut m = 0;
+                    while m < rows {
+                        let (f, mr) = if m + b.mr <= rows {
+                            (f, b.mr)
+                        } else {
+                            ((t.gemv_table)(w.bits, zeros, bf16, 1).map_or(f, |f| f.0), 1)
+                        };
+                        let a = F32Args {
+                            byte_stride: w.panel_bytes(),
+                            ..args(p0 + first, src, 0, blocks, m, cp.wrapping_add(m * ldc + first * PANEL))
+                        };
+                        // SAFETY: whole panels and existing rows.
+                        unsafe { f(&a) };
+                        m += mr;
+                    }
+                    first += fp;
+                }
+            }
+        }
         // SAFETY (whole loop): arguments describe whole panels, existing rows, and buffers of the plan's window.
         for k in (0..blocks).step_by(b.window) {
             let n = b.window.min(blocks - k);
-            let mut p = 0;
+            let mut p = first;
             while p < np {
                 let wide = np - p >= b.np;
                 let count = if wide { b.np } else { 1 };

@@ -123,6 +123,9 @@ pub const Z_INT: u8 = 1;
 /// Float zero per group.
 pub const Z_FLOAT: u8 = 2;
 
+/// Bytes that unpacking prefetches ahead: the next panel follows in memory, so running over the end is useful too.
+const UNPACK_AHEAD: usize = 4096;
+
 /// Decodes `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in register order.
 ///
 /// # Safety
@@ -134,6 +137,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
         let (dbl, sub) = (S::splat8(dbl), S::splat8(sub));
         for b in 0..blocks {
             let (p, q) = (src.add(b * 128 * U::BITS), dst.add(b * 1024));
+            fetch::<S, U, 1>(p, 0, UNPACK_AHEAD);
             regs!(R => {
                 let u = U::reg::<S>(p, R);
                 S::store(q.add(64 * R), S::sub8(S::add8(u, S::and(u, dbl)), sub));
@@ -252,11 +256,17 @@ pub unsafe fn grouped<
 /// Prefetches one block of each panel `ahead` bytes on.
 #[inline(always)]
 unsafe fn fetch<S: Simd, U: Unpack, const NP: usize>(w: *const u8, panel_stride: usize, ahead: usize) {
+    // SAFETY: the caller's features.
+    unsafe { fetch_bytes::<S, NP>(w, panel_stride, 128 * U::BITS, ahead) }
+}
+
+#[inline(always)]
+unsafe fn fetch_bytes<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, block: usize, ahead: usize) {
     if ahead > 0 {
         for p in 0..NP {
-            for line in 0..2 * U::BITS {
+            for line in (0..block).step_by(64) {
                 // SAFETY: a prefetch may name any address.
-                unsafe { S::prefetch(w.wrapping_add(p * panel_stride + ahead + 64 * line)) };
+                unsafe { S::prefetch(w.wrapping_add(p * panel_stride + ahead + line)) };
             }
         }
     }
@@ -398,6 +408,94 @@ pub unsafe fn gemv<S: Simd, const W: u8, const ROUND: bool, const NP: usize, con
                     }
                 }
             }
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                S::storef(a.c.add(m * a.ldc + p * 16), f[p][m]);
+            }
+        }
+    }
+}
+
+/// As [`gemv`] for codes of 1, 2 or 4 bits read straight from their plane: the code, still among its neighbours' bits,
+/// indexes a table of 16 values that repeats every `2^BITS`.
+///
+/// # Safety
+/// `a.bytes` and `a.byte_stride` describe the packed codes; otherwise as [`gemv`].
+#[inline(always)]
+pub unsafe fn gemv_table<
+    S: Simd,
+    const BITS: usize,
+    const ZEROS: bool,
+    const ROUND: bool,
+    const NP: usize,
+    const MR: usize,
+>(
+    a: &F32Args,
+) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut table = [0.0f32; 16];
+        for (i, t) in table.iter_mut().enumerate() {
+            let u = i as i32 & ((1 << BITS) - 1);
+            *t = (a.mul * u - if ZEROS { 0 } else { a.sub }) as f32;
+        }
+        let table = S::loadf(table.as_ptr());
+        let mut f = [[S::splatf(0.0); MR]; NP];
+        for p in 0..NP {
+            for m in 0..MR {
+                f[p][m] = S::loadf(a.c.add(m * a.ldc + p * 16));
+            }
+        }
+        let per = 2 * BITS;
+        let step = (a.padded.min(64) / 4).min(per);
+        let mut s = [S::splatf(0.0); NP];
+        let mut z = [S::splatf(0.0); NP];
+        for b in 0..a.blocks {
+            let w = a.bytes.add(b * 128 * BITS);
+            fetch_bytes::<S, NP>(w, a.byte_stride, 128 * BITS, a.prefetch);
+            macro_rules! part {
+                ($t:expr) => {
+                    if $t < 8 / BITS {
+                        for r0 in (0..per).step_by(step) {
+                            let place = b * 64 + 4 * ($t * per + r0);
+                            if place % a.padded.min(64) == 0 {
+                                let g = (a.group0 + place / a.padded).min(a.groups - 1);
+                                for p in 0..NP {
+                                    s[p] = scales::<S>(a.scales, p * a.scale_stride + g * 16);
+                                    if ZEROS {
+                                        z[p] = S::cvt(S::load_u8(a.zeros.add(p * a.scale_stride + g * 16)));
+                                    }
+                                }
+                            }
+                            for r in r0..r0 + step {
+                                let x = a.x.add(b * 64 + 4 * ($t * per + r));
+                                for p in 0..NP {
+                                    let v = S::load(w.add(p * a.byte_stride + 64 * r));
+                                    for j in 0..4 {
+                                        let v = S::lut16(table, S::shr32(v, 8 * j + $t * BITS));
+                                        let v = if ZEROS { S::subf(v, z[p]) } else { v };
+                                        let v = S::mulf(v, s[p]);
+                                        let v = if ROUND { round_bf16::<S>(v) } else { v };
+                                        for m in 0..MR {
+                                            let x = S::splatf(*x.offset(m as isize * a.x_stride).add(j));
+                                            f[p][m] = S::fma(x, v, f[p][m]);
+                                        }
+                                    }
+                                }
+                            }
+                        }
+                    }
+                };
+            }
+            part!(0);
+            part!(1);
+            part!(2);
+            part!(3);
+            part!(4);
+            part!(5);
+            part!(6);
+            part!(7);
         }
         for p in 0..NP {
             for m in 0..MR {

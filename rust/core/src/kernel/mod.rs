@@ -126,8 +126,12 @@ pub struct F32Args {
     pub zeros: *const u8,
     /// Float zeros or null.
     pub fzeros: *const f32,
+    /// Distance of neighbouring values.
+    pub mul: i32,
     /// Constant zero.
     pub sub: i32,
+    /// Bytes to prefetch ahead in packed codes, 0 for none.
+    pub prefetch: usize,
     /// Activations in padded places: row m at `m*x_stride`.
     pub x: *const f32,
     /// Floats between rows of `x`.
@@ -184,6 +188,8 @@ pub struct Kernels {
     pub raw_bytes: fn(usize) -> RawFn,
     /// Float kernel over bytes by (weight mode, bf16 rounding, rows, one panel only): kernel and panels.
     pub gemv: fn(u8, bool, usize, bool) -> (GemvFn, usize),
+    /// Float kernel over packed codes of 1, 2 or 4 bits by (bits, integer zeros, bf16 rounding, rows): kernel and panels.
+    pub gemv_table: fn(usize, bool, bool, usize) -> Option<(GemvFn, usize)>,
     /// Expansion of bytes to floats by (weight mode, bf16 rounding).
     pub expand: fn(u8, bool) -> unsafe fn(&F32Args, *mut f32),
     /// Dense float kernel by (rows, one panel only).
@@ -382,6 +388,30 @@ macro_rules! instantiate {
                     (_, true) => rows!(W_FLOAT, true),
                 }
             }
+            $(#[$feature])*
+            unsafe fn gemv_table<const B: usize, const Z: bool, const ROUND: bool, const NP: usize, const MR: usize>(a: &F32Args) {
+                // SAFETY: as above.
+                unsafe { generic::gemv_table::<$v, B, Z, ROUND, NP, MR>(a) }
+            }
+            fn table_pick(bits: usize, z: bool, round: bool, mr: usize) -> Option<(GemvFn, usize)> {
+                macro_rules! rows { ($b:literal, $z:literal, $r:literal) => { match mr {
+                    1 => (gemv_table::<$b, $z, $r, $vp1, 1> as GemvFn, $vp1),
+                    2 => (gemv_table::<$b, $z, $r, $vp1, $r2> as GemvFn, $vp1),
+                    _ => (gemv_table::<$b, $z, $r, $vp4, $r4> as GemvFn, $vp4),
+                } } }
+                macro_rules! modes { ($b:literal) => { match (z, round) {
+                    (false, false) => rows!($b, false, false),
+                    (false, true) => rows!($b, false, true),
+                    (true, false) => rows!($b, true, false),
+                    (true, true) => rows!($b, true, true),
+                } } }
+                Some(match bits {
+                    1 => modes!(1),
+                    2 => modes!(2),
+                    4 => modes!(4),
+                    _ => return None,
+                })
+            }
             fn expand_pick(w: u8, round: bool) -> unsafe fn(&F32Args, *mut f32) {
                 match (w, round) {
                     (W_MUL1, false) => expand::<W_MUL1, false>,
@@ -410,6 +440,7 @@ macro_rules! instantiate {
                 raw: raw_fused,
                 raw_bytes,
                 gemv: gemv_pick,
+                gemv_table: table_pick,
                 expand: expand_pick,
                 gemm: gemm_pick,
                 gemm_mr: [$($mr),*].len(),

@@ -65,6 +65,10 @@ pub unsafe trait Simd: 'static {
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// 32-bit logical right shift by 16, for rounding to bfloat16.
     unsafe fn shr32_16(a: Self::I) -> Self::I;
+    /// 32-bit logical right shift, `n < 32` and constant after inlining.
+    unsafe fn shr32(a: Self::I, n: usize) -> Self::I;
+    /// `table[lane & 15]` for every lane.
+    unsafe fn lut16(table: Self::F, lane: Self::I) -> Self::F;
     /// Flips bit 31 of every lane.
     unsafe fn xor_sign(a: Self::I) -> Self::I;
     /// Whether any lane of `a` is above its lane of `b`.

@@ -61,6 +61,16 @@ unsafe fn magic(a: __m256i, j: usize) -> __m256 {
     }
 }
 
+/// Two look-ups of eight entries; bit 3 of the index, moved to the sign, picks between them.
+#[inline(always)]
+unsafe fn lut(table: F, lane: __m256i) -> __m256 {
+    // SAFETY: the caller has AVX2.
+    unsafe {
+        let pick = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(lane));
+        _mm256_blendv_ps(_mm256_permutevar8x32_ps(table[0], lane), _mm256_permutevar8x32_ps(table[1], lane), pick)
+    }
+}
+
 /// Sixteen lanes within i8, narrowed.
 #[inline(always)]
 unsafe fn narrow(v: I) -> __m128i {
@@ -137,6 +147,11 @@ macro_rules! common {
             maxf(a: F, b: F) -> F = both!(_mm256_max_ps, a, b);
             fma(a: F, b: F, c: F) -> F = both!(_mm256_fmadd_ps, a, b, c);
             shr32_16(a: I) -> I = [_mm256_srli_epi32::<16>(a[0]), _mm256_srli_epi32::<16>(a[1])];
+            shr32(a: I, n: usize) -> I = {
+                let n = _mm_cvtsi32_si128(n as i32);
+                [_mm256_srl_epi32(a[0], n), _mm256_srl_epi32(a[1], n)]
+            };
+            lut16(table: F, lane: I) -> F = [lut(table, lane[0]), lut(table, lane[1])];
             xor_sign(a: I) -> I = {
                 let sign = _mm256_set1_epi32(i32::MIN);
                 [_mm256_xor_si256(a[0], sign), _mm256_xor_si256(a[1], sign)]

@@ -102,6 +102,8 @@ macro_rules! common {
             maxf(a: F, b: F) -> F = _mm512_max_ps(a, b);
             fma(a: F, b: F, c: F) -> F = _mm512_fmadd_ps(a, b, c);
             shr32_16(a: I) -> I = _mm512_srli_epi32::<16>(a);
+            shr32(a: I, n: usize) -> I = _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32));
+            lut16(table: F, lane: I) -> F = _mm512_permutexvar_ps(lane, table);
             xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
