@@ -38,6 +38,16 @@ impl Compute {
         Self::Int8 { group: Some(32) },
         Self::Int8 { group: Some(128) },
     ];
+
+    /// Whether the kernels can quantise activations so: they do by 16 values at a time.
+    pub(crate) fn check(self) -> Result<()> {
+        match self {
+            Self::Int8 { group: Some(g) } if g == 0 || g % 16 != 0 => {
+                Err(Error::Unsupported(format!("activation groups of {g}: their length must be a multiple of 16")))
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl fmt::Display for Compute {
@@ -260,7 +270,16 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
     if m.checked_mul(n) != Some(size) {
         return Err(Error::Shape(format!("output of {size} elements, expected ({m}, {n})")));
     }
+    available(o.isa)?;
     if size == 0 {
+        return Ok(());
+    }
+    if k == 0 {
+        // No panel holds anything to point at.
+        match out {
+            RawOut::I32(s) => s.fill(0),
+            RawOut::I64(s) => s.fill(0),
+        }
         return Ok(());
     }
     let (planes, a_top) = value_planes(a, o.threads)?;
@@ -436,10 +455,15 @@ fn check(m: usize, k: usize, w: &Packed, y: &MatMut, o: &Options) -> Result<()> 
             return Err(Error::Shape(format!("bias of length {}, expected {}", b.len(), w.n)));
         }
     }
-    if !o.isa.is_available() {
-        return Err(Error::Unsupported(format!("ISA level {} is not available on this CPU", o.isa)));
+    o.compute.check()?;
+    available(o.isa)
+}
+
+fn available(isa: Isa) -> Result<()> {
+    if isa.is_available() {
+        return Ok(());
     }
-    Ok(())
+    Err(Error::Unsupported(format!("ISA level {isa} is not available on this CPU")))
 }
 
 /// Runs the tasks of a blocking: `f(first panel, panels, first row, rows, scratch)`.

@@ -79,8 +79,9 @@ impl Blocking {
         self.threads = if m * n * k < SMALL { 1 } else { threads.max(1) };
         // Enough tasks for the threads to even out, none smaller than a register tile.
         let want = if self.threads == 1 { 1 } else { 4 * self.threads };
+        self.task_rows = self.task_rows.max(1);
         let rows_tasks = m.div_ceil(self.task_rows);
-        let by_n = want.div_ceil(rows_tasks).max(1);
+        let by_n = want.div_ceil(rows_tasks.max(1)).max(1);
         let even = panels.div_ceil(by_n).next_multiple_of(align).max(align);
         self.task_panels = self.task_panels.max(align).min(even);
         self.tasks = rows_tasks * panels.div_ceil(self.task_panels);
@@ -161,6 +162,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
 /// # Errors
 /// [`crate::Error::Unsupported`] where the compute does not fit the format.
 pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) -> crate::Result<Plan> {
+    compute.check()?;
     let (b, class) = match compute {
         Compute::Int8 { group } => {
             let segs = Segments::new(&w.geometry, group.map(|g| g as usize))?;

@@ -4,6 +4,7 @@
 //! starts at a byte. Scales are `[N][groups]`, zeros likewise.
 use crate::bits;
 use crate::format::{Format, Level, ScaleType, Zero, ZeroKind};
+use crate::pool;
 use crate::{Error, Result};
 
 /// Owned scales; 16-bit types are kept as their bits.
@@ -84,11 +85,11 @@ pub struct QTensor {
     pub zeros: Zeros,
 }
 
-/// Rows that one task of a parallel pass takes.
+/// Rows that one task of a parallel pass takes: enough to be worth handing out, few enough to stop soon after a poll.
 pub(crate) fn rows_per_task(rows: usize, cols: usize, threads: usize) -> usize {
     const MIN_ELEMENTS: usize = 1 << 16;
     let by_work = MIN_ELEMENTS.div_ceil(cols.max(1));
-    rows.div_ceil(threads.max(1) * 4).max(by_work).max(1)
+    rows.div_ceil(threads.max(1) * 4).clamp(by_work, 16 * by_work)
 }
 
 /// A vector of `len` zeros, or an error instead of an abort when memory runs out.
@@ -425,12 +426,11 @@ impl<'a> QView<'a> {
         let level = Level::detect();
         let step = rows_per_task(rows, cols, threads);
         let parts: Vec<_> = out.chunks_mut(step * cols).collect();
-        parallel(threads, parts, |task, part: &mut [T]| {
+        parallel(threads, parts, None, |task, part: &mut [T]| {
             for (i, w) in part.chunks_exact_mut(cols).enumerate() {
                 row(level, task * step + i, w);
             }
-        });
-        Ok(())
+        })
     }
 
     /// An owned copy.
@@ -462,27 +462,27 @@ impl<'a> QView<'a> {
     }
 }
 
-/// Runs `f(index, part)` for every part on up to `threads` threads.
-pub(crate) fn parallel<P: Send>(threads: usize, parts: Vec<P>, f: impl Fn(usize, P) + Sync) {
-    let workers = threads.clamp(1, parts.len().max(1));
-    if workers == 1 {
-        for (i, p) in parts.into_iter().enumerate() {
+/// Runs `f(index, part)` for every part on up to `threads` threads. Once `poll` answers true no further part starts,
+/// and the result is [`Error::Interrupted`].
+pub(crate) fn parallel<P: Send>(
+    threads: usize,
+    parts: Vec<P>,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
+    f: impl Fn(usize, P) + Sync,
+) -> Result<()> {
+    let tasks = parts.len();
+    let queue = std::sync::Mutex::new(parts.into_iter().enumerate());
+    let finished = pool::run(threads, tasks, poll, |_| {
+        let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
+        if let Some((i, p)) = next {
             f(i, p);
         }
-        return;
-    }
-    let queue = std::sync::Mutex::new(parts.into_iter().enumerate());
-    let work = || loop {
-        let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
-        let Some((i, p)) = next else { return };
-        f(i, p);
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..workers {
-            scope.spawn(work);
-        }
-        work();
     });
+    if finished {
+        Ok(())
+    } else {
+        Err(Error::Interrupted)
+    }
 }
 
 /// Packs code values (see [`crate::Element::value`]) row by row into `out`.

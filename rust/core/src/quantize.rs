@@ -167,19 +167,35 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
 /// # Errors
 /// As [`quantize`], and [`Error::Shape`] for buffers that do not fit.
 pub fn quantize_into(x: &MatRef, format: &Format, method: Method, threads: usize, dest: Dest) -> Result<()> {
-    quantize_at(Level::detect(), x, format, method, threads, dest)
+    quantize_at(Level::detect(), x, format, method, threads, None, dest)
 }
 
-/// As [`quantize_into`] with the instructions of one level.
+/// As [`quantize_into`]; `poll` is asked now and then, from the calling thread, whether to stop.
 ///
 /// # Errors
-/// As [`quantize_into`].
+/// As [`quantize_into`], and [`Error::Interrupted`].
+pub fn quantize_polled(
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    threads: usize,
+    poll: &(dyn Fn() -> bool + Sync),
+    dest: Dest,
+) -> Result<()> {
+    quantize_at(Level::detect(), x, format, method, threads, Some(poll), dest)
+}
+
+/// As [`quantize_into`] with the instructions of one level, and perhaps a `poll`.
+///
+/// # Errors
+/// As [`quantize_polled`].
 pub fn quantize_at(
     level: Level,
     x: &MatRef,
     format: &Format,
     method: Method,
     threads: usize,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
     dest: Dest,
 ) -> Result<()> {
     let (rows, cols) = (x.rows, x.cols);
@@ -201,7 +217,7 @@ pub fn quantize_at(
     // The first error in row order is reported, whichever thread met it first.
     let failed: Mutex<Option<(usize, Error)>> = Mutex::new(None);
     let lock = || failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    parallel(threads, parts, |task, (row0, part)| {
+    let finished = parallel(threads, parts, poll, |task, (row0, part)| {
         if lock().as_ref().is_some_and(|(t, _)| *t < task) {
             return;
         }
@@ -213,7 +229,7 @@ pub fn quantize_at(
         }
     });
     let first = lock().take();
-    first.map_or(Ok(()), |(_, e)| Err(e))
+    first.map_or(finished, |(_, e)| Err(e))
 }
 
 fn rows_of(level: Level, x: &MatRef, format: &Format, method: Method, row0: usize, mut part: Dest) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The format table, the grammar of names, packing, quantising and decoding, against plain restatements of the rules.
 use nibblas_core::format::{table, Level, Zero};
-use nibblas_core::quantize::{quantize, quantize_at, Dest, Method, Quantized, ScalesMut};
+use nibblas_core::quantize::{quantize, quantize_at, quantize_polled, Dest, Method, Quantized, ScalesMut};
 use nibblas_core::{Error, Format, MatRef, QTensor, QView, Scalar, ScaleType, Scales, ScalesRef, Zeros, ZerosRef};
 use proptest::prelude::*;
 
@@ -384,7 +384,7 @@ fn levels_and_threads_give_the_same_bytes() {
                         },
                         bounds: &mut got.bounds,
                     };
-                    quantize_at(level, &m, &f, method, threads, dest).unwrap();
+                    quantize_at(level, &m, &f, method, threads, None, dest).unwrap();
                     assert_eq!(got, want, "{f} {method:?} {level:?} {threads} threads");
                 }
             }
@@ -516,4 +516,23 @@ proptest! {
             prop_assert_eq!(Format::parse(&f.to_string()).unwrap(), f);
         }
     }
+}
+
+#[test]
+fn quantising_stops_when_its_poll_says_so() {
+    let (n, k) = (4096, 4096);
+    // One row repeated, so that the case is large without the memory.
+    let row = noise(k, 1);
+    // SAFETY: each row is the same `k` floats.
+    let x = unsafe { MatRef::from_raw(row.as_ptr().cast(), Scalar::F32, n, k, 0, 4) };
+    let f = Format::parse("int4_g128").unwrap();
+    let (mut codes, mut scales) = (vec![0; n * f.row_bytes(k)], vec![0; n * f.groups(k)]);
+    let mut run = |answer: bool| {
+        codes.fill(0x5a);
+        let dest = Dest { codes: &mut codes, scales: ScalesMut::F16(&mut scales), zeros: &mut [], bounds: &mut [] };
+        let done = quantize_polled(&x, &f, Method::Mse, 1, &|| answer, dest);
+        (done, codes[codes.len() - k / 2..].iter().all(|&c| c == 0x5a))
+    };
+    assert_eq!(run(true), (Err(Error::Interrupted), true));
+    assert_eq!(run(false), (Ok(()), false));
 }

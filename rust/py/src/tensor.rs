@@ -1,10 +1,10 @@
 //! Formats, and the portable layout in NumPy's memory.
 use crate::array::Nd;
-use crate::convert::to_py;
+use crate::convert::{detached, to_py};
 use crate::product::computes;
 use nibblas_core::format::table;
 use nibblas_core::qtensor::pack_values;
-use nibblas_core::quantize::{quantize_into, Dest, Method, ScalesMut};
+use nibblas_core::quantize::{quantize_polled, Dest, Method, ScalesMut};
 use nibblas_core::{Element, Format, QView, ScaleType, ScalesRef, ZeroKind, ZerosRef};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -125,7 +125,7 @@ fn quantize(
         },
         bounds: bounds.f32s_mut()?,
     };
-    py.detach(|| quantize_into(&x, &format, method, threads, dest)).map_err(to_py)
+    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))
 }
 
 #[pyfunction]

@@ -22,8 +22,18 @@ pub enum Level {
 }
 
 impl Level {
-    /// The best level of this machine.
+    /// The level in use: the best of this machine, or what [`crate::isa::active`] leaves of it.
     pub fn detect() -> Self {
+        use crate::isa::{active, Isa};
+        match active() {
+            Isa::Scalar => Self::Base,
+            Isa::Avx2 | Isa::AvxVnni => Self::Avx2.min(Self::best()),
+            Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => Self::best(),
+        }
+    }
+
+    /// The best level of this machine.
+    fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
@@ -40,7 +50,7 @@ impl Level {
 
     /// Every level this machine can run, lowest first.
     pub fn available() -> impl Iterator<Item = Self> {
-        [Self::Base, Self::Avx2, Self::Avx512].into_iter().filter(|&l| l <= Self::detect())
+        [Self::Base, Self::Avx2, Self::Avx512].into_iter().filter(|&l| l <= Self::best())
     }
 }
 
@@ -59,7 +69,7 @@ macro_rules! per_level {
                 fn avx2($($arg: $ty),*) -> $ret {
                     $body($($arg),*)
                 }
-                debug_assert!(level <= Level::detect());
+                debug_assert!(level <= Level::best());
                 match level {
                     // SAFETY: the level is handed out by `detect` and `available` only, after the features were seen.
                     Level::Avx512 => return unsafe { avx512($($arg),*) },
@@ -256,7 +266,7 @@ per_level! {
 pub fn cost(level: Level, odd: bool, x: &[f32], g: Grid) -> f32 {
     let (step, sub) = if odd { (2, g.lo + g.hi) } else { (1, g.zero) };
     let c = Cost { odd, inv: 1.0 / g.scale, lo: (step * g.lo - sub) as f32, hi: (step * g.hi - sub) as f32 };
-    debug_assert!(level <= Level::detect());
+    debug_assert!(level <= Level::best());
     match level {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the level is handed out by `detect` and `available` only, after the features were seen.
