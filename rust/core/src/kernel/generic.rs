@@ -387,7 +387,7 @@ pub unsafe fn gemv<S: Simd, const W: u8, const ROUND: bool, const NP: usize, con
         }
         let step = a.padded.min(64) / 4;
         for b in 0..a.blocks {
-            let mut g = a.group0 + b * 64 / a.padded;
+            let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
                 let mut s = [S::splatf(0.0); NP];
                 let mut z = [S::splatf(0.0); NP];
@@ -460,7 +460,7 @@ pub unsafe fn gemv_table<
                         for r0 in (0..per).step_by(step) {
                             let place = b * 64 + 4 * ($t * per + r0);
                             if place % a.padded.min(64) == 0 {
-                                let g = (a.group0 + place / a.padded).min(a.groups - 1);
+                                let g = ((a.block0 * 64 + place) / a.padded).min(a.groups - 1);
                                 for p in 0..NP {
                                     s[p] = scales::<S>(a.scales, p * a.scale_stride + g * 16);
                                     if ZEROS {
@@ -515,7 +515,7 @@ pub unsafe fn expand<S: Simd, const W: u8, const ROUND: bool>(a: &F32Args, out: 
     unsafe {
         let step = a.padded.min(64) / 4;
         for b in 0..a.blocks {
-            let mut g = a.group0 + b * 64 / a.padded;
+            let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
                 let (s, z) = group::<S, W>(a, 0, g.min(a.groups - 1));
                 g += 1;

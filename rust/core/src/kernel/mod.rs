@@ -114,8 +114,8 @@ pub struct F32Args {
     pub blocks: usize,
     /// Places of a group.
     pub padded: usize,
-    /// Group of the first place.
-    pub group0: usize,
+    /// The first block within the row: windows and groups need not begin together.
+    pub block0: usize,
     /// Groups in a row.
     pub groups: usize,
     /// Scales of the first panel.

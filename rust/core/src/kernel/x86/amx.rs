@@ -323,7 +323,7 @@ unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
         let step = a.padded.min(64) / 4;
         let high = V::splat(-65536);
         for b in 0..a.blocks {
-            let mut g = a.group0 + b * 64 / a.padded;
+            let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
                 let (s, z) = group::<V, W>(a, 0, g.min(a.groups - 1));
                 g += 1;
