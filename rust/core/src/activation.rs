@@ -8,6 +8,7 @@ use crate::kernel::{ActRows, Kernels};
 use crate::matrix::{MatRef, Scalar};
 use crate::pack::{Geometry, Shared, BLOCK};
 use crate::pool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The stretches of K whose integer sums are exact and get one float multiplication each.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -86,7 +87,8 @@ pub struct Act {
 }
 
 impl Act {
-    /// Quantises `x` into row blocks of `mb`. Sums are multiplied by `factor`. An int8 `x` is taken as codes, with the
+    /// Quantises `x` into row blocks of `mb`. Sums are multiplied by `factor`, and
+    /// left out where no kernel wants them. An int8 `x` is taken as codes, with the
     /// scales `given` (`[rows][groups]`), or 1.
     ///
     /// # Errors
@@ -99,6 +101,7 @@ impl Act {
         mb: usize,
         factor: i32,
         given: Option<&[f32]>,
+        want_sums: bool,
         kernels: &Kernels,
         threads: usize,
     ) -> Result<Self> {
@@ -110,67 +113,54 @@ impl Act {
             mb,
             kp,
             segments: n,
-            codes: Buf::zeroed(padded * kp)?,
-            sums: Buf::zeroed(padded * n)?,
-            group_scales: Buf::zeroed(if act_group.is_some() { padded * n } else { 0 })?,
+            codes: crate::buf::take(padded * kp)?,
+            sums: crate::buf::take(padded * n)?,
+            // Segments of padding alone keep the scale 0.
+            group_scales: if act_group.is_some() { Buf::zeroed(padded * n)? } else { Buf::default() },
             scale: Buf::zeroed(padded)?,
             bad: Buf::zeroed(padded)?,
         };
         let out = Parts {
+            mb,
+            kp,
+            segments: n,
+            failed: AtomicBool::new(false),
             codes: Shared(act.codes.as_mut_ptr()),
             sums: Shared(act.sums.as_mut_ptr()),
             groups: Shared(act.group_scales.as_mut_ptr()),
             scale: Shared(act.scale.as_mut_ptr()),
             bad: Shared(act.bad.as_mut_ptr()),
         };
+        // Rows that only fill a block up must be codes of 0.
+        for m in rows..padded {
+            for b in 0..kp / BLOCK {
+                let at = (m / mb) * mb * kp + (b * mb + m % mb) * BLOCK;
+                act.codes[at..at + BLOCK].fill(0);
+            }
+        }
         let batch = (65_536 / (kp + 1)).clamp(1, 64);
         let threads = if rows * kp < 1 << 16 { 1 } else { threads };
         pool::run(threads, rows.div_ceil(batch), None, |t| {
-            let mut floats = vec![0.0f32; kp.max(g.k.next_multiple_of(16))];
-            let mut flat = vec![0i8; g.k.next_multiple_of(16)];
-            let mut placed = vec![0i8; kp];
-            let mut sums = vec![0i32; n.max(kp / BLOCK * (16 / segs.registers().max(1)))];
+            let mut s = RowScratch {
+                floats: crate::buf::take(g.k.next_multiple_of(16)).unwrap_or_default(),
+                flat: crate::buf::take(g.k.next_multiple_of(16)).unwrap_or_default(),
+                placed: crate::buf::take(kp + 16).unwrap_or_default(),
+                sums: crate::buf::take(n + 16).unwrap_or_default(),
+            };
+            if s.sums.is_empty() || s.placed.is_empty() || s.flat.is_empty() || s.floats.is_empty() {
+                out.failed.store(true, Ordering::Relaxed);
+                return;
+            }
+            s.placed[..kp].fill(0);
             for m in t * batch..rows.min((t + 1) * batch) {
                 // SAFETY: row m belongs to this task alone; the kernels' features were checked by the table look-up.
-                unsafe {
-                    let s = if x.scalar == Scalar::I8 {
-                        copy_codes(x, m, &mut flat);
-                        given.filter(|_| act_group.is_none()).map_or(1.0, |s| s[m])
-                    } else {
-                        let src = row(x, m, &mut floats);
-                        quantise_row(src, g.k, act_group, kernels, &mut flat, |j, s| {
-                            if act_group.is_some() {
-                                out.group_scale(m, mb, n, segs, j, s);
-                            }
-                        })
-                        .unwrap_or_else(|| {
-                            *out.bad.get().add(m) = 1;
-                            flat.fill(0);
-                            1.0
-                        })
-                    };
-                    if let (Scalar::I8, Some(a)) = (x.scalar, act_group) {
-                        let count = g.k.div_ceil(a);
-                        for j in 0..count {
-                            out.group_scale(m, mb, n, segs, j, given.map_or(1.0, |s| s[m * count + j]));
-                        }
-                    }
-                    *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
-                    g.runs(|k0, p0, len| placed[p0..p0 + len].copy_from_slice(&flat[k0..k0 + len]));
-                    let (block, i) = (m / mb, m % mb);
-                    sums.fill(0);
-                    for (b, chunk) in placed.chunks_exact(BLOCK).enumerate() {
-                        let to = out.codes.get().add(block * mb * kp + (b * mb + i) * BLOCK);
-                        std::ptr::copy_nonoverlapping(chunk.as_ptr(), to, BLOCK);
-                        let first = b * BLOCK / segs.len;
-                        (kernels.code_sums)(chunk.as_ptr(), segs.registers(), sums.as_mut_ptr().add(first));
-                    }
-                    for (seg, v) in sums[..n].iter().enumerate() {
-                        *out.sums.get().add((block * n + seg) * mb + i) = v.wrapping_mul(factor);
-                    }
-                }
+                unsafe { quantise_one(x, m, g, segs, act_group, given, want_sums.then_some(factor), kernels, &out, &mut s) };
             }
+            s.give_back();
         });
+        if out.failed.load(Ordering::Relaxed) {
+            return Err(Error::OutOfMemory(g.kp * 4));
+        }
         Ok(act)
     }
 
@@ -196,7 +186,35 @@ impl Act {
     }
 }
 
+impl Drop for Act {
+    fn drop(&mut self) {
+        crate::buf::give(std::mem::take(&mut self.codes));
+        crate::buf::give(std::mem::take(&mut self.sums));
+        crate::buf::give(std::mem::take(&mut self.group_scales));
+    }
+}
+
+struct RowScratch {
+    floats: Buf<f32>,
+    flat: Buf<i8>,
+    placed: Buf<i8>,
+    sums: Buf<i32>,
+}
+
+impl RowScratch {
+    fn give_back(self) {
+        crate::buf::give(self.floats);
+        crate::buf::give(self.flat);
+        crate::buf::give(self.placed);
+        crate::buf::give(self.sums);
+    }
+}
+
 struct Parts {
+    mb: usize,
+    kp: usize,
+    segments: usize,
+    failed: AtomicBool,
     codes: Shared<i8>,
     sums: Shared<i32>,
     groups: Shared<f32>,
@@ -206,14 +224,90 @@ struct Parts {
 
 impl Parts {
     /// Stores the scale of activation group `j` of row `m` for every segment that it covers.
-    unsafe fn group_scale(&self, m: usize, mb: usize, n: usize, segs: &Segments, j: usize, s: f32) {
+    unsafe fn group_scale(&self, m: usize, segs: &Segments, j: usize, s: f32) {
         let lo = segs.act.partition_point(|&a| (a as usize) < j);
         for seg in lo..segs.act.len() {
             if segs.act[seg] as usize != j {
                 break;
             }
             // SAFETY: the row's own entry.
-            unsafe { *self.groups.get().add(((m / mb) * n + seg) * mb + m % mb) = s };
+            unsafe { *self.groups.get().add(((m / self.mb) * self.segments + seg) * self.mb + m % self.mb) = s };
+        }
+    }
+}
+
+/// Quantises row `m` and puts its codes, sums and scales where the kernels read them.
+unsafe fn quantise_one(
+    x: &MatRef,
+    m: usize,
+    g: &Geometry,
+    segs: &Segments,
+    act_group: Option<usize>,
+    given: Option<&[f32]>,
+    factor: Option<i32>,
+    kernels: &Kernels,
+    out: &Parts,
+    buf: &mut RowScratch,
+) {
+    // In a plain layout codes need no placing; the tail of `placed` past K stays 0.
+    let plain = g.is_plain();
+    let flat: &mut [i8] = if plain { &mut buf.placed } else { &mut buf.flat };
+    // SAFETY: row m of the outputs belongs to the caller; buffers reach the next multiple of 16.
+    unsafe {
+        let s = if x.scalar == Scalar::I8 {
+            copy_codes(x, m, flat);
+            if let Some(a) = act_group {
+                let count = g.k.div_ceil(a);
+                for j in 0..count {
+                    out.group_scale(m, segs, j, given.map_or(1.0, |s| s[m * count + j]));
+                }
+            }
+            given.filter(|_| act_group.is_none()).map_or(1.0, |s| s[m])
+        } else {
+            let src = row(x, m, &mut buf.floats);
+            let s = quantise_row(src, g.k, act_group, kernels, flat, |j, s| {
+                if act_group.is_some() {
+                    out.group_scale(m, segs, j, s);
+                }
+            });
+            *out.bad.get().add(m) = u8::from(s.is_none());
+            s.unwrap_or_else(|| {
+                flat[..g.k].fill(0);
+                1.0
+            })
+        };
+        *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
+        if plain {
+            buf.placed[g.k..out.kp].fill(0);
+        } else {
+            g.runs(|k0, p0, len| buf.placed[p0..p0 + len].copy_from_slice(&buf.flat[k0..k0 + len]));
+        }
+        let (block, i) = (m / out.mb, m % out.mb);
+        let to = out.codes.get().add(block * out.mb * out.kp + i * BLOCK);
+        if out.mb == 1 {
+            std::ptr::copy_nonoverlapping(buf.placed.as_ptr(), to, out.kp);
+        } else {
+            for (b, chunk) in buf.placed[..out.kp].chunks_exact(BLOCK).enumerate() {
+                std::ptr::copy_nonoverlapping(chunk.as_ptr(), to.add(b * out.mb * BLOCK), BLOCK);
+            }
+        }
+        let Some(factor) = factor else { return };
+        let n = out.segments;
+        if segs.registers() == 16 {
+            let per = segs.blocks();
+            for seg in 0..n {
+                let count = per.min(out.kp / BLOCK - seg * per);
+                buf.sums[seg] = (kernels.sum_blocks)(buf.placed.as_ptr().add(seg * per * BLOCK), count);
+            }
+        } else {
+            buf.sums[..n].fill(0);
+            for b in 0..out.kp / BLOCK {
+                let first = buf.sums.as_mut_ptr().add(b * BLOCK / segs.len);
+                (kernels.code_sums)(buf.placed.as_ptr().add(b * BLOCK), segs.registers(), first);
+            }
+        }
+        for (seg, v) in buf.sums[..n].iter().enumerate() {
+            *out.sums.get().add((block * n + seg) * out.mb + i) = v.wrapping_mul(factor);
         }
     }
 }
@@ -232,6 +326,11 @@ fn row<'a>(x: &MatRef<'a>, m: usize, scratch: &'a mut [f32]) -> &'a [f32] {
 
 fn copy_codes(x: &MatRef, m: usize, out: &mut [i8]) {
     let base = x.row_ptr(m);
+    if x.col_stride == 1 {
+        // SAFETY: `cols` bytes of the view, contiguous.
+        unsafe { std::ptr::copy_nonoverlapping(base.cast(), out.as_mut_ptr(), x.cols.min(out.len())) };
+        return;
+    }
     for (j, o) in out[..x.cols].iter_mut().enumerate() {
         // SAFETY: element (m, j) of the view, one byte.
         *o = unsafe { *base.wrapping_offset(j as isize * x.col_stride).cast::<i8>() };

@@ -1,6 +1,8 @@
 //! Cache-line aligned buffers whose allocation may fail without aborting.
 use crate::error::{Error, Result};
 use std::alloc::{alloc_zeroed, dealloc, Layout};
+use std::cell::RefCell;
+use std::mem::ManuallyDrop;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
@@ -89,6 +91,57 @@ impl<T: Plain> DerefMut for Buf<T> {
         // SAFETY: as above, borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
     }
+}
+
+impl<T: Plain> Default for Buf<T> {
+    fn default() -> Self {
+        Self { ptr: NonNull::dangling(), len: 0 }
+    }
+}
+
+/// Larger buffers go back to the system instead of being kept.
+const KEEP: usize = 8 << 20;
+/// Buffers that a thread keeps.
+const KEPT: usize = 8;
+
+thread_local! {
+    static SPARE: RefCell<Vec<Buf<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A buffer of at least `len` elements with any contents, one that this thread gave back if one is large enough.
+///
+/// # Errors
+/// As [`Buf::zeroed`].
+pub(crate) fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
+    let bytes = len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory(usize::MAX))?.next_multiple_of(ALIGN);
+    let spare = SPARE.with(|s| {
+        let mut s = s.try_borrow_mut().ok()?;
+        let fit = (0..s.len()).filter(|&i| s[i].len >= bytes).min_by_key(|&i| s[i].len)?;
+        Some(s.swap_remove(fit))
+    });
+    let raw = ManuallyDrop::new(match spare {
+        Some(b) => b,
+        None => Buf::<u8>::zeroed(bytes.max(ALIGN))?,
+    });
+    // Whole cache lines, so the length stays a whole number of elements and round trips to the allocated bytes.
+    Ok(Buf { ptr: raw.ptr.cast(), len: raw.len / size_of::<T>() })
+}
+
+/// Keeps a buffer for the next [`take`] of this thread.
+pub(crate) fn give<T: Plain>(b: Buf<T>) {
+    let bytes = b.len * size_of::<T>();
+    if bytes == 0 || bytes > KEEP || bytes % ALIGN != 0 {
+        return;
+    }
+    let raw = ManuallyDrop::new(b);
+    let raw = Buf::<u8> { ptr: raw.ptr.cast(), len: bytes };
+    SPARE.with(|s| {
+        if let Ok(mut s) = s.try_borrow_mut() {
+            if s.len() < KEPT {
+                s.push(raw);
+            }
+        }
+    });
 }
 
 #[cfg(test)]

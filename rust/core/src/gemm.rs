@@ -331,12 +331,12 @@ fn raw_products(
             .iter()
             .map(|p| {
                 let x = plane_rows(p, k, m0, rows);
-                Act::quantise(&x, &w.geometry, &segs, None, mb, 1, None, t, b.threads)
+                Act::quantise(&x, &w.geometry, &segs, None, mb, 1, None, true, t, b.threads)
             })
             .collect::<Result<Vec<_>>>()?;
         let emit = &emit;
         tasks(&b, rows, w.panels(), o, |p0, np, r0, count, s| {
-            let ldc = np * PANEL;
+            let ldc = tile_ldc(&b, np);
             let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
             let len = padded * ldc;
             let (zi, _) = zero_ptrs(w, p0);
@@ -348,13 +348,13 @@ fn raw_products(
                 for b0 in (0..kp / BLOCK).step_by(step) {
                     let sums = grown(&mut s.sums, len)?;
                     sums[..len].fill(0);
-                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, &mut s.bytes)?;
+                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
                     let wide = grown(&mut s.wide, len)?;
                     wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
                 }
             }
             let wide = grown(&mut s.wide, len)?;
-            let cols = ldc.min(w.n - p0 * PANEL);
+            let cols = (np * PANEL).min(w.n - p0 * PANEL);
             for r in 0..count {
                 let sum: i64 = acts
                     .iter()
@@ -548,17 +548,18 @@ fn int8(
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
     let z = plan::zero_mode(w);
     let factor = if z == Z_CONST && !long { w.sub } else { 1 };
-    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, t, b.threads)?;
+    let sums = !(b.path == Path::Tiles && !raw && plan::signed_bytes(w));
+    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
     let job = IntJob { w, t, b, act: &act, segs: &segs, z, act_groups: group.is_some() };
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
-        let ldc = np * PANEL;
+        let (cols, ldc) = (np * PANEL, tile_ldc(&b, np));
         let padded = rows.next_multiple_of(mb.max(1)).next_multiple_of(if mb == 16 { 32 } else { 1 });
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         if raw {
             let sums = grown(&mut s.sums, padded * ldc)?;
             sums[..padded * ldc].fill(0);
-            let floats = grown(&mut s.floats, ldc)?;
+            let floats = grown(&mut s.floats, cols)?;
             let scales = row_scales(&mut s.weights, w, p0, np)?;
             let (zi, zf) = zero_ptrs(w, p0);
             if long {
@@ -568,19 +569,19 @@ fn int8(
                 let blocks = w.geometry.blocks();
                 for b0 in (0..blocks).step_by(step) {
                     sums[..padded * ldc].fill(0);
-                    job.raw(p0, np, m0, rows, b0, step.min(blocks - b0), sums, &mut s.bytes)?;
+                    job.raw(p0, np, m0, rows, b0, step.min(blocks - b0), sums, ldc, &mut s.bytes)?;
                     wide.iter_mut().zip(sums.iter()).for_each(|(a, &v)| *a += i64::from(v));
                 }
                 for m in 0..rows {
-                    finish_wide(&wide[m * ldc..][..ldc], &mut floats[..ldc], w, &act, m0 + m, scales, zi, zf, bias);
-                    store_row(y, m0 + m, p0 * PANEL, &floats[..ldc], act.bad[m0 + m] != 0);
+                    finish_wide(&wide[m * ldc..][..cols], &mut floats[..cols], w, &act, m0 + m, scales, zi, zf, bias);
+                    store_row(y, m0 + m, p0 * PANEL, &floats[..cols], act.bad[m0 + m] != 0);
                 }
                 return Ok(());
             }
-            job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, &mut s.bytes)?;
+            job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?;
             for m in 0..rows {
                 let e = Finish {
-                    cols: ldc,
+                    cols,
                     act_scale: act.scale[m0 + m],
                     sum: if act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
                     dbl: doubling(w),
@@ -591,16 +592,16 @@ fn int8(
                 };
                 // SAFETY: all arrays reach the end of the last panel.
                 unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), floats.as_mut_ptr(), &e) };
-                store_row(y, m0 + m, p0 * PANEL, &floats[..ldc], act.bad[m0 + m] != 0);
+                store_row(y, m0 + m, p0 * PANEL, &floats[..cols], act.bad[m0 + m] != 0);
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
             c[..padded * ldc].fill(0.0);
-            job.grouped(p0, np, m0, rows, c, &mut s.bytes)?;
+            job.grouped(p0, np, m0, rows, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
-                let row = &mut c[m * ldc..][..ldc];
+                let row = &mut c[m * ldc..][..cols];
                 let e = Finish {
-                    cols: ldc,
+                    cols,
                     act_scale: act.scale[m0 + m],
                     sum: 0,
                     dbl: 0,
@@ -609,7 +610,7 @@ fn int8(
                     zeros: std::ptr::null(),
                     fzeros: std::ptr::null(),
                 };
-                // SAFETY: the row and the bias have ldc floats.
+                // SAFETY: the row and the bias have that many floats.
                 unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
                 store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
             }
@@ -617,6 +618,19 @@ fn int8(
         Ok(())
     })
 }
+
+/// Row stride of the sums of `np` panels. Tiles come in pairs, so a lone last panel gets a partner whose columns are
+/// dropped; and rows a power of two apart would fall on few cache sets.
+fn tile_ldc(b: &Blocking, np: usize) -> usize {
+    match b.path {
+        Path::Tiles | Path::TilesBf16 => np.next_multiple_of(2) * PANEL + PANEL,
+        _ => np * PANEL,
+    }
+}
+
+/// Blocks of K that integer tiles work on at a time: two decoded panels fill two thirds of a 48 KiB first-level cache.
+#[cfg(target_arch = "x86_64")]
+const RAW_WINDOW: usize = 16;
 
 /// The bias of some panels, zero-padded; null where there is none.
 fn padded_bias(
@@ -725,42 +739,37 @@ impl IntJob<'_> {
         b0: usize,
         blocks: usize,
         c: &mut [i32],
+        ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
-        let ldc = np * PANEL;
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
-            let buf = grown(bytes, 2 * blocks * 1024)?;
-            // SAFETY: the plan chose tiles, so permission was granted; buffers are sized for the padded rows.
+            let buf = grown(bytes, 2 * RAW_WINDOW * 1024)?;
+            let second = buf.as_mut_ptr().wrapping_add(RAW_WINDOW * 1024);
+            // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
             unsafe {
                 let _tiles = amx::Tiles::new(64);
-                for p in (0..np).step_by(2) {
-                    let second = (p + 1).min(np - 1);
-                    // Codes of a byte are tiles already.
-                    let pair = if self.w.bits == 8 {
-                        [self.codes(p0 + p, b0), self.codes(p0 + second, b0)]
-                    } else {
-                        let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
-                        self.unpack(p0 + p, b0, blocks, false, pair[0]);
-                        if second > p {
-                            self.unpack(p0 + second, b0, blocks, false, pair[1]);
-                        }
-                        [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()]
-                    };
-                    // A lone last panel would write past its columns: it goes through a side buffer.
-                    let mut side = [0i32; 32 * 32];
-                    for m in (0..rows).step_by(32) {
-                        let a0 = self.act.rows((m0 + m) / 16, b0).codes;
-                        let a1 =
-                            if m + 16 < rows { self.act.rows((m0 + m) / 16 + 1, b0).codes } else { std::ptr::null() };
-                        if second > p {
-                            amx::raw(a0, a1, pair, blocks, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
+                for k in (0..blocks).step_by(RAW_WINDOW) {
+                    let n = RAW_WINDOW.min(blocks - k);
+                    for p in (0..np).step_by(2) {
+                        let last = (p + 1).min(np - 1);
+                        // Codes of a byte are tiles already.
+                        let pair = if self.w.bits == 8 {
+                            [self.codes(p0 + p, b0 + k), self.codes(p0 + last, b0 + k)]
                         } else {
-                            amx::raw(a0, a1, pair, blocks, side.as_mut_ptr(), 32);
-                            for r in 0..(rows - m).min(32) {
-                                c[(m + r) * ldc + p * PANEL..][..PANEL].copy_from_slice(&side[r * 32..][..PANEL]);
-                            }
+                            self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr());
+                            self.unpack(p0 + last, b0 + k, n, false, second);
+                            [buf.as_ptr(), second.cast_const()]
+                        };
+                        for m in (0..rows).step_by(32) {
+                            let a0 = self.act.rows((m0 + m) / 16, b0 + k).codes;
+                            let a1 = if m + 16 < rows {
+                                self.act.rows((m0 + m) / 16 + 1, b0 + k).codes
+                            } else {
+                                std::ptr::null()
+                            };
+                            amx::raw(a0, a1, pair, n, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
                         }
                     }
                 }
@@ -815,14 +824,14 @@ impl IntJob<'_> {
         m0: usize,
         rows: usize,
         c: &mut [f32],
+        ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
-            return self.grouped_tiles(p0, np, m0, rows, c, bytes);
+            return self.grouped_tiles(p0, np, m0, rows, c, ldc, bytes);
         }
         let w = self.w;
-        let ldc = np * PANEL;
         let blocks = w.geometry.blocks();
         let mr = self.b.mr;
         let regs = self.segs.registers();
@@ -865,7 +874,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(self.z, self.act_groups, mr);
+        let f = (self.t.grouped_bytes)(self.z, self.act_groups, regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -888,59 +897,51 @@ impl IntJob<'_> {
         m0: usize,
         rows: usize,
         c: &mut [f32],
+        ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
         use crate::kernel::x86::amx;
         let w = self.w;
-        let ldc = np * PANEL;
         let blocks = w.geometry.blocks();
         let signed = plan::signed_bytes(w);
         let kernels = amx::grouped(self.z, self.act_groups, signed);
-        let buf = grown(bytes, 2 * blocks * 1024)?;
-        // SAFETY: the plan chose tiles, so permission was granted; buffers are sized for the padded rows.
+        let per = self.segs.blocks().max(1);
+        let window = (RAW_WINDOW / per).max(1) * per;
+        let buf = grown(bytes, 2 * window * 1024)?;
+        let second = buf.as_mut_ptr().wrapping_add(window * 1024);
+        // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
         unsafe {
             let _tiles = amx::Tiles::new(self.segs.len.min(64));
-            for p in (0..np).step_by(2) {
-                let second = (p + 1).min(np - 1);
-                let pair = [buf.as_mut_ptr(), buf.as_mut_ptr().add(blocks * 1024)];
-                self.unpack(p0 + p, 0, blocks, signed, pair[0]);
-                if second > p {
-                    self.unpack(p0 + second, 0, blocks, signed, pair[1]);
-                }
-                let pair = [pair[0].cast_const(), if second > p { pair[1] } else { pair[0] }.cast_const()];
-                let mut side = [0.0f32; 32 * 32];
-                for m in (0..rows).step_by(32) {
-                    let two = m + 16 < rows;
-                    let act0 = self.act.rows((m0 + m) / 16, 0);
-                    let act1 = if two { self.act.rows((m0 + m) / 16 + 1, 0) } else { act0 };
+            for k in (0..blocks).step_by(window) {
+                let n = window.min(blocks - k);
+                for p in (0..np).step_by(2) {
+                    let last = (p + 1).min(np - 1);
+                    self.unpack(p0 + p, k, n, signed, buf.as_mut_ptr());
+                    self.unpack(p0 + last, k, n, signed, second);
                     let (z0, f0) = zero_ptrs(w, p0 + p);
-                    let (z1, f1) = zero_ptrs(w, p0 + second);
-                    let lone = second == p;
-                    if lone {
-                        side.fill(0.0);
-                    }
-                    let a = amx::TileGrp {
-                        a0: act0.codes,
-                        a1: act1.codes,
-                        b: pair,
-                        blocks,
-                        seg_blocks: self.segs.blocks(),
-                        seg0: 0,
-                        seg_group: self.segs.group.as_ptr(),
-                        scales: [scale_ptr(w, p0 + p), scale_ptr(w, p0 + second)],
-                        zeros: [z0, z1],
-                        fzeros: [f0, f1],
-                        act0,
-                        act1,
-                        c: if lone { side.as_mut_ptr() } else { c.as_mut_ptr().add(m * ldc + p * PANEL) },
-                        ldc: if lone { 32 } else { ldc },
-                        dbl: doubling(w),
-                    };
-                    kernels[usize::from(two)](&a);
-                    if lone {
-                        for r in 0..(rows - m).min(32) {
-                            c[(m + r) * ldc + p * PANEL..][..PANEL].copy_from_slice(&side[r * 32..][..PANEL]);
-                        }
+                    let (z1, f1) = zero_ptrs(w, p0 + last);
+                    for m in (0..rows).step_by(32) {
+                        let two = m + 16 < rows;
+                        let act0 = self.act.rows((m0 + m) / 16, k);
+                        let act1 = if two { self.act.rows((m0 + m) / 16 + 1, k) } else { act0 };
+                        let a = amx::TileGrp {
+                            a0: act0.codes,
+                            a1: act1.codes,
+                            b: [buf.as_ptr(), second.cast_const()],
+                            blocks: n,
+                            seg_blocks: self.segs.blocks(),
+                            seg0: k * BLOCK / self.segs.len,
+                            seg_group: self.segs.group.as_ptr(),
+                            scales: [scale_ptr(w, p0 + p), scale_ptr(w, p0 + last)],
+                            zeros: [z0, z1],
+                            fzeros: [f0, f1],
+                            act0,
+                            act1,
+                            c: c.as_mut_ptr().add(m * ldc + p * PANEL),
+                            ldc,
+                            dbl: doubling(w),
+                        };
+                        kernels[usize::from(two)](&a);
                     }
                 }
             }
@@ -1049,8 +1050,9 @@ fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Bu
     Ok(own)
 }
 
-/// Columns of K decoded to bf16 at a time, in blocks: two panels stay within half of a 1 MiB cache.
-const BF16_WINDOW: usize = 64;
+/// Blocks of K that bf16 tiles work on at a time; see [`RAW_WINDOW`].
+#[cfg(target_arch = "x86_64")]
+const BF16_WINDOW: usize = 8;
 
 #[cfg(target_arch = "x86_64")]
 fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking) -> Result<()> {
@@ -1061,16 +1063,15 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     let g = &w.geometry;
     let decode = amx::bf16_decoder(weight_mode(w));
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
-        // A lone last panel gets a partner whose columns are dropped.
-        let ldc = np.next_multiple_of(2) * PANEL;
+        let ldc = tile_ldc(b, np);
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         let padded = rows.next_multiple_of(32);
         let c = grown(&mut s.floats, padded * ldc)?;
         c[..padded * ldc].fill(0.0);
         let bytes = grown(&mut s.bytes, BF16_WINDOW * (1024 + 2 * 2048))?;
         let tiles = bytes.as_mut_ptr().wrapping_add(BF16_WINDOW * 1024);
-        for p in (0..np).step_by(2) {
-            for k in (0..g.blocks()).step_by(BF16_WINDOW) {
+        for k in (0..g.blocks()).step_by(BF16_WINDOW) {
+            for p in (0..np).step_by(2) {
                 let n = BF16_WINDOW.min(g.blocks() - k);
                 let count = 2.min(np - p);
                 // SAFETY: buffers hold a window of two panels and the padded rows; permission came with the plan.

@@ -113,7 +113,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     let base =
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
     if isa == Isa::Amx && m > 8 && (raw || segs.len >= 32) {
-        let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 2, task_rows: m.min(256), ..base };
+        let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
     }
     let mr = match m {
@@ -133,7 +133,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         return b.cut(m, panels, n, k, threads, np);
     }
     let window = if raw { 16 } else { (16 / segs.blocks().max(1)).max(1) * segs.blocks().max(1) };
-    let b = Blocking { mr, task_panels: 4, task_rows: m.min(512), window, ..base };
+    let b = Blocking { mr, task_panels: 8, task_rows: m.min(512), window, ..base };
     b.cut(m, panels, n, k, threads, 1)
 }
 
@@ -153,7 +153,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);
     }
-    let b = Blocking { mr: t.gemm_mr, np: t.gemm_np, task_panels: t.gemm_np, task_rows: m.min(252), ..base };
+    let b = Blocking { mr: t.gemm_mr, np: t.gemm_np, task_panels: 8, task_rows: m.min(252), ..base };
     b.cut(m, w.panels(), n, k, threads, t.gemm_np)
 }
 

@@ -91,7 +91,12 @@ unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS
             for p in 0..NP {
                 let v = S::load(w.add(p * panel_stride + 64 * i));
                 for t in 0..PARTS {
-                    let u = if PARTS == 1 { v } else { S::and(S::shr(v, t * U::BITS), mask) };
+                    let u = if U::BITS == 8 {
+                        // Codes of a byte: parts are only separate chains of sums.
+                        S::load(w.add(p * panel_stride + 64 * (t * per + i)))
+                    } else {
+                        S::and(S::shr(v, t * U::BITS), mask)
+                    };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
                         acc[p][m][t] =
@@ -646,6 +651,25 @@ pub unsafe fn code_sums<S: Simd>(q: *const i8, seg: usize, out: *mut i32) {
         for (i, part) in lanes.chunks(seg).enumerate() {
             *out.add(i) += part.iter().sum::<i32>();
         }
+    }
+}
+
+/// Sum of the codes of `n` runs of 64 bytes.
+///
+/// # Safety
+/// `q` has `64*n` readable bytes; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn sum_blocks<S: Simd>(q: *const i8, n: usize) -> i32 {
+    // SAFETY: as the contract says.
+    unsafe {
+        let one = S::splat8(1);
+        let mut d = S::splat(0);
+        for b in 0..n {
+            d = S::dot7(d, one, S::load(q.add(b * 64).cast()));
+        }
+        let mut lanes = [0i32; 16];
+        S::store(lanes.as_mut_ptr().cast(), d);
+        lanes.iter().fold(0, |t, &v| t.wrapping_add(v))
     }
 }
 

@@ -180,8 +180,8 @@ pub struct Kernels {
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
     /// Fused grouped kernel by (bits, zero mode, activation groups, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, u8, bool, usize, usize) -> Option<(GroupedFn, usize)>,
-    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, rows).
-    pub grouped_bytes: fn(u8, bool, usize) -> GroupedFn,
+    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, registers of a segment, rows).
+    pub grouped_bytes: fn(u8, bool, usize, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
     pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Ungrouped kernel over bytes, one panel, by rows.
@@ -204,6 +204,8 @@ pub struct Kernels {
     pub quantise: unsafe fn(*const f32, usize, f32, *mut i8),
     /// See [`generic::code_sums`].
     pub code_sums: unsafe fn(*const i8, usize, *mut i32),
+    /// See [`generic::sum_blocks`].
+    pub sum_blocks: unsafe fn(*const i8, usize) -> i32,
     /// See [`generic::finish_raw`].
     pub finish_raw: unsafe fn(*const i32, *mut f32, &Finish),
     /// See [`generic::finish_f32`].
@@ -283,6 +285,11 @@ macro_rules! instantiate {
                 unsafe { generic::code_sums::<$v>(q, seg, out) }
             }
             $(#[$feature])*
+            unsafe fn sum_blocks(q: *const i8, n: usize) -> i32 {
+                // SAFETY: as above.
+                unsafe { generic::sum_blocks::<$v>(q, n) }
+            }
+            $(#[$feature])*
             unsafe fn finish_raw(c: *const i32, out: *mut f32, e: &Finish) {
                 // SAFETY: as above.
                 unsafe { generic::finish_raw::<$v>(c, out, e) }
@@ -337,11 +344,14 @@ macro_rules! instantiate {
                     _ => None,
                 }
             }
-            fn grouped_bytes(z: u8, a: bool, mr: usize) -> GroupedFn {
-                macro_rules! rows { ($z:ident, $a:literal) => { match mr {
-                    1 => grouped::<U8, $z, $a, 0, 1, 1, 1> as GroupedFn,
-                    2 => grouped::<U8, $z, $a, 0, 1, $r2, 1> as GroupedFn,
-                    4 => grouped::<U8, $z, $a, 0, 1, $r4, 1> as GroupedFn,
+            fn grouped_bytes(z: u8, a: bool, seg: usize, mr: usize) -> GroupedFn {
+                // One row alone needs several chains of sums to hide the latency of the dot product.
+                macro_rules! rows { ($z:ident, $a:literal) => { match (mr, seg) {
+                    (1, 16) => grouped::<U8, $z, $a, 16, 1, 1, 4> as GroupedFn,
+                    (1, 8) => grouped::<U8, $z, $a, 8, 1, 1, 4> as GroupedFn,
+                    (1, _) => grouped::<U8, $z, $a, 0, 1, 1, 1> as GroupedFn,
+                    (2, _) => grouped::<U8, $z, $a, 0, 1, $r2, 1> as GroupedFn,
+                    (4, _) => grouped::<U8, $z, $a, 0, 1, $r4, 1> as GroupedFn,
                     _ => grouped::<U8, $z, $a, 0, 1, $max_mr, 1> as GroupedFn,
                 } } }
                 match (z, a) {
@@ -364,7 +374,7 @@ macro_rules! instantiate {
             }
             fn raw_bytes(mr: usize) -> RawFn {
                 match mr {
-                    1 => raw::<U8, 1, 1, 1>,
+                    1 => raw::<U8, 1, 1, 4>,
                     2 => raw::<U8, 1, $r2, 1>,
                     4 => raw::<U8, 1, $r4, 1>,
                     _ => raw::<U8, 1, $max_mr, 1>,
@@ -448,6 +458,7 @@ macro_rules! instantiate {
                 absmax_bits,
                 quantise,
                 code_sums,
+                sum_blocks,
                 finish_raw,
                 finish_f32,
                 round_bf16,

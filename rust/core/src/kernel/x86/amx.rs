@@ -288,33 +288,6 @@ pub fn grouped(z: u8, act_groups: bool, signed: bool) -> [TileFn; 2] {
     }
 }
 
-/// Ungrouped product of 16 (`a1` null) or 32 rows by two panels, unsigned codes: tiles to `out`, `[m][ldc]` int32.
-///
-/// # Safety
-/// As [`TileGrp`]: `n` blocks behind each pointer, `out` writable, tiles configured for 64.
-pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, out: *mut i32, ldc: usize) {
-    let mut tiles = std::mem::MaybeUninit::<[i32; 1024]>::uninit();
-    let t = tiles.as_mut_ptr().cast::<i32>();
-    // SAFETY: as the caller says; the tile buffer holds four tiles.
-    unsafe {
-        let mt = if a1.is_null() {
-            steps::<1, true>(a0, a1, b[0], b[1], n, t);
-            1
-        } else {
-            steps::<2, true>(a0, a1, b[0], b[1], n, t);
-            2
-        };
-        for m in 0..mt {
-            for p in 0..2 {
-                for r in 0..16 {
-                    let from = t.add((m * 2 + p) * 256 + r * 16);
-                    std::ptr::copy_nonoverlapping(from, out.add((m * 16 + r) * ldc + p * 16), 16);
-                }
-            }
-        }
-    }
-}
-
 /// Decodes unpacked bytes of one panel to bf16 tiles: 2 KiB a block, row r of a tile holds k = 2r, 2r+1 of 16 rows.
 #[inline(always)]
 unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
@@ -361,32 +334,28 @@ pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     }
 }
 
-/// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats).
-///
-/// # Safety
-/// Each pointer has `n` KiB, `c` is readable and writable for whole tiles, tiles are configured for 64 bytes.
-pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, c: *mut f32, ldc: usize) {
-    let stride = ldc * 4;
-    let (c1, c2) = (c.wrapping_add(16), c.wrapping_add(16 * ldc));
-    let c3 = c2.wrapping_add(16);
-    // SAFETY: as the caller says.
-    unsafe {
-        if a1.is_null() {
+/// One pass over steps of 1 KiB per operand tile, sums read from and written to `c`.
+macro_rules! accumulate {
+    ($dp:literal, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {{
+        let stride = $ldc * 4;
+        let (c0, c1, c2) = ($c, $c.wrapping_add(16), $c.wrapping_add(16 * $ldc));
+        let c3 = c2.wrapping_add(16);
+        if $a1.is_null() {
             asm!(
                 "tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
                 "2:",
                 "tileloadd tmm6, [{b0} + {s}]",
                 "tileloadd tmm4, [{a0} + {s}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
+                concat!($dp, " tmm0, tmm4, tmm6"),
                 "tileloadd tmm7, [{b1} + {s}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
+                concat!($dp, " tmm1, tmm4, tmm7"),
                 "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
                 "dec {n}",
                 "jnz 2b",
                 "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
-                a0 = inout(reg) a0 => _,
-                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
-                n = inout(reg) n => _, c0 = in(reg) c, c1 = in(reg) c1, t = in(reg) stride, s = in(reg) 64usize,
+                a0 = inout(reg) $a0 => _,
+                b0 = inout(reg) $b[0] => _, b1 = inout(reg) $b[1] => _,
+                n = inout(reg) $n => _, c0 = in(reg) c0, c1 = in(reg) c1, t = in(reg) stride, s = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
@@ -397,25 +366,43 @@ pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, 
                 "2:",
                 "tileloadd tmm6, [{b0} + {s}]",
                 "tileloadd tmm4, [{a0} + {s}]",
-                "tdpbf16ps tmm0, tmm4, tmm6",
+                concat!($dp, " tmm0, tmm4, tmm6"),
                 "tileloadd tmm7, [{b1} + {s}]",
-                "tdpbf16ps tmm1, tmm4, tmm7",
+                concat!($dp, " tmm1, tmm4, tmm7"),
                 "tileloadd tmm5, [{a1} + {s}]",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                concat!($dp, " tmm2, tmm5, tmm6"),
+                concat!($dp, " tmm3, tmm5, tmm7"),
                 "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
                 "dec {n}",
                 "jnz 2b",
                 "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
                 "tilestored [{c2} + {t}], tmm2", "tilestored [{c3} + {t}], tmm3",
-                a0 = inout(reg) a0 => _, a1 = inout(reg) a1 => _,
-                b0 = inout(reg) b[0] => _, b1 = inout(reg) b[1] => _,
-                n = inout(reg) n => _, c0 = in(reg) c, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
+                a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
+                b0 = inout(reg) $b[0] => _, b1 = inout(reg) $b[1] => _,
+                n = inout(reg) $n => _, c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
                 t = in(reg) stride, s = in(reg) 64usize,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack),
             );
         }
-    }
+    }};
+}
+
+/// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats).
+///
+/// # Safety
+/// Each pointer has `n` KiB, `c` is readable and writable for whole tiles, tiles are configured for 64 bytes.
+pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, c: *mut f32, ldc: usize) {
+    // SAFETY: as the caller says.
+    unsafe { accumulate!("tdpbf16ps", a0, a1, b, n, c, ldc) }
+}
+
+/// Integer product of unsigned codes: 16 (`a1` null) or 32 rows by two panels over `n` blocks, added to `c` (int32).
+///
+/// # Safety
+/// As [`bf16`].
+pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, c: *mut i32, ldc: usize) {
+    // SAFETY: as the caller says.
+    unsafe { accumulate!("tdpbsud", a0, a1, b, n, c, ldc) }
 }
