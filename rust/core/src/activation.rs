@@ -155,7 +155,7 @@ impl Act {
             for m in t * batch..rows.min((t + 1) * batch) {
                 // SAFETY: row m belongs to this task alone; the kernels' features were checked by the table look-up.
                 unsafe {
-                    quantise_one(x, m, g, segs, act_group, given, want_sums.then_some(factor), kernels, &out, &mut s)
+                    quantise_one(x, m, g, segs, act_group, given, want_sums.then_some(factor), kernels, &out, &mut s);
                 };
             }
             s.give_back();

@@ -130,7 +130,7 @@ pub(crate) fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
 /// Keeps a buffer for the next [`take`] of this thread.
 pub(crate) fn give<T: Plain>(b: Buf<T>) {
     let bytes = b.len * size_of::<T>();
-    if bytes == 0 || bytes > KEEP || bytes % ALIGN != 0 {
+    if bytes == 0 || bytes > KEEP || !bytes.is_multiple_of(ALIGN) {
         return;
     }
     let raw = ManuallyDrop::new(b);
