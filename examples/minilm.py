@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -73,20 +75,33 @@ class Model:
 
 
 class Quantised:
-    """The linear weights of a model in one format; a maker of products for any ``compute``."""
+    """Linear weights in one format; a maker of products for any ``compute``.
 
-    def __init__(self, format: str, method: str = "rtn") -> None:
-        self.format, self.method = format, method
+    A weight whose name does not match ``only`` stays float32.
+    """
+
+    def __init__(self, format: str, method: str = "rtn", only: str = "") -> None:
+        self.format, self.method, self.only = format, method, re.compile(only)
         self.tensors: dict[str, nb.QTensor] = {}
-        self.nbytes = 0
+        self.saved = 0
+        self._energy = self._error = 0.0
+
+    @property
+    def weight_error(self) -> float:
+        """Norm of all the rounding errors over the norm of the weights that were quantised."""
+        return math.sqrt(self._error / self._energy) if self._energy else 0.0
 
     def maker(self, compute: str) -> MakeLinear:
         """Function that makes ``nb.matmul`` products, quantising a weight when it is new."""
 
         def make(name: str, weight: Array, bias: Array) -> Linear:
+            if not self.only.search(name):
+                return numpy_linear(name, weight, bias)
             if name not in self.tensors:
-                self.tensors[name] = nb.quantize(weight, self.format, method=self.method)
-                self.nbytes += self.tensors[name].nbytes + bias.nbytes
+                self.tensors[name] = tensor = nb.quantize(weight, self.format, method=self.method)
+                self.saved += weight.nbytes - tensor.nbytes
+                self._energy += float(np.vdot(weight, weight))
+                self._error += float(((tensor.dequantize() - weight) ** 2).sum())
             transposed = self.tensors[name].T
             return lambda x: nb.matmul(x, transposed, compute=compute, bias=bias)
 
@@ -122,6 +137,7 @@ class Run:
 
     format: str
     compute: str
+    weight_error: float
     mean_cosine: float
     worst_cosine: float
     worst_text: str
@@ -162,6 +178,7 @@ def evaluate(
     computes: Iterable[str],
     *,
     method: str = "rtn",
+    only: str = "",
     batch: int = 16,
     rounds: int = 5,
 ) -> list[Run]:
@@ -171,6 +188,16 @@ def evaluate(
     turns batch by batch, so that a slow moment of the machine falls on all of
     them; a batch counts with the median of its rounds.
     """
+    formats, computes = [nb.Format(name) for name in formats], list(computes)
+    for format in formats:
+        for compute in computes:
+            if compute not in format.computes:
+                raise ValueError(
+                    f"{format} has no compute={compute!r}: {', '.join(format.computes)}"
+                )
+    if method not in nb.quantizers.METHODS:
+        raise ValueError(f"unknown method {method!r}: {', '.join(nb.quantizers.METHODS)}")
+    re.compile(only)
     tokens = [model.tokenizer.encode(text) for text in texts]
     pad = model.tokenizer.pad
     fixed = model.float_bytes()
@@ -179,9 +206,9 @@ def evaluate(
     linear = sum(w.nbytes for n, w in model.weights.items() if _is_linear(n))
     exact = encoders[0].encode(tokens, batch=batch, pad=pad)
     similar = pairwise(exact)
-    runs = [Run("float32", "numpy", 1.0, 1.0, "", 1.0, linear, fixed + linear)]
+    runs = [Run("float32", "numpy", 0.0, 1.0, 1.0, "", 1.0, linear, fixed + linear)]
     for format in formats:
-        quantised = Quantised(format, method)
+        quantised = Quantised(format, method, only)
         for compute in computes:
             clocks.append(Clock())
             encoders.append(model.encoder(clocks[-1].around(quantised.maker(compute))))
@@ -190,14 +217,15 @@ def evaluate(
             worst = int(cosine.argmin())
             runs.append(
                 Run(
-                    format,
+                    str(format),
                     compute,
+                    quantised.weight_error,
                     float(cosine.mean()),
                     float(cosine[worst]),
                     texts[worst],
                     rank_correlation(similar, pairwise(vectors)),
-                    quantised.nbytes,
-                    fixed + quantised.nbytes,
+                    linear - quantised.saved,
+                    fixed + linear - quantised.saved,
                 )
             )
     if rounds > 0:
@@ -240,13 +268,14 @@ def _is_linear(name: str) -> bool:
 def table(runs: list[Run]) -> str:
     """The runs as a Markdown table."""
     head = (
-        "format", "compute", "mean cosine", "worst cosine", "rank corr.", "linear MB",
-        "model MB", "sentences/s", "vs NumPy", "products vs NumPy",
+        "format", "compute", "weight error", "mean cosine", "worst cosine", "rank corr.",
+        "linear MB", "model MB", "sentences/s", "vs NumPy", "products vs NumPy",
     )  # fmt: skip
     rows = [
         (
             r.format,
             r.compute,
+            f"{100 * r.weight_error:.2f} %",
             f"{r.mean_cosine:.5f}",
             f"{r.worst_cosine:.5f}",
             f"{r.rank_correlation:.5f}",
@@ -288,6 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--formats", default=FORMATS, help=f"default: {FORMATS}")
     parser.add_argument("--compute", default=COMPUTES, help=f"default: {COMPUTES}")
     parser.add_argument("--method", default="rtn", help="quantiser (default: rtn)")
+    parser.add_argument(
+        "--only", default="", help="quantise the products whose name matches, such as 3.up or qkv"
+    )
     parser.add_argument("--batch", type=_positive, default=16, help="sentences at a time")
     parser.add_argument("--threads", type=_positive, help="for nibblas and NumPy; default: all")
     parser.add_argument("--rounds", type=_count, default=5, help="timing rounds, 0 for none")
@@ -328,14 +360,20 @@ def main(argv: list[str] | None = None) -> int:
                 args.formats.split(","),
                 args.compute.split(","),
                 method=args.method,
+                only=args.only,
                 batch=args.batch,
                 rounds=args.rounds,
             )
-        except ValueError as error:
+        except (ValueError, re.error) as error:
             parser.error(str(error))
         threads = nb.get_num_threads()
     if args.json:
-        about = {"sentences": len(texts), "batch": args.batch, "method": args.method}
+        about = {
+            "sentences": len(texts),
+            "batch": args.batch,
+            "method": args.method,
+            "only": args.only,
+        }
         about |= {"threads": threads, "runs": [asdict(r) for r in runs]}
         print(json.dumps(about, indent=2, ensure_ascii=False))
     else:
