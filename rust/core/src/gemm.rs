@@ -966,6 +966,8 @@ impl Floats {
     }
 }
 
+/// Padding holds -0, see `fill_padding` in `pack.rs`.
+///
 /// `mr`: rows are wanted side by side, `[block of mr][k][mr]` (the last block as narrow as its rows), which the dense
 /// kernel reads in order; rows a power of two apart would fall on one cache set. 0 keeps rows apart.
 fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
@@ -975,7 +977,7 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: u
         let out = Shared(own.as_mut_ptr());
         let threads = if x.rows * g.kp < 1 << 17 { 1 } else { threads };
         pool::run(threads, x.rows.div_ceil(mr), None, |i| {
-            let mut row = vec![0.0f32; g.kp];
+            let mut row = vec![-0.0f32; g.kp];
             let (m0, count) = (i * mr, mr.min(x.rows - i * mr));
             for j in 0..count {
                 g.runs(|k0, p0, len| x.read_row(m0 + j, k0, &mut row[p0..p0 + len]));
@@ -1007,6 +1009,9 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: u
     pool::run(if x.rows * g.kp < 1 << 17 { 1 } else { threads }, x.rows, None, |m| {
         // SAFETY: row m of the buffer belongs to this task.
         let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(m * g.kp), g.kp) };
+        if g.kp != g.k {
+            row.fill(-0.0);
+        }
         g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
         if bf16 {
             // SAFETY: kp is a multiple of 64.

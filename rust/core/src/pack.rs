@@ -18,11 +18,12 @@
 //!
 //! # Groups
 //! Along K a group of g values takes `gp` places: g where g is 8, 16, 32 or a multiple of 64, else the next such number.
-//! The padding meets zero activations, so its codes do not matter. Rows beyond N are zero codes with zero scales.
+//! The padding meets activations of -0 (integer: 0), and its codes are chosen so that they change no sum. Rows beyond N
+//! are zero codes with zero scales.
 use crate::bits;
 use crate::buf::Buf;
 use crate::error::Result;
-use crate::format::{Format, ValueMap};
+use crate::format::{Format, ValueMap, Zero};
 use crate::pool;
 use crate::qtensor::{QView, ScalesRef, ZerosRef};
 
@@ -245,19 +246,30 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     Ok(Packed { format: q.format, n: q.rows, geometry, bits, mul, sub, zero_max, codes, scales, zeros })
 }
 
-/// Gives the padding of a row the code that is worth nothing (or least): a padded place meets a zero activation, and
-/// must stay finite under the largest scales.
+/// Gives the padding of a row the code that decodes to the least weight that is +0 or more, where there is one. A padded
+/// place meets an activation of -0, so their product is -0, which added to any sum, -0 included, changes nothing; a
+/// small weight stays finite under the largest scales.
 fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
     let ValueMap::Affine { mul, sub } = q.format.element.map;
-    match q.zeros {
-        ZerosRef::None => row.fill((sub / mul) as u8),
-        ZerosRef::Int(z) => {
-            for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
-                let top = ((1u32 << q.format.element.bits) - 1) as u8;
-                part.fill(z[n * geometry.groups + g.min(geometry.groups - 1)].min(top));
+    let top = i32::from(q.format.element.levels) - 1;
+    for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
+        let g = g.min(geometry.groups - 1);
+        let s = q.scale(n, g);
+        // Codes on either side of 0, or 0 itself on the upper side.
+        let around = |zero: i32| if s.is_sign_negative() { (zero - 1).div_euclid(mul) } else { (zero + mul - 1) / mul };
+        let code = match q.zero(n, g) {
+            Zero::None => around(sub),
+            Zero::Int(z) => around(i32::from(z)),
+            Zero::Float(z) => {
+                let high = (top as f32).mul_add(s, -(s * z));
+                if (-(s * z)).is_sign_negative() && high.is_finite() {
+                    top
+                } else {
+                    0
+                }
             }
-        }
-        ZerosRef::Float(_) => row.fill(0),
+        };
+        part.fill(code.clamp(0, top) as u8);
     }
 }
 

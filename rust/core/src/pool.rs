@@ -17,6 +17,8 @@ struct Handle {
     pid: u32,
     threads: usize,
     pool: ThreadPool,
+    /// The pool that this one replaced, which other threads may be using: kept for ever, and not lost.
+    _older: *mut Handle,
 }
 
 static CURRENT: AtomicPtr<Handle> = AtomicPtr::new(null_mut());
@@ -33,7 +35,7 @@ fn pool(threads: usize) -> Option<&'static ThreadPool> {
     }
     let size = threads.next_power_of_two();
     let pool = ThreadPoolBuilder::new().num_threads(size).thread_name(|i| format!("nibblas-{i}")).build().ok()?;
-    let new = Box::into_raw(Box::new(Handle { pid, threads: size, pool }));
+    let new = Box::into_raw(Box::new(Handle { pid, threads: size, pool, _older: old }));
     if CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
         // SAFETY: just leaked above.
         return Some(unsafe { &(*new).pool });

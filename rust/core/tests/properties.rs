@@ -302,6 +302,23 @@ proptest! {
     }
 
     #[test]
+    fn underflow_keeps_the_sign_of_zero(c in case()) {
+        // Products below the smallest float round to 0 with a sign, which padding along K must not change. A float zero
+        // point may lie beyond every code and leave no weight of the right sign to pad with.
+        let (mut q, _, bias) = operands(&Case { spread: Spread::Uniform, float_zeros: false, ..c.clone() });
+        if let Scales::F32(s) = &mut q.scales {
+            for s in s {
+                *s *= 1e-30;
+            }
+        }
+        let mut rng = Rng::new(c.seed ^ 1);
+        let x: Vec<f32> = (0..c.m * c.k).map(|_| 1e-30 * rng.unit()).collect();
+        let want = matmul_f32_ref(&MatRef::from_f32(&x, c.m, c.k), &q.view(), c.bias.then_some(&bias));
+        let got = product(&c, &q, &x, &bias, Compute::F32).unwrap();
+        prop_assert_eq!(same_bits(&got, &want, c.n), Ok(()));
+    }
+
+    #[test]
     fn a_window_of_the_product_is_the_product_of_windows(
         c in case(),
         compute in select(vec![Compute::F32, INTEGER[0], INTEGER[1]]),
