@@ -194,7 +194,7 @@ pub fn explain(m: usize, w: &Packed, o: &Options) -> Result<Plan> {
 
 /// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
 /// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
-fn value_planes(a: &QView, threads: usize) -> Result<(Vec<Buf<i8>>, i64)> {
+fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     if matches!(a.zeros, ZerosRef::Float(_)) {
         return Err(Error::Unsupported("a left operand with float zero points has no integer values".to_owned()));
     }
@@ -215,7 +215,7 @@ fn value_planes(a: &QView, threads: usize) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
     let out = &out;
-    pool::run(if size < 1 << 18 { 1 } else { threads }, m, None, |i| {
+    let finished = pool::run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
         let mut row = vec![0u8; k];
         a.unpack_row(i, 0, &mut row);
         for (j, &u) in row.iter().enumerate() {
@@ -235,6 +235,9 @@ fn value_planes(a: &QView, threads: usize) -> Result<(Vec<Buf<i8>>, i64)> {
             }
         }
     });
+    if !finished {
+        return Err(Error::Interrupted);
+    }
     Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
 }
 
@@ -282,7 +285,7 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
         }
         return Ok(());
     }
-    let (planes, a_top) = value_planes(a, o.threads)?;
+    let (planes, a_top) = value_planes(a, o)?;
     let w_top = i64::from(w.mul) * ((1 << w.bits) - 1) + i64::from(w.sub).max(i64::from(w.zero_max));
     if matches!(out, RawOut::I32(_)) && i128::from(a_top) * i128::from(w_top) * k as i128 > i128::from(i32::MAX) {
         let (lo, hi) = w.format.element.values();
@@ -388,7 +391,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     if k == 0 {
         return nothing(y, o);
     }
-    let (planes, _) = value_planes(a, o.threads)?;
+    let (planes, _) = value_planes(a, o)?;
     let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
     let group = (a.groups() > 1).then(|| a.group_len());
     if planes.len() == 1 {

@@ -3,6 +3,7 @@
 //! A forked child inherits the memory of a pool but none of its threads, so the handle is keyed by process id: the child
 //! leaks the inherited one and builds its own. Nothing here holds a lock, so a fork can happen at any moment.
 use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::cell::Cell;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -53,6 +54,21 @@ fn pool_published(threads: usize) -> Option<&'static ThreadPool> {
         .map(|h| &h.pool)
 }
 
+thread_local! {
+    /// When this thread last asked. Kept from run to run: a long call may be many short runs.
+    static ASKED: Cell<Option<Instant>> = const { Cell::new(None) };
+}
+
+/// Whether it is time to ask again.
+fn is_due() -> bool {
+    let now = Instant::now();
+    let due = ASKED.get().is_none_or(|last| now.duration_since(last) >= POLL_EVERY);
+    if due {
+        ASKED.set(Some(now));
+    }
+    due
+}
+
 /// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them, in no fixed order.
 ///
 /// `poll` is called from the caller's thread every 40 ms or so; when it answers true no further task starts and the
@@ -72,19 +88,15 @@ pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)
     };
     let lead = || {
         let Some(poll) = poll else { return work() };
-        let mut asked = Instant::now();
         loop {
             let i = next.fetch_add(1, Ordering::Relaxed);
             if i >= tasks {
                 break;
             }
             f(i);
-            if asked.elapsed() >= POLL_EVERY {
-                asked = Instant::now();
-                if poll() {
-                    stop.store(true, Ordering::Relaxed);
-                    break;
-                }
+            if is_due() && poll() {
+                stop.store(true, Ordering::Relaxed);
+                break;
             }
         }
     };
