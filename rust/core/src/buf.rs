@@ -100,9 +100,9 @@ impl<T: Plain> Default for Buf<T> {
 }
 
 /// Larger buffers go back to the system instead of being kept.
-const KEEP: usize = 8 << 20;
+const KEEP: usize = 32 << 20;
 /// Buffers that a thread keeps.
-const KEPT: usize = 8;
+const KEPT: usize = 6;
 
 thread_local! {
     static SPARE: RefCell<Vec<Buf<u8>>> = const { RefCell::new(Vec::new()) };

@@ -957,10 +957,18 @@ impl IntJob<'_> {
 struct Floats {
     ptr: *const f32,
     stride: isize,
-    _own: Option<Buf<f32>>,
+    own: Option<Buf<f32>>,
 }
 // SAFETY: read only, and the owner outlives the job.
 unsafe impl Sync for Floats {}
+
+impl Drop for Floats {
+    fn drop(&mut self) {
+        if let Some(b) = self.own.take() {
+            crate::buf::give(b);
+        }
+    }
+}
 
 impl Floats {
     /// Row `m` from place `k` on.
@@ -976,26 +984,30 @@ impl Floats {
 fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
     let g = &w.geometry;
     if mr > 0 {
-        let mut own = Buf::<f32>::zeroed(x.rows * g.kp)?;
+        let mut own = crate::buf::take::<f32>(x.rows * g.kp)?;
         let out = Shared(own.as_mut_ptr());
         let threads = if x.rows * g.kp < 1 << 17 { 1 } else { threads };
         pool::run(threads, x.rows.div_ceil(mr), None, |i| {
-            let mut row = vec![-0.0f32; g.kp];
             let (m0, count) = (i * mr, mr.min(x.rows - i * mr));
-            for j in 0..count {
+            let mut rows = vec![-0.0f32; count * g.kp];
+            for (j, row) in rows.chunks_exact_mut(g.kp.max(1)).enumerate() {
                 g.runs(|k0, p0, len| x.read_row(m0 + j, k0, &mut row[p0..p0 + len]));
                 if bf16 {
                     // SAFETY: kp is a multiple of 64.
                     unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
                 }
-                let to = out.get().wrapping_add(m0 * g.kp + j);
-                for (k, &v) in row.iter().enumerate() {
-                    // SAFETY: block i of the buffer belongs to this task.
-                    unsafe { *to.add(k * count) = v };
+            }
+            // SAFETY: block i of the buffer belongs to this task.
+            let to = unsafe { std::slice::from_raw_parts_mut(out.get().add(m0 * g.kp), count * g.kp) };
+            // A few values of K at a time, so that both sides of the transposition stay in cache.
+            for (b, part) in to.chunks_mut(32 * count).enumerate() {
+                for j in 0..count {
+                    let row = &rows[j * g.kp + b * 32..][..part.len() / count];
+                    part[j..].iter_mut().step_by(count).zip(row).for_each(|(o, &v)| *o = v);
                 }
             }
         });
-        return Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, _own: Some(own) });
+        return Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, own: Some(own) });
     }
     let direct = !bf16
         && g.is_plain()
@@ -1005,7 +1017,7 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: u
         && x.row_stride % 4 == 0
         && x.ptr.align_offset(4) == 0;
     if direct {
-        return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, _own: None });
+        return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, own: None });
     }
     let mut own = Buf::<f32>::zeroed(x.rows * g.kp)?;
     let out = Shared(own.as_mut_ptr());
@@ -1021,7 +1033,7 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: u
             unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
         }
     });
-    Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, _own: Some(own) })
+    Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, own: Some(own) })
 }
 
 /// How the float kernels decode this weight.

@@ -58,6 +58,9 @@ pub struct Plan {
     pub format: String,
 }
 
+/// Rows of a task of the dense float loop nest, at most: a multiple of the register tiles of every ISA.
+const FLOAT_ROWS: usize = 252;
+
 /// Products smaller than this stay on the caller's thread.
 const SMALL: usize = 1 << 18;
 
@@ -141,7 +144,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
 pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) -> Blocking {
     let t = kernel::table(isa);
     let (n, k) = (w.n, w.geometry.k);
-    let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 2, threads, tasks: 1 };
+    let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b =
             Blocking { path: Path::TilesBf16, mr: 32, np: 2, task_panels: 2, task_rows: m.min(256), window: 0, ..base };
@@ -153,7 +156,9 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);
     }
-    let b = Blocking { mr: t.gemm_mr, np: t.gemm_np, task_panels: 8, task_rows: m.min(252), ..base };
+    // Even tasks, in whole register tiles: a last task of a few rows would decode the weights for them alone.
+    let task_rows = m.div_ceil(m.div_ceil(FLOAT_ROWS).max(1)).next_multiple_of(t.gemm_mr).min(m.max(1));
+    let b = Blocking { mr: t.gemm_mr, np: t.gemm_np, task_panels: 8, task_rows, ..base };
     b.cut(m, w.panels(), n, k, threads, t.gemm_np)
 }
 
