@@ -8,6 +8,7 @@ from dataclasses import dataclass
 SQUARE = ((4096, 4096),)
 
 NUMPY = "numpy f32 dense"
+DEQUANTIZED = "numpy x @ qw.dequantize().T"
 TORCH_F32 = "torch float32 dense"
 TORCH_BF16 = "torch bfloat16 dense"
 INT_MM = "torch _int_mm"
@@ -190,6 +191,15 @@ ROWS: tuple[Row, ...] = (
         (64, 256),
         (Goal(F32, (TORCH_F32, NUMPY, MKL_F32), 0.9, 1.05, like=True),),
         beside=(ORT_F32,),
+    ),
+    Row(
+        "f32-dequantized",
+        "int4_g128, compute f32, beside decoding first",
+        "int",
+        4,
+        128,
+        (1, 16, 64, 256, 1024),
+        (Goal(F32, (DEQUANTIZED,), 1.0, 1.0, like=True),),
     ),
     Row(
         "f32-gemv-cold",

@@ -10,7 +10,7 @@ from .ggml import TYPES, Ggml
 from .mkl import Gemm
 from .nibblas_ import ACTIVATION, Nibblas, NibblasCodes, NibblasFormat, NibblasPair
 from .numkong_ import Dots
-from .numpy_ import NumpyFloat32
+from .numpy_ import NumpyDequantized, NumpyFloat32
 from .onnxruntime_ import DynamicQuantizeMatMul, MatMulInteger, NBits
 from .openvino_ import OpenVino
 from .torch_ import Dense, DynamicLinear, Int4Pack, IntMM
@@ -31,6 +31,7 @@ OURS = _by_name(
 
 PEERS = _by_name(
     NumpyFloat32,
+    NumpyDequantized,
     lambda: NBits(0),
     lambda: NBits(4),
     MatMulInteger,

@@ -2,13 +2,12 @@
 //!
 //! One formula everywhere: `s = absmax/127` (one IEEE division), `q = clip(rint(x/s), -127, 127)`, ties to even; where s is
 //! 0 so is q. A row with NaN or Inf is flagged, and its output row becomes NaN.
-use crate::buf::Buf;
+use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::kernel::{ActRows, Kernels};
 use crate::matrix::{MatRef, Scalar};
 use crate::pack::{Geometry, Shared, BLOCK};
 use crate::pool;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// The stretches of K whose integer sums are exact and get one float multiplication each.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,9 +76,9 @@ pub struct Act {
     pub mb: usize,
     kp: usize,
     segments: usize,
-    codes: Buf<i8>,
-    sums: Buf<i32>,
-    group_scales: Buf<f32>,
+    codes: Taken<i8>,
+    sums: Taken<i32>,
+    group_scales: Option<Taken<f32>>,
     /// Scale of each row (1 where scales are per group).
     pub scale: Buf<f32>,
     /// 1 for rows with NaN or Inf.
@@ -113,21 +112,23 @@ impl Act {
             mb,
             kp,
             segments: n,
-            codes: crate::buf::take(padded * kp)?,
-            sums: crate::buf::take(padded * n)?,
-            // Segments of padding alone keep the scale 0.
-            group_scales: if act_group.is_some() { Buf::zeroed(padded * n)? } else { Buf::default() },
+            codes: Taken::new(padded * kp)?,
+            sums: Taken::new(padded * n)?,
+            group_scales: None,
             scale: Buf::zeroed(padded)?,
             bad: Buf::zeroed(padded)?,
         };
+        if act_group.is_some() {
+            // Segments of padding alone keep the scale 0.
+            act.group_scales.insert(Taken::new(padded * n)?).fill(0.0);
+        }
         let out = Parts {
             mb,
             kp,
             segments: n,
-            failed: AtomicBool::new(false),
             codes: Shared(act.codes.as_mut_ptr()),
             sums: Shared(act.sums.as_mut_ptr()),
-            groups: Shared(act.group_scales.as_mut_ptr()),
+            groups: Shared(act.group_scales.as_mut().map_or(std::ptr::null_mut(), |s| s.as_mut_ptr())),
             scale: Shared(act.scale.as_mut_ptr()),
             bad: Shared(act.bad.as_mut_ptr()),
         };
@@ -140,17 +141,13 @@ impl Act {
         }
         let batch = (65_536 / (kp + 1)).clamp(1, 64);
         let threads = if rows * kp < 1 << 16 { 1 } else { threads };
-        pool::run(threads, rows.div_ceil(batch), None, |t| {
+        pool::try_run(threads, rows.div_ceil(batch), None, |t| {
             let mut s = RowScratch {
-                floats: crate::buf::take(g.k.next_multiple_of(16)).unwrap_or_default(),
-                flat: crate::buf::take(g.k.next_multiple_of(16)).unwrap_or_default(),
-                placed: crate::buf::take(kp + 16).unwrap_or_default(),
-                sums: crate::buf::take(n + 16).unwrap_or_default(),
+                floats: Taken::new(g.k.next_multiple_of(16))?,
+                flat: Taken::new(g.k.next_multiple_of(16))?,
+                placed: Taken::new(kp + 16)?,
+                sums: Taken::new(n + 16)?,
             };
-            if s.sums.is_empty() || s.placed.is_empty() || s.flat.is_empty() || s.floats.is_empty() {
-                out.failed.store(true, Ordering::Relaxed);
-                return;
-            }
             s.placed[..kp].fill(0);
             for m in t * batch..rows.min((t + 1) * batch) {
                 // SAFETY: row m belongs to this task alone; the kernels' features were checked by the table look-up.
@@ -158,11 +155,8 @@ impl Act {
                     quantise_one(x, m, g, segs, act_group, given, want_sums.then_some(factor), kernels, &out, &mut s);
                 };
             }
-            s.give_back();
-        });
-        if out.failed.load(Ordering::Relaxed) {
-            return Err(Error::OutOfMemory(g.kp * 4));
-        }
+            Ok(())
+        })?;
         Ok(act)
     }
 
@@ -172,11 +166,10 @@ impl Act {
             codes: self.codes.as_ptr().wrapping_add(i * self.mb * self.kp + b * self.mb * BLOCK),
             block_stride: self.mb * BLOCK,
             sums: self.sums.as_ptr().wrapping_add(i * self.mb * self.segments),
-            scales: self.group_scales.as_ptr().wrapping_add(if self.group_scales.is_empty() {
-                0
-            } else {
-                i * self.mb * self.segments
-            }),
+            scales: self
+                .group_scales
+                .as_ref()
+                .map_or(std::ptr::null(), |s| s.as_ptr().wrapping_add(i * self.mb * self.segments)),
             rows: self.mb,
         }
     }
@@ -188,35 +181,17 @@ impl Act {
     }
 }
 
-impl Drop for Act {
-    fn drop(&mut self) {
-        crate::buf::give(std::mem::take(&mut self.codes));
-        crate::buf::give(std::mem::take(&mut self.sums));
-        crate::buf::give(std::mem::take(&mut self.group_scales));
-    }
-}
-
 struct RowScratch {
-    floats: Buf<f32>,
-    flat: Buf<i8>,
-    placed: Buf<i8>,
-    sums: Buf<i32>,
-}
-
-impl RowScratch {
-    fn give_back(self) {
-        crate::buf::give(self.floats);
-        crate::buf::give(self.flat);
-        crate::buf::give(self.placed);
-        crate::buf::give(self.sums);
-    }
+    floats: Taken<f32>,
+    flat: Taken<i8>,
+    placed: Taken<i8>,
+    sums: Taken<i32>,
 }
 
 struct Parts {
     mb: usize,
     kp: usize,
     segments: usize,
-    failed: AtomicBool,
     codes: Shared<i8>,
     sums: Shared<i32>,
     groups: Shared<f32>,

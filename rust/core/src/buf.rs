@@ -8,6 +8,59 @@ use std::ptr::NonNull;
 
 const ALIGN: usize = 64;
 
+/// Whether a buffer gets a mapping of its own on huge pages: a weight is read in many streams at once, and with pages of
+/// 4 KiB the translations of those streams fall out of the TLB, which costs a virtual machine two walks each.
+fn is_large(bytes: usize) -> bool {
+    cfg!(target_os = "linux") && bytes >= 2 * HUGE
+}
+
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+
+/// Zeroed memory that starts on a huge page, or null.
+#[cfg(target_os = "linux")]
+fn map_large(bytes: usize) -> *mut u8 {
+    let Some(size) = bytes.checked_next_multiple_of(4096).and_then(|b| b.checked_add(HUGE)) else {
+        return std::ptr::null_mut();
+    };
+    let (rights, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a fresh mapping, a huge page longer than asked for; what lies outside the aligned part is returned.
+    unsafe {
+        let p = libc::mmap(std::ptr::null_mut(), size, rights, kind, -1, 0);
+        if p == libc::MAP_FAILED {
+            return std::ptr::null_mut();
+        }
+        let p = p.cast::<u8>();
+        let head = p.align_offset(HUGE);
+        if head > 0 {
+            libc::munmap(p.cast(), head);
+        }
+        let start = p.add(head);
+        let kept = size - HUGE;
+        if head < HUGE {
+            libc::munmap(start.add(kept).cast(), HUGE - head);
+        }
+        // Advice only: without huge pages the memory is as good, and slower.
+        libc::madvise(start.cast(), kept, libc::MADV_HUGEPAGE);
+        start
+    }
+}
+
+/// Returns what [`map_large`] gave.
+#[cfg(target_os = "linux")]
+unsafe fn unmap_large(p: *mut u8, bytes: usize) {
+    // SAFETY: the caller's mapping.
+    unsafe { libc::munmap(p.cast(), bytes.next_multiple_of(4096)) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn map_large(_bytes: usize) -> *mut u8 {
+    std::ptr::null_mut()
+}
+
+#[cfg(not(target_os = "linux"))]
+unsafe fn unmap_large(_p: *mut u8, _bytes: usize) {}
+
 /// A fixed-length, zero-initialised slice of plain numbers, aligned to 64 bytes.
 #[derive(Debug)]
 pub struct Buf<T: Plain> {
@@ -49,8 +102,12 @@ impl<T: Plain> Buf<T> {
             return Ok(Self { ptr: NonNull::dangling(), len: 0 });
         }
         let layout = Layout::from_size_align(bytes, ALIGN).map_err(|_| Error::OutOfMemory(bytes))?;
-        // SAFETY: the layout has a non-zero size.
-        let p = unsafe { alloc_zeroed(layout) };
+        let p = if is_large(bytes) {
+            map_large(bytes)
+        } else {
+            // SAFETY: the layout has a non-zero size.
+            unsafe { alloc_zeroed(layout) }
+        };
         NonNull::new(p.cast()).map(|ptr| Self { ptr, len }).ok_or(Error::OutOfMemory(bytes))
     }
 
@@ -69,11 +126,13 @@ impl<T: Plain> Buf<T> {
 
 impl<T: Plain> Drop for Buf<T> {
     fn drop(&mut self) {
-        if self.len > 0 {
+        let (p, bytes) = (self.ptr.as_ptr().cast::<u8>(), self.len * size_of::<T>());
+        if is_large(bytes) {
+            // SAFETY: mapped in `zeroed` with this very size.
+            unsafe { unmap_large(p, bytes) };
+        } else if bytes > 0 {
             // SAFETY: allocated in `zeroed` with this very layout.
-            unsafe {
-                dealloc(self.ptr.as_ptr().cast(), Layout::from_size_align_unchecked(self.len * size_of::<T>(), ALIGN));
-            }
+            unsafe { dealloc(p, Layout::from_size_align_unchecked(bytes, ALIGN)) };
         }
     }
 }
@@ -112,7 +171,7 @@ thread_local! {
 ///
 /// # Errors
 /// As [`Buf::zeroed`].
-pub(crate) fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
+fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
     let bytes = len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory(usize::MAX))?.next_multiple_of(ALIGN);
     let spare = SPARE.with(|s| {
         let mut s = s.try_borrow_mut().ok()?;
@@ -128,7 +187,7 @@ pub(crate) fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
 }
 
 /// Keeps a buffer for the next [`take`] of this thread.
-pub(crate) fn give<T: Plain>(b: Buf<T>) {
+fn give<T: Plain>(b: Buf<T>) {
     let bytes = b.len * size_of::<T>();
     if bytes == 0 || bytes > KEEP || !bytes.is_multiple_of(ALIGN) {
         return;
@@ -144,6 +203,36 @@ pub(crate) fn give<T: Plain>(b: Buf<T>) {
     });
 }
 
+/// A buffer from [`take`] that goes back by itself.
+#[derive(Debug)]
+pub(crate) struct Taken<T: Plain>(Buf<T>);
+
+impl<T: Plain> Taken<T> {
+    /// At least `len` elements with any contents.
+    pub(crate) fn new(len: usize) -> Result<Self> {
+        take(len).map(Self)
+    }
+}
+
+impl<T: Plain> Drop for Taken<T> {
+    fn drop(&mut self) {
+        give(std::mem::take(&mut self.0));
+    }
+}
+
+impl<T: Plain> Deref for Taken<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        &self.0
+    }
+}
+
+impl<T: Plain> DerefMut for Taken<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,5 +244,11 @@ mod tests {
         assert!(b.iter().all(|&v| v == 0.0));
         assert!(Buf::<i32>::zeroed(0).unwrap().is_empty());
         assert!(matches!(Buf::<f32>::zeroed(usize::MAX / 2), Err(Error::OutOfMemory(_))));
+        assert!(matches!(Buf::<u8>::zeroed(isize::MAX as usize - 64), Err(Error::OutOfMemory(_))));
+        for bytes in [2 * HUGE - 1, 2 * HUGE, 2 * HUGE + 1, 5 * HUGE + 4097] {
+            let mut b = Buf::<u8>::zeroed(bytes).unwrap();
+            assert!(b.iter().all(|&v| v == 0));
+            b.fill(7);
+        }
     }
 }

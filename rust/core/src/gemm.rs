@@ -1,9 +1,9 @@
 //! The loop nest: cuts a product into tasks, decodes panels, calls kernels, finishes tiles.
 use crate::activation::{Act, Segments};
-use crate::buf::Buf;
+use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
-use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, Z_CONST};
+use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
@@ -13,7 +13,6 @@ use crate::qtensor::{QView, ZerosRef};
 use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Arithmetic of the inner product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -215,10 +214,10 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
     let out = &out;
-    let finished = pool::run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
-        let mut row = vec![0u8; k];
-        a.unpack_row(i, 0, &mut row);
-        for (j, &u) in row.iter().enumerate() {
+    pool::try_run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
+        let mut row = Taken::<u8>::new(k)?;
+        a.unpack_row(i, 0, &mut row[..k]);
+        for (j, &u) in row[..k].iter().enumerate() {
             let zero = match a.zeros {
                 ZerosRef::Int(z) => i32::from(z[i * a.groups() + j / a.group_len().max(1)]),
                 _ => 0,
@@ -234,10 +233,8 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
                 }
             }
         }
-    });
-    if !finished {
-        return Err(Error::Interrupted);
-    }
+        Ok(())
+    })?;
     Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
 }
 
@@ -345,7 +342,7 @@ fn raw_products(
             let (zi, _) = zero_ptrs(w, p0);
             grown(&mut s.wide, len)?[..len].fill(0);
             for (i, act) in acts.iter().enumerate() {
-                let job = IntJob { w, t, b, act, segs: &segs, z: plan::zero_mode(w), act_groups: false };
+                let job = IntJob { w, t, b, act, segs: &segs };
                 let weight = if i + 1 < acts.len() { 2 } else { 1 };
                 let step = (int32_limit(w) / BLOCK).max(1);
                 for b0 in (0..kp / BLOCK).step_by(step) {
@@ -478,26 +475,14 @@ fn tasks(
     f: impl Fn(usize, usize, usize, usize, &mut Scratch) -> Result<()> + Sync,
 ) -> Result<()> {
     let by_n = panels.div_ceil(b.task_panels);
-    let failed = AtomicBool::new(false);
-    let finished = pool::run(b.threads, b.tasks, o.poll, |t| {
+    pool::try_run(b.threads, b.tasks, o.poll, |t| {
         let (p0, m0) = ((t % by_n) * b.task_panels, (t / by_n) * b.task_rows);
         let (np, rows) = (b.task_panels.min(panels - p0), b.task_rows.min(m - m0));
-        let done = SCRATCH.with(|s| match s.try_borrow_mut() {
+        SCRATCH.with(|s| match s.try_borrow_mut() {
             Ok(mut s) => f(p0, np, m0, rows, &mut s),
             Err(_) => f(p0, np, m0, rows, &mut Scratch::default()),
-        });
-        if done.is_err() {
-            failed.store(true, Ordering::Relaxed);
-        }
-    });
-    if failed.into_inner() {
-        return Err(Error::OutOfMemory(0));
-    }
-    if finished {
-        Ok(())
-    } else {
-        Err(Error::Interrupted)
-    }
+        })
+    })
 }
 
 /// Largest K whose int32 sums of codes (at most `mul*(2^bits - 1)` times 128) cannot overflow.
@@ -549,11 +534,10 @@ fn int8(
     let long = raw && w.geometry.kp > int32_limit(w);
     let b = plan::int8(x.rows, w, &segs, group.is_some(), o.isa, o.threads);
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
-    let z = plan::zero_mode(w);
-    let factor = if z == Z_CONST && !long { w.sub } else { 1 };
+    let factor = if !w.has_zeros() && !long { w.sub } else { 1 };
     let sums = !(b.path == Path::Tiles && !raw && plan::signed_bytes(w));
     let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
-    let job = IntJob { w, t, b, act: &act, segs: &segs, z, act_groups: group.is_some() };
+    let job = IntJob { w, t, b, act: &act, segs: &segs };
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let (cols, ldc) = (np * PANEL, tile_ldc(&b, np));
@@ -603,18 +587,7 @@ fn int8(
             job.grouped(p0, np, m0, rows, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
                 let row = &mut c[m * ldc..][..cols];
-                let e = Finish {
-                    cols,
-                    act_scale: act.scale[m0 + m],
-                    sum: 0,
-                    dbl: 0,
-                    bias,
-                    scales: std::ptr::null(),
-                    zeros: std::ptr::null(),
-                    fzeros: std::ptr::null(),
-                };
-                // SAFETY: the row and the bias have that many floats.
-                unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+                finish_floats(t, row, act.scale[m0 + m], bias);
                 store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
             }
         }
@@ -634,6 +607,10 @@ fn tile_ldc(b: &Blocking, np: usize) -> usize {
 /// Blocks of K that integer tiles work on at a time: two decoded panels fill two thirds of a 48 KiB first-level cache.
 #[cfg(target_arch = "x86_64")]
 const RAW_WINDOW: usize = 16;
+/// The same for codes that are tiles already: they come from the second-level cache either way, so what counts is that
+/// the sums are fetched and stored seldom.
+#[cfg(target_arch = "x86_64")]
+const BYTE_WINDOW: usize = 64;
 
 /// The bias of some panels, zero-padded; null where there is none.
 fn padded_bias(
@@ -708,8 +685,6 @@ struct IntJob<'a> {
     b: Blocking,
     act: &'a Act,
     segs: &'a Segments,
-    z: u8,
-    act_groups: bool,
 }
 
 impl IntJob<'_> {
@@ -748,13 +723,14 @@ impl IntJob<'_> {
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
+            let window = if self.w.bits == 8 { BYTE_WINDOW } else { RAW_WINDOW };
             let buf = grown(bytes, 2 * RAW_WINDOW * 1024)?;
             let second = buf.as_mut_ptr().wrapping_add(RAW_WINDOW * 1024);
             // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
             unsafe {
                 let _tiles = amx::Tiles::new(64);
-                for k in (0..blocks).step_by(RAW_WINDOW) {
-                    let n = RAW_WINDOW.min(blocks - k);
+                for k in (0..blocks).step_by(window) {
+                    let n = window.min(blocks - k);
                     for p in (0..np).step_by(2) {
                         let last = (p + 1).min(np - 1);
                         // Codes of a byte are tiles already.
@@ -863,8 +839,7 @@ impl IntJob<'_> {
             // SAFETY: the arguments describe whole panels, whole segments and padded rows.
             unsafe { f(&a) };
         };
-        let fused =
-            (self.b.path == Path::Fused).then(|| (self.t.grouped)(w.bits, self.z, self.act_groups, regs, mr)).flatten();
+        let fused = (self.b.path == Path::Fused).then(|| (self.t.grouped)(w.bits, w.has_zeros(), regs, mr)).flatten();
         let mut p = 0;
         if let Some((f, fp)) = fused {
             while p + fp <= np {
@@ -877,7 +852,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(self.z, self.act_groups, regs, mr);
+        let f = (self.t.grouped_bytes)(w.has_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -907,7 +882,7 @@ impl IntJob<'_> {
         let w = self.w;
         let blocks = w.geometry.blocks();
         let signed = plan::signed_bytes(w);
-        let kernels = amx::grouped(self.z, self.act_groups, signed);
+        let kernels = amx::grouped(signed);
         let per = self.segs.blocks().max(1);
         let window = (RAW_WINDOW / per).max(1) * per;
         let buf = grown(bytes, 2 * window * 1024)?;
@@ -957,83 +932,82 @@ impl IntJob<'_> {
 struct Floats {
     ptr: *const f32,
     stride: isize,
-    own: Option<Buf<f32>>,
+    _own: Option<Taken<f32>>,
 }
 // SAFETY: read only, and the owner outlives the job.
 unsafe impl Sync for Floats {}
 
-impl Drop for Floats {
-    fn drop(&mut self) {
-        if let Some(b) = self.own.take() {
-            crate::buf::give(b);
-        }
-    }
-}
-
 impl Floats {
+    fn own(buf: Taken<f32>, stride: usize) -> Self {
+        Self { ptr: buf.as_ptr(), stride: stride as isize, _own: Some(buf) }
+    }
+
     /// Row `m` from place `k` on.
     fn at(&self, m: usize, k: usize) -> *const f32 {
         self.ptr.wrapping_offset(m as isize * self.stride).wrapping_add(k)
     }
 }
 
-/// Padding holds -0, see `fill_padding` in `pack.rs`.
-///
+/// Reads row `m` into its padded places, rounded to bfloat16 precision where asked. Padding holds -0, see `fill_padding`
+/// in `pack.rs`.
+fn read_padded(x: &MatRef, m: usize, w: &Packed, t: &Kernels, bf16: bool, row: &mut [f32]) {
+    let g = &w.geometry;
+    if g.kp != g.k {
+        row.fill(-0.0);
+    }
+    g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
+    if bf16 {
+        // SAFETY: kp is a multiple of 64.
+        unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+    }
+}
+
 /// `mr`: rows are wanted side by side, `[block of mr][k][mr]` (the last block as narrow as its rows), which the dense
 /// kernel reads in order; rows a power of two apart would fall on one cache set. 0 keeps rows apart.
 fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
     let g = &w.geometry;
-    if mr > 0 {
-        let mut own = crate::buf::take::<f32>(x.rows * g.kp)?;
-        let out = Shared(own.as_mut_ptr());
-        let threads = if x.rows * g.kp < 1 << 17 { 1 } else { threads };
-        pool::run(threads, x.rows.div_ceil(mr), None, |i| {
-            let (m0, count) = (i * mr, mr.min(x.rows - i * mr));
-            let mut rows = vec![-0.0f32; count * g.kp];
-            for (j, row) in rows.chunks_exact_mut(g.kp.max(1)).enumerate() {
-                g.runs(|k0, p0, len| x.read_row(m0 + j, k0, &mut row[p0..p0 + len]));
-                if bf16 {
-                    // SAFETY: kp is a multiple of 64.
-                    unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
-                }
-            }
-            // SAFETY: block i of the buffer belongs to this task.
-            let to = unsafe { std::slice::from_raw_parts_mut(out.get().add(m0 * g.kp), count * g.kp) };
-            // A few values of K at a time, so that both sides of the transposition stay in cache.
-            for (b, part) in to.chunks_mut(32 * count).enumerate() {
-                for j in 0..count {
-                    let row = &rows[j * g.kp + b * 32..][..part.len() / count];
-                    part[j..].iter_mut().step_by(count).zip(row).for_each(|(o, &v)| *o = v);
-                }
-            }
-        });
-        return Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, own: Some(own) });
-    }
-    let direct = !bf16
+    let kp = g.kp;
+    let threads = if x.rows * kp < 1 << 17 { 1 } else { threads };
+    let direct = mr == 0
+        && !bf16
         && g.is_plain()
-        && g.kp == g.k
+        && kp == g.k
         && x.scalar == Scalar::F32
         && x.col_stride == 4
         && x.row_stride % 4 == 0
         && x.ptr.align_offset(4) == 0;
     if direct {
-        return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, own: None });
+        return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, _own: None });
     }
-    let mut own = Buf::<f32>::zeroed(x.rows * g.kp)?;
+    let mut own = Taken::<f32>::new(x.rows * kp)?;
     let out = Shared(own.as_mut_ptr());
-    pool::run(if x.rows * g.kp < 1 << 17 { 1 } else { threads }, x.rows, None, |m| {
-        // SAFETY: row m of the buffer belongs to this task.
-        let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(m * g.kp), g.kp) };
-        if g.kp != g.k {
-            row.fill(-0.0);
+    if mr == 0 {
+        pool::try_run(threads, x.rows, None, |m| {
+            // SAFETY: row m of the buffer belongs to this task.
+            let row = unsafe { std::slice::from_raw_parts_mut(out.get().add(m * kp), kp) };
+            read_padded(x, m, w, t, bf16, row);
+            Ok(())
+        })?;
+        return Ok(Floats::own(own, kp));
+    }
+    pool::try_run(threads, x.rows.div_ceil(mr), None, |i| {
+        let (m0, count) = (i * mr, mr.min(x.rows - i * mr));
+        let mut rows = Taken::<f32>::new(count * kp)?;
+        for (j, row) in rows[..count * kp].chunks_exact_mut(kp.max(1)).enumerate() {
+            read_padded(x, m0 + j, w, t, bf16, row);
         }
-        g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
-        if bf16 {
-            // SAFETY: kp is a multiple of 64.
-            unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+        // SAFETY: block i of the buffer belongs to this task.
+        let to = unsafe { std::slice::from_raw_parts_mut(out.get().add(m0 * kp), count * kp) };
+        // A few values of K at a time, so that both sides of the transposition stay in cache.
+        for (b, part) in to.chunks_mut(32 * count).enumerate() {
+            for j in 0..count {
+                let row = &rows[j * kp + b * 32..][..part.len() / count];
+                part[j..].iter_mut().step_by(count).zip(row).for_each(|(o, &v)| *o = v);
+            }
         }
-    });
-    Ok(Floats { ptr: own.as_ptr(), stride: g.kp as isize, own: Some(own) })
+        Ok(())
+    })?;
+    Ok(Floats::own(own, kp))
 }
 
 /// How the float kernels decode this weight.
@@ -1047,26 +1021,29 @@ fn weight_mode(w: &Packed) -> u8 {
 
 /// Activations rounded to bf16, in blocks of 16 rows by 32 k: 1 KiB, a row every 64 bytes.
 #[cfg(target_arch = "x86_64")]
-fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Buf<u16>> {
-    let g = &w.geometry;
-    let mut own = Buf::<u16>::zeroed(x.rows.next_multiple_of(16) * g.kp)?;
+fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Taken<u16>> {
+    let kp = w.geometry.kp;
+    let size = x.rows.next_multiple_of(16) * kp;
+    let mut own = Taken::<u16>::new(size)?;
     let out = Shared(own.as_mut_ptr());
-    pool::run(if x.rows * g.kp < 1 << 16 { 1 } else { threads }, x.rows.div_ceil(16), None, |i| {
-        let mut row = vec![0.0f32; g.kp];
+    pool::try_run(if x.rows * kp < 1 << 16 { 1 } else { threads }, x.rows.div_ceil(16), None, |i| {
+        let mut row = Taken::<f32>::new(kp)?;
+        let row = &mut row[..kp];
+        // SAFETY: block i of the buffer belongs to this task.
+        let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(i * 16 * kp), 16 * kp) };
+        if x.rows < (i + 1) * 16 {
+            block.fill(0);
+        }
         for m in i * 16..x.rows.min((i + 1) * 16) {
-            g.runs(|k0, p0, len| x.read_row(m, k0, &mut row[p0..p0 + len]));
-            // SAFETY: kp is a multiple of 64.
-            unsafe { (t.round_bf16)(row.as_mut_ptr(), g.kp) };
+            read_padded(x, m, w, t, true, row);
             for (s, part) in row.chunks_exact(32).enumerate() {
-                let to = out.get().wrapping_add(i * 16 * g.kp + s * 512 + (m % 16) * 32);
-                for (j, &v) in part.iter().enumerate() {
-                    let bits = if v.is_nan() { 0x7fc0 } else { (v.to_bits() >> 16) as u16 };
-                    // SAFETY: row m of block i belongs to this task.
-                    unsafe { *to.add(j) = bits };
+                for (o, &v) in block[s * 512 + (m % 16) * 32..][..32].iter_mut().zip(part) {
+                    *o = if v.is_nan() { 0x7fc0 } else { (v.to_bits() >> 16) as u16 };
                 }
             }
         }
-    });
+        Ok(())
+    })?;
     Ok(own)
 }
 
@@ -1100,26 +1077,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                         let panel = p0 + p + i;
                         let src = w.codes.as_ptr().wrapping_add(panel * w.panel_bytes() + k * w.block_bytes());
                         (t.unpack[w.bits])(src, bytes.as_mut_ptr(), n, 0, 0);
-                        let (zeros, fzeros) = zero_ptrs(w, panel);
-                        let args = F32Args {
-                            bytes: bytes.as_ptr(),
-                            byte_stride: 0,
-                            blocks: n,
-                            padded: g.padded,
-                            block0: k,
-                            groups: g.groups,
-                            scales: scale_ptr(w, panel),
-                            scale_stride: g.groups * PANEL,
-                            zeros,
-                            fzeros,
-                            mul: w.mul,
-                            sub: w.sub,
-                            prefetch: 0,
-                            x: std::ptr::null(),
-                            x_stride: 0,
-                            c: std::ptr::null_mut(),
-                            ldc: 0,
-                        };
+                        let args = F32Args { bytes: bytes.as_ptr(), ..decode_args(w, panel, k, n) };
                         decode(&args, tiles.wrapping_add(i * BF16_WINDOW * 2048));
                     }
                     let second = tiles.wrapping_add((count - 1) * BF16_WINDOW * 2048);
@@ -1134,21 +1092,21 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
             }
         }
         for m in 0..rows {
-            finish_plain(t, &mut c[m * ldc..][..np * PANEL], bias);
+            finish_floats(t, &mut c[m * ldc..][..np * PANEL], 1.0, bias);
             store_row(y, m0 + m, p0 * PANEL, &c[m * ldc..][..np * PANEL], false);
         }
         Ok(())
     })
 }
 
-/// Adds the bias to a row of float sums.
-fn finish_plain(t: &Kernels, row: &mut [f32], bias: *const f32) {
-    if bias.is_null() {
+/// Finishes a row of float sums: the activation scale, then the bias.
+fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {
+    if bias.is_null() && act_scale == 1.0 {
         return;
     }
     let e = Finish {
         cols: row.len(),
-        act_scale: 1.0,
+        act_scale,
         sum: 0,
         dbl: 0,
         bias,
@@ -1158,6 +1116,30 @@ fn finish_plain(t: &Kernels, row: &mut [f32], bias: *const f32) {
     };
     // SAFETY: the row and the bias have as many floats.
     unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+}
+
+/// What the float kernels need to decode panel `panel` from block `block0` on; the caller adds codes, activations, sums.
+fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Args {
+    let (zeros, fzeros) = zero_ptrs(w, panel);
+    F32Args {
+        bytes: std::ptr::null(),
+        byte_stride: 0,
+        blocks,
+        padded: w.geometry.padded,
+        block0,
+        groups: w.geometry.groups,
+        scales: scale_ptr(w, panel),
+        scale_stride: w.geometry.groups * PANEL,
+        zeros,
+        fzeros,
+        mul: w.mul,
+        sub: w.sub,
+        prefetch: 0,
+        x: std::ptr::null(),
+        x_stride: 0,
+        c: std::ptr::null_mut(),
+        ldc: 0,
+    }
 }
 
 fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
@@ -1178,27 +1160,15 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
         let c = grown(&mut s.floats, rows * ldc)?;
         c[..rows * ldc].fill(0.0);
         let cp = c.as_mut_ptr();
-        let args = |panel: usize, bytes: *const u8, k: usize, n: usize, m: usize, c: *mut f32| {
-            let (zeros, fzeros) = zero_ptrs(w, panel);
-            F32Args {
-                bytes,
-                byte_stride: b.window * 1024,
-                blocks: n,
-                padded: g.padded,
-                block0: k,
-                groups: g.groups,
-                scales: scale_ptr(w, panel),
-                scale_stride: g.groups * PANEL,
-                zeros,
-                fzeros,
-                mul: w.mul,
-                sub: w.sub,
-                prefetch: if w.panel_bytes() >= 4096 { 2048 } else { 0 },
-                x: xs.at(m0 + m, k * BLOCK),
-                x_stride: stride,
-                c,
-                ldc,
-            }
+        let args = |panel: usize, bytes: *const u8, k: usize, n: usize, m: usize, c: *mut f32| F32Args {
+            bytes,
+            byte_stride: b.window * 1024,
+            prefetch: if w.panel_bytes() >= 4096 { 2048 } else { 0 },
+            x: xs.at(m0 + m, k * BLOCK),
+            x_stride: stride,
+            c,
+            ldc,
+            ..decode_args(w, panel, k, n)
         };
         let blocks = g.blocks();
         let mut first = 0;
@@ -1287,7 +1257,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
         }
         for m in 0..rows {
             let row = &mut c[m * ldc..][..ldc];
-            finish_plain(t, row, bias);
+            finish_floats(t, row, 1.0, bias);
             store_row(y, m0 + m, p0 * PANEL, row, false);
         }
         Ok(())

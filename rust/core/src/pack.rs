@@ -21,7 +21,7 @@
 //! The padding meets activations of -0 (integer: 0), and its codes are chosen so that they change no sum. Rows beyond N
 //! are zero codes with zero scales.
 use crate::bits;
-use crate::buf::Buf;
+use crate::buf::{Buf, Taken};
 use crate::error::Result;
 use crate::format::{Format, ValueMap, Zero};
 use crate::pool;
@@ -167,6 +167,11 @@ impl Packed {
         self.geometry.k
     }
 
+    /// Whether zero points are stored, rather than constant.
+    pub(crate) fn has_zeros(&self) -> bool {
+        !matches!(self.zeros, PanelZeros::Const)
+    }
+
     /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
         128 * self.bits
@@ -215,12 +220,14 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let mut codes = Buf::<u8>::zeroed(panels.checked_mul(panel_bytes).ok_or(crate::Error::OutOfMemory(usize::MAX))?)?;
     let row_bytes = (q.cols * bits).div_ceil(8);
     let out = Shared(codes.as_mut_ptr());
-    pool::run(threads, panels, None, |p| {
-        let mut rows = vec![0u8; PANEL * geometry.kp];
-        let mut flat = vec![0u8; geometry.k];
+    pool::try_run(threads, panels, None, |p| {
+        let mut rows = Taken::<u8>::new(PANEL * geometry.kp)?;
+        let mut flat = Taken::<u8>::new(geometry.k)?;
+        rows.fill(0);
+        let flat = &mut flat[..geometry.k];
         for i in 0..PANEL.min(q.rows - p * PANEL) {
             let n = p * PANEL + i;
-            bits::unpack(bits as u8, &q.codes[n * row_bytes..(n + 1) * row_bytes], &mut flat);
+            bits::unpack(bits as u8, &q.codes[n * row_bytes..(n + 1) * row_bytes], flat);
             let row = &mut rows[i * geometry.kp..(i + 1) * geometry.kp];
             fill_padding(q, n, &geometry, row);
             geometry.runs(|k0, p0, len| row[p0..p0 + len].copy_from_slice(&flat[k0..k0 + len]));
@@ -230,7 +237,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         for (b, block) in dst.chunks_exact_mut(block_bytes.max(1)).enumerate() {
             pack_block(&rows, geometry.kp, b * BLOCK, bits, block);
         }
-    });
+        Ok(())
+    })?;
     let groups = geometry.groups;
     let scales = match q.scales {
         ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),

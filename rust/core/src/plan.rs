@@ -3,7 +3,7 @@ use crate::activation::Segments;
 use crate::gemm::Compute;
 use crate::isa::Isa;
 use crate::kernel;
-use crate::pack::{Geometry, Packed, PanelZeros, PANEL};
+use crate::pack::{Geometry, Packed, PANEL};
 use std::fmt;
 
 /// The loop nest a plan uses.
@@ -92,19 +92,10 @@ impl Blocking {
     }
 }
 
-/// Zero mode of a packed weight, as the kernels name it.
-pub(crate) fn zero_mode(w: &Packed) -> u8 {
-    match w.zeros {
-        PanelZeros::Const => kernel::generic::Z_CONST,
-        PanelZeros::Int(_) => kernel::generic::Z_INT,
-        PanelZeros::Float(_) => kernel::generic::Z_FLOAT,
-    }
-}
-
 /// Whether decoded values fit a signed byte, so that tiles need no correction.
 pub(crate) fn signed_bytes(w: &Packed) -> bool {
     let top = w.mul * ((1 << w.bits) - 1);
-    matches!(w.zeros, PanelZeros::Const) && -w.sub >= -128 && top - w.sub <= 127
+    !w.has_zeros() && -w.sub >= -128 && top - w.sub <= 127
 }
 
 /// Blocking of an integer product.
@@ -129,7 +120,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     let fused = if raw {
         (t.raw)(w.bits, mr).map(|f| f.1)
     } else {
-        (t.grouped)(w.bits, zero_mode(w), act, segs.registers(), mr).map(|f| f.1)
+        (t.grouped)(w.bits, w.has_zeros(), segs.registers(), mr).map(|f| f.1)
     };
     if let (Some(np), true) = (fused, m <= 8) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };

@@ -2,10 +2,12 @@
 //!
 //! A forked child inherits the memory of a pool but none of its threads, so the handle is keyed by process id: the child
 //! leaks the inherited one and builds its own. Nothing here holds a lock, so a fork can happen at any moment.
+use crate::error::{Error, Result};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use std::cell::Cell;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 /// More threads than this are never started; results do not depend on the number.
@@ -113,6 +115,32 @@ pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)
     !stop.load(Ordering::Relaxed)
 }
 
+/// As [`run`], for tasks that may fail: after a failure no further task starts, and its error is the result.
+///
+/// # Errors
+/// The first error of a task, or [`Error::Interrupted`] where `poll` asked to stop.
+pub fn try_run(
+    threads: usize,
+    tasks: usize,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
+    f: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<()> {
+    let failed = OnceLock::new();
+    let finished = run(threads, tasks, poll, |i| {
+        if failed.get().is_none() {
+            if let Err(e) = f(i) {
+                // Another task may have failed first; either error tells the caller why.
+                let _ = failed.set(e);
+            }
+        }
+    });
+    match failed.into_inner() {
+        Some(e) => Err(e),
+        None if finished => Ok(()),
+        None => Err(Error::Interrupted),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +165,15 @@ mod tests {
             });
         });
         assert_eq!(n.load(Ordering::Relaxed), 64);
+    }
+
+    #[test]
+    fn a_failing_task_ends_the_run() {
+        for threads in [1, 4] {
+            let failed = try_run(threads, 100, None, |i| if i == 7 { Err(Error::OutOfMemory(i)) } else { Ok(()) });
+            assert!(matches!(failed, Err(Error::OutOfMemory(7))));
+        }
+        assert!(matches!(try_run(2, 9, Some(&|| false), |_| Ok(())), Ok(())));
     }
 
     #[test]

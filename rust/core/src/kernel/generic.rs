@@ -13,6 +13,8 @@ use super::{F32Args, GemmArgs, Grp, Raw, ScalePtr};
 pub unsafe trait Unpack: 'static {
     /// Bits of a code.
     const BITS: usize;
+    /// Planes that the bits are spread over.
+    const PLANES: usize;
     /// Register `r` of the block at `p`: 64 codes, one per byte.
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
 }
@@ -41,6 +43,7 @@ macro_rules! unpackers {
         // SAFETY: reads stay within the planes of one block.
         unsafe impl Unpack for $name {
             const BITS: usize = $bits;
+            const PLANES: usize = [$($w),+].len();
             #[inline(always)]
             unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
                 // SAFETY: the caller gives a whole block; offsets are those of its planes.
@@ -73,7 +76,8 @@ macro_rules! regs {
 /// Adds one block's dot products to `acc[panel][row][part]`, for registers `r0..r0 + len` of each part.
 ///
 /// Formats of one plane hold `8/BITS` registers in each 64 bytes; part `t` of load `i` is register `t*PER + i`, so each
-/// part has its own accumulator and needs one load, one shift and one mask.
+/// part has its own accumulator and needs one load, one shift and one mask. Formats of several planes put each register
+/// together from them; they come as whole blocks.
 #[inline(always)]
 unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(
     acc: &mut [[[S::I; PARTS]; MR]; NP],
@@ -86,6 +90,19 @@ unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS
     // SAFETY: the caller gives whole blocks; `r0 + len` is at most the registers of a part.
     unsafe {
         let per = 16 / PARTS;
+        if U::PLANES > 1 {
+            regs!(R => {
+                let t = R / (16 / PARTS);
+                for p in 0..NP {
+                    let u = U::reg::<S>(w.add(p * panel_stride), R);
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
+                        acc[p][m][t] = S::dot7(acc[p][m][t], u, q);
+                    }
+                }
+            });
+            return;
+        }
         let mask = S::splat8(((1u32 << U::BITS) - 1) as u8);
         for i in r0..r0 + len {
             for p in 0..NP {
@@ -121,13 +138,6 @@ unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
     }
 }
 
-/// Constant zero of the format (times the activation sum, folded into `sums`).
-pub const Z_CONST: u8 = 0;
-/// Integer zero per group.
-pub const Z_INT: u8 = 1;
-/// Float zero per group.
-pub const Z_FLOAT: u8 = 2;
-
 /// Bytes that unpacking prefetches ahead: the next panel follows in memory, so running over the end is useful too.
 const UNPACK_AHEAD: usize = 4096;
 
@@ -153,6 +163,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
 
 /// Grouped product: for each group in increasing k, `c = fma(f32(D), s, c)` with `D` the exact integer sum.
 ///
+/// `ZEROS`: zero points are stored, integers or floats; else the zero is constant and folded into the sums.
 /// `SEG` is the number of registers of a segment (8), 16 where a segment is whole blocks, or 0 to take it from
 /// `seg_registers` (codes of one byte).
 ///
@@ -163,8 +174,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
 pub unsafe fn grouped<
     S: Simd,
     U: Unpack,
-    const Z: u8,
-    const ACTG: bool,
+    const ZEROS: bool,
     const SEG: usize,
     const NP: usize,
     const MR: usize,
@@ -175,6 +185,10 @@ pub unsafe fn grouped<
     // SAFETY: as the contract says; indices follow the shapes in `a`.
     unsafe {
         let dbl = S::splat(a.dbl);
+        // Rows of one scale meet ones here, which change nothing, and get theirs in the epilogue.
+        let ones = [1.0; MR];
+        let (act_scales, act_step) =
+            if a.act.scales.is_null() { (ones.as_ptr(), 0) } else { (a.act.scales, a.act.rows) };
         let per = 16 / PARTS;
         let mut f = [[S::splatf(0.0); MR]; NP];
         for p in 0..NP {
@@ -191,8 +205,6 @@ pub unsafe fn grouped<
                 let sums = a.act.sums.add(seg * a.act.rows);
                 for p in 0..NP {
                     let s = scales::<S>(a.scales, p * a.scale_stride + g);
-                    let z = if Z == Z_INT { S::load_u8(a.zeros.add(p * a.scale_stride + g)) } else { S::splat(0) };
-                    let zf = if Z == Z_FLOAT { S::loadf(a.fzeros.add(p * a.scale_stride + g)) } else { S::splatf(0.0) };
                     for m in 0..MR {
                         let mut d = acc[p][m][$from];
                         acc[p][m][$from] = S::splat(0);
@@ -202,16 +214,16 @@ pub unsafe fn grouped<
                         }
                         let sum = S::splat(*sums.add(m));
                         d = S::add(d, S::and(d, dbl));
-                        if Z == Z_CONST {
-                            d = S::sub(d, sum);
-                        } else if Z == Z_INT {
-                            d = S::sub(d, S::mul(z, sum));
-                        }
-                        let s = if ACTG { S::mulf(s, S::splatf(*a.act.scales.add(seg * a.act.rows + m))) } else { s };
-                        f[p][m] = S::fma(S::cvt(d), s, f[p][m]);
-                        if Z == Z_FLOAT {
-                            let sz = S::from_bits(S::xor_sign(S::bits(S::mulf(s, zf))));
-                            f[p][m] = S::fma(S::cvt(sum), sz, f[p][m]);
+                        let s = S::mulf(s, S::splatf(*act_scales.add(seg * act_step + m)));
+                        if !ZEROS {
+                            f[p][m] = S::fma(S::cvt(S::sub(d, sum)), s, f[p][m]);
+                        } else if a.fzeros.is_null() {
+                            let z = S::mul(S::load_u8(a.zeros.add(p * a.scale_stride + g)), sum);
+                            f[p][m] = S::fma(S::cvt(S::sub(d, z)), s, f[p][m]);
+                        } else {
+                            let z = S::mulf(s, S::loadf(a.fzeros.add(p * a.scale_stride + g)));
+                            f[p][m] = S::fma(S::cvt(d), s, f[p][m]);
+                            f[p][m] = S::fma(S::cvt(sum), S::from_bits(S::xor_sign(S::bits(z))), f[p][m]);
                         }
                     }
                 }

@@ -41,7 +41,7 @@ pub struct ActRows {
     pub block_stride: usize,
     /// Sums `[segment][rows]`.
     pub sums: *const i32,
-    /// Scales `[segment][rows]`, where activations are scaled per group.
+    /// Scales `[segment][rows]`, null where rows have one scale.
     pub scales: *const f32,
     /// Row stride of `sums` and `scales`.
     pub rows: usize,
@@ -68,9 +68,9 @@ pub struct Grp {
     pub scales: ScalePtr,
     /// Elements between panels in scales and zeros.
     pub scale_stride: usize,
-    /// Integer zeros of the first panel.
+    /// Integer zeros of the first panel or null.
     pub zeros: *const u8,
-    /// Float zeros of the first panel.
+    /// Float zeros of the first panel or null. Without either the zero is constant and folded into the sums.
     pub fzeros: *const f32,
     /// Activations.
     pub act: ActRows,
@@ -178,10 +178,10 @@ pub struct Kernels {
     pub max_mr: usize,
     /// `unpack[bits]`.
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
-    /// Fused grouped kernel by (bits, zero mode, activation groups, registers of a segment, rows): kernel and panels.
-    pub grouped: fn(usize, u8, bool, usize, usize) -> Option<(GroupedFn, usize)>,
-    /// Grouped kernel over bytes, one panel, by (zero mode, activation groups, registers of a segment, rows).
-    pub grouped_bytes: fn(u8, bool, usize, usize) -> GroupedFn,
+    /// Fused grouped kernel by (bits, stored zeros, registers of a segment, rows): kernel and panels.
+    pub grouped: fn(usize, bool, usize, usize) -> Option<(GroupedFn, usize)>,
+    /// Grouped kernel over bytes, one panel, by (stored zeros, registers of a segment, rows).
+    pub grouped_bytes: fn(bool, usize, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
     pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Ungrouped kernel over bytes, one panel, by rows.
@@ -245,9 +245,9 @@ macro_rules! instantiate {
                 unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub) }
             }
             $(#[$feature])*
-            unsafe fn grouped<U: Unpack, const Z: u8, const A: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
+            unsafe fn grouped<U: Unpack, const Z: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
                 // SAFETY: as above.
-                unsafe { generic::grouped::<$v, U, Z, A, SEG, NP, MR, PARTS>(a) }
+                unsafe { generic::grouped::<$v, U, Z, SEG, NP, MR, PARTS>(a) }
             }
             $(#[$feature])*
             unsafe fn raw<U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
@@ -304,64 +304,32 @@ macro_rules! instantiate {
                 // SAFETY: as above.
                 unsafe { generic::round_rows::<$v>(x, n) }
             }
-            #[allow(dead_code)]
-            fn pick<U: Unpack, const SEG: usize, const PARTS: usize, const NP1: usize, const NP2: usize, const NP4: usize>(
-                z: u8, a: bool, mr: usize,
-            ) -> Option<(GroupedFn, usize)> {
-                macro_rules! rows { ($z:ident, $a:literal) => { match mr {
-                    1 => (grouped::<U, $z, $a, SEG, NP1, 1, PARTS> as GroupedFn, NP1),
-                    2 => (grouped::<U, $z, $a, SEG, NP2, 2, PARTS> as GroupedFn, NP2),
-                    4 => (grouped::<U, $z, $a, SEG, NP4, 4, PARTS> as GroupedFn, NP4),
-                    _ => return None,
-                } } }
-                Some(match (z, a) {
-                    (Z_CONST, false) => rows!(Z_CONST, false),
-                    (Z_CONST, true) => rows!(Z_CONST, true),
-                    (Z_INT, false) => rows!(Z_INT, false),
-                    (Z_INT, true) => rows!(Z_INT, true),
-                    _ => return None,
-                })
-            }
-            #[allow(dead_code)]
-            fn pick8<U: Unpack, const SEG: usize, const PARTS: usize, const NP: usize>(
-                z: u8, a: bool,
-            ) -> Option<(GroupedFn, usize)> {
-                Some((match (z, a) {
-                    (Z_CONST, false) => grouped::<U, Z_CONST, false, SEG, NP, 8, PARTS> as GroupedFn,
-                    (Z_CONST, true) => grouped::<U, Z_CONST, true, SEG, NP, 8, PARTS>,
-                    (Z_INT, false) => grouped::<U, Z_INT, false, SEG, NP, 8, PARTS>,
-                    (Z_INT, true) => grouped::<U, Z_INT, true, SEG, NP, 8, PARTS>,
-                    _ => return None,
-                }, NP))
-            }
             #[allow(unused_variables)]
-            fn grouped_fused(bits: usize, z: u8, a: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
-                match (bits, seg) {
-                    $( $( ($bits, 16) if mr == 8 => pick8::<$u, 16, $parts, $np8>(z, a),
-                          ($bits, 8) if mr == 8 => pick8::<$u, 8, $parts, $np8>(z, a), )?
-                       ($bits, 16) => pick::<$u, 16, $parts, $np1, $np2, $np4>(z, a, mr),
-                       ($bits, 8) => pick::<$u, 8, $parts, $np1, $np2, $np4>(z, a, mr), )*
+            fn grouped_fused(bits: usize, zeros: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
+                macro_rules! rows { ($z:literal) => { match (bits, seg, mr) {
+                    $( ($bits, 16, 1) => Some((grouped::<$u, $z, 16, $np1, 1, $parts> as GroupedFn, $np1)),
+                       ($bits, 16, 2) => Some((grouped::<$u, $z, 16, $np2, 2, $parts>, $np2)),
+                       ($bits, 16, 4) => Some((grouped::<$u, $z, 16, $np4, 4, $parts>, $np4)),
+                       ($bits, 8, 1) => Some((grouped::<$u, $z, 8, $np1, 1, $parts>, $np1)),
+                       ($bits, 8, 2) => Some((grouped::<$u, $z, 8, $np2, 2, $parts>, $np2)),
+                       ($bits, 8, 4) => Some((grouped::<$u, $z, 8, $np4, 4, $parts>, $np4)),
+                       $( ($bits, 16, 8) => Some((grouped::<$u, $z, 16, $np8, 8, $parts>, $np8)),
+                          ($bits, 8, 8) => Some((grouped::<$u, $z, 8, $np8, 8, $parts>, $np8)), )? )*
                     _ => None,
-                }
-            }
-            fn grouped_bytes(z: u8, a: bool, seg: usize, mr: usize) -> GroupedFn {
-                // One row alone needs several chains of sums to hide the latency of the dot product.
-                macro_rules! rows { ($z:ident, $a:literal) => { match (mr, seg) {
-                    (1, 16) => grouped::<U8, $z, $a, 16, 1, 1, 4> as GroupedFn,
-                    (1, 8) => grouped::<U8, $z, $a, 8, 1, 1, 4> as GroupedFn,
-                    (1, _) => grouped::<U8, $z, $a, 0, 1, 1, 1> as GroupedFn,
-                    (2, _) => grouped::<U8, $z, $a, 0, 1, $r2, 1> as GroupedFn,
-                    (4, _) => grouped::<U8, $z, $a, 0, 1, $r4, 1> as GroupedFn,
-                    _ => grouped::<U8, $z, $a, 0, 1, $max_mr, 1> as GroupedFn,
                 } } }
-                match (z, a) {
-                    (Z_CONST, false) => rows!(Z_CONST, false),
-                    (Z_CONST, true) => rows!(Z_CONST, true),
-                    (Z_INT, false) => rows!(Z_INT, false),
-                    (Z_INT, true) => rows!(Z_INT, true),
-                    (_, false) => rows!(Z_FLOAT, false),
-                    (_, true) => rows!(Z_FLOAT, true),
-                }
+                if zeros { rows!(true) } else { rows!(false) }
+            }
+            fn grouped_bytes(zeros: bool, seg: usize, mr: usize) -> GroupedFn {
+                // One row alone needs several chains of sums to hide the latency of the dot product.
+                macro_rules! rows { ($z:literal) => { match (mr, seg) {
+                    (1, 16) => grouped::<U8, $z, 16, 1, 1, 4> as GroupedFn,
+                    (1, 8) => grouped::<U8, $z, 8, 1, 1, 4>,
+                    (1, _) => grouped::<U8, $z, 0, 1, 1, 1>,
+                    (2, _) => grouped::<U8, $z, 0, 1, $r2, 1>,
+                    (4, _) => grouped::<U8, $z, 0, 1, $r4, 1>,
+                    _ => grouped::<U8, $z, 0, 1, $max_mr, 1>,
+                } } }
+                if zeros { rows!(true) } else { rows!(false) }
             }
             #[allow(unused_variables)]
             fn raw_fused(bits: usize, mr: usize) -> Option<(RawFn, usize)> {

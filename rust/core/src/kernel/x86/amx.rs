@@ -4,7 +4,7 @@
 //! tile. Within a group the sums stay in tiles; at its end they go through a small buffer to float accumulators, while
 //! the tiles already work on the next group.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2, Z_CONST, Z_FLOAT, Z_INT};
+use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -78,9 +78,9 @@ pub struct TileGrp {
     pub seg_group: *const u32,
     /// Scales of the two panels.
     pub scales: [ScalePtr; 2],
-    /// Integer zeros of the two panels.
+    /// Integer zeros of the two panels or null.
     pub zeros: [*const u8; 2],
-    /// Float zeros of the two panels.
+    /// Float zeros of the two panels or null.
     pub fzeros: [*const f32; 2],
     /// Sums and scales of rows 0 to 15 (`codes` unused).
     pub act0: ActRows,
@@ -167,49 +167,45 @@ unsafe fn steps<const MT: usize, const UNSIGNED: bool>(
     }
 }
 
-/// Adds one segment's integer tiles to the float sums.
+/// Adds one segment's integer tiles to the float sums. `FIX`: the tiles hold products of unsigned codes, which the zero
+/// must be taken off.
 #[inline(always)]
-unsafe fn flush<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>(
-    a: &TileGrp,
-    seg: usize,
-    tiles: *const i32,
-) {
+unsafe fn flush<const MT: usize, const FIX: bool>(a: &TileGrp, seg: usize, tiles: *const i32) {
     // SAFETY: the caller's arguments; tiles hold MT*2 KiB.
     unsafe {
         let g = *a.seg_group.add(seg) as usize * 16;
         let dbl = V::splat(a.dbl);
+        let act_groups = !a.act0.scales.is_null();
         for p in 0..2 {
             let s = match a.scales[p].offset(g) {
                 ScalePtr::F32(q) => V::loadf(q),
                 ScalePtr::F16(q) => V::load_f16(q),
                 ScalePtr::BF16(q) => V::load_bf16(q),
             };
-            let z = if FIX && Z == Z_INT { V::load_u8(a.zeros[p].add(g)) } else { V::splat(0) };
-            let zf = if FIX && Z == Z_FLOAT { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
+            let (int_zeros, float_zeros) = (!a.zeros[p].is_null(), !a.fzeros[p].is_null());
+            let z = if FIX && int_zeros { V::load_u8(a.zeros[p].add(g)) } else { V::splat(1) };
+            let zf = if FIX && float_zeros { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
             for t in 0..MT {
                 let act = if t == 0 { &a.act0 } else { &a.act1 };
                 let at = seg * act.rows;
                 for r in 0..16 {
                     let mut d = V::load(tiles.add((t * 2 + p) * 256 + r * 16).cast());
-                    let s = if ACTG { V::mulf(s, V::splatf(*act.scales.add(at + r))) } else { s };
+                    let s = if act_groups { V::mulf(s, V::splatf(*act.scales.add(at + r))) } else { s };
                     let c = a.c.add((t * 16 + r) * a.ldc + p * 16);
+                    let mut f = V::loadf(c);
                     if FIX {
                         let sum = V::splat(*act.sums.add(at + r));
                         d = V::add(d, V::and(d, dbl));
-                        if Z == Z_CONST {
-                            d = V::sub(d, sum);
-                        } else if Z == Z_INT {
-                            d = V::sub(d, V::mul(z, sum));
+                        if float_zeros {
+                            f = V::fma(V::cvt(d), s, f);
+                            f = V::fma(V::cvt(sum), V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf)))), f);
+                        } else {
+                            f = V::fma(V::cvt(V::sub(d, V::mul(z, sum))), s, f);
                         }
-                        let mut f = V::fma(V::cvt(d), s, V::loadf(c));
-                        if Z == Z_FLOAT {
-                            let sz = V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf))));
-                            f = V::fma(V::cvt(sum), sz, f);
-                        }
-                        V::storef(c, f);
                     } else {
-                        V::storef(c, V::fma(V::cvt(d), s, V::loadf(c)));
+                        f = V::fma(V::cvt(d), s, f);
                     }
+                    V::storef(c, f);
                 }
             }
         }
@@ -217,7 +213,7 @@ unsafe fn flush<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>
 }
 
 #[inline(always)]
-unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX: bool>(a: &TileGrp) {
+unsafe fn grouped_body<const MT: usize, const FIX: bool>(a: &TileGrp) {
     #[repr(align(64))]
     #[allow(dead_code)]
     struct Pair([[i32; 1024]; 2]);
@@ -245,7 +241,7 @@ unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX
                 );
             }
             if i > 0 {
-                flush::<MT, Z, ACTG, FIX>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
+                flush::<MT, FIX>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
             }
         }
     }
@@ -254,37 +250,18 @@ unsafe fn grouped_body<const MT: usize, const Z: u8, const ACTG: bool, const FIX
 /// A grouped tile kernel.
 pub type TileFn = unsafe fn(&TileGrp);
 
-macro_rules! entry {
-    ($($name:ident: $mt:literal, $z:ident, $a:literal, $fix:literal;)*) => { $(
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-        unsafe fn $name(a: &TileGrp) {
-            // SAFETY: as the caller says.
-            unsafe { grouped_body::<$mt, $z, $a, $fix>(a) }
-        }
-    )* };
-}
-entry! {
-    g1: 1, Z_CONST, false, false; g2: 2, Z_CONST, false, false;
-    ga1: 1, Z_CONST, true, false; ga2: 2, Z_CONST, true, false;
-    gc1: 1, Z_CONST, false, true; gc2: 2, Z_CONST, false, true;
-    gca1: 1, Z_CONST, true, true; gca2: 2, Z_CONST, true, true;
-    gi1: 1, Z_INT, false, true; gi2: 2, Z_INT, false, true;
-    gia1: 1, Z_INT, true, true; gia2: 2, Z_INT, true, true;
-    gf1: 1, Z_FLOAT, false, true; gf2: 2, Z_FLOAT, false, true;
-    gfa1: 1, Z_FLOAT, true, true; gfa2: 2, Z_FLOAT, true, true;
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn grouped_entry<const MT: usize, const FIX: bool>(a: &TileGrp) {
+    // SAFETY: as the caller says.
+    unsafe { grouped_body::<MT, FIX>(a) }
 }
 
 /// The grouped tile kernels for 16 and 32 rows. `signed`: B holds the values themselves, so nothing needs correcting.
-pub fn grouped(z: u8, act_groups: bool, signed: bool) -> [TileFn; 2] {
-    match (z, act_groups, signed) {
-        (_, false, true) => [g1, g2],
-        (_, true, true) => [ga1, ga2],
-        (Z_CONST, false, _) => [gc1, gc2],
-        (Z_CONST, true, _) => [gca1, gca2],
-        (Z_INT, false, _) => [gi1, gi2],
-        (Z_INT, true, _) => [gia1, gia2],
-        (_, false, _) => [gf1, gf2],
-        (_, true, _) => [gfa1, gfa2],
+pub fn grouped(signed: bool) -> [TileFn; 2] {
+    if signed {
+        [grouped_entry::<1, false>, grouped_entry::<2, false>]
+    } else {
+        [grouped_entry::<1, true>, grouped_entry::<2, true>]
     }
 }
 
@@ -314,23 +291,18 @@ unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
     }
 }
 
-macro_rules! decoders {
-    ($($name:ident: $w:ident;)*) => { $(
-        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-        unsafe fn $name(a: &F32Args, out: *mut u8) {
-            // SAFETY: as the caller says.
-            unsafe { decode_bf16::<$w>(a, out) }
-        }
-    )* };
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn decode_entry<const W: u8>(a: &F32Args, out: *mut u8) {
+    // SAFETY: as the caller says.
+    unsafe { decode_bf16::<W>(a, out) }
 }
-decoders! { d1: W_MUL1; d2: W_MUL2; df: W_FLOAT; }
 
 /// The decoder to bf16 tiles for a weight mode: 2 KiB a block.
 pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     match mode {
-        W_MUL1 => d1,
-        W_MUL2 => d2,
-        _ => df,
+        W_MUL1 => decode_entry::<W_MUL1>,
+        W_MUL2 => decode_entry::<W_MUL2>,
+        _ => decode_entry::<W_FLOAT>,
     }
 }
 

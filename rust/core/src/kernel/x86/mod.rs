@@ -23,6 +23,9 @@ instantiate!(
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
     AVX512VNNI, Isa::Avx512Vnni, crate::kernel::x86::avx512::Avx512Vnni,
-    fused [(1, U1, 8, [2, 1, 1]), (2, U2, 4, [4, 2, 1]), (4, U4, 2, [4, 4, 2], eight 1), (8, U8, 1, [4, 4, 2])],
+    fused [
+        (1, U1, 8, [2, 1, 1]), (2, U2, 4, [4, 2, 1]), (3, U3, 2, [4, 2, 1]), (4, U4, 2, [4, 4, 2], eight 1),
+        (5, U5, 2, [4, 2, 1]), (6, U6, 2, [4, 2, 1]), (7, U7, 2, [4, 2, 1]), (8, U8, 1, [4, 4, 2])
+    ],
     rows [2, 4, 8], gemv [4, 2], gemm 2 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 );
