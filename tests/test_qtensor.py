@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import nibblas as nb
+from nibblas import testing
 
 FORMATS = [
     "int4_g16",
@@ -361,3 +362,34 @@ def test_no_reference_leaks() -> None:
         work()
     gc.collect()
     assert [sys.getrefcount(a) for a in (x, out, bias, q._storage, q._storage.packed)] == before
+
+
+@pytest.mark.parametrize("any_format", FORMATS)
+@pytest.mark.parametrize("zeros", ["stored", "float"])
+@pytest.mark.parametrize("k", [0, 1, 63, 200, 256])
+def test_pack_without_the_portable_arrays(any_format: str, k: int, zeros: str) -> None:
+    """Panels give back codes, scales and zero points bit for bit, and everything works on."""
+    fmt = nb.Format(any_format)
+    if zeros == "float" and not fmt.has_zeros:
+        pytest.skip("no zero points")
+    want = nb.quantize(testing.values((37, k), k), any_format)
+    if zeros == "float":
+        z = testing.values(want.scales.shape, 3)
+        want = nb.QTensor.from_parts(any_format, want.codes(), want.scales, z)
+    q = copy.deepcopy(want)
+    parts = [None if a is None else a.tobytes() for a in (want._storage.arrays())]
+    x = testing.values((3, k), 9)
+    y = x @ q.T
+    assert q.pack(keep=False) is q
+    assert q._storage._arrays is None
+    assert [None if a is None else a.tobytes() for a in q._storage.arrays()] == parts
+    assert q._storage._arrays is None
+    assert q == want
+    assert q.nbytes == want.nbytes
+    assert (q.codes() == want.codes()).all()
+    assert q.scales.dtype == want.scales.dtype
+    assert pickle.loads(pickle.dumps(q)) == want
+    assert q[3:20] == want[3:20]
+    assert (q.dequantize() == want.dequantize()).all()
+    assert (x @ q.T == y).all()
+    assert (x @ q.pack(keep=False).T == y).all()

@@ -39,6 +39,10 @@ def test_explain() -> None:
             assert int(fields["m"]) == np.asarray(x).size // 256
             assert (fields["n"], fields["k"]) == ("96", "256")
             assert fields["kernel"] in str(plan)
+            assert 0 < float(fields["floor_us"]) <= float(fields["predicted_us"])
+            m = int(fields["m"])
+            assert int(fields["operations"]) == 2 * m * 96 * 256
+            assert int(fields["bytes"]) == int(fields["weight_bytes"]) + 4 * m * (96 + 256)
     left = nb.explain(q, np.ones((2, 256, 9)))
     assert left.fields()["m"] == "18"
     assert nb.explain(q, np.ones(256)).fields()["m"] == "1"

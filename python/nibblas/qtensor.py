@@ -65,9 +65,12 @@ def _freeze(a: NDArray[Any]) -> NDArray[Any]:
 
 
 class _Storage:
-    """The arrays of a matrix (N, K), shared by a tensor and its transpose; never changed."""
+    """The arrays of a matrix (N, K), shared by a tensor and its transpose; never changed.
 
-    __slots__ = ("bounds", "codes", "cols", "format", "packed", "rows", "scales", "zeros")
+    Once packed they may be dropped: the panels hold the same bits and give them back.
+    """
+
+    __slots__ = ("_arrays", "_shapes", "bounds", "cols", "format", "nbytes", "packed", "rows")
 
     def __init__(
         self,
@@ -82,17 +85,48 @@ class _Storage:
         self.format = format
         self.rows = rows
         self.cols = cols
-        self.codes = _freeze(codes)
-        self.scales = _freeze(scales)
-        self.zeros = None if zeros is None else _freeze(zeros)
+        arrays = (_freeze(codes), _freeze(scales), None if zeros is None else _freeze(zeros))
+        self._arrays: tuple[NDArray[Any] | None, ...] | None = arrays
+        self._shapes = tuple(None if a is None else (a.shape, a.dtype) for a in arrays)
+        self.nbytes = sum(a.nbytes for a in arrays if a is not None)
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
+
+    def _array(self, index: int) -> NDArray[Any] | None:
+        arrays, kind = self._arrays, self._shapes[index]
+        if arrays is not None or kind is None:
+            return None if arrays is None else arrays[index]
+        assert self.packed is not None
+        out = np.empty(*kind)
+        self.packed.restore(("codes", "scales", "zeros")[index], out, _threads.get_num_threads())
+        return _freeze(out)
+
+    @property
+    def codes(self) -> NDArray[np.uint8]:
+        a = self._array(0)
+        assert a is not None
+        return a
+
+    @property
+    def scales(self) -> NDArray[Any]:
+        a = self._array(1)
+        assert a is not None
+        return a
+
+    @property
+    def zeros(self) -> NDArray[Any] | None:
+        return self._array(2)
 
     def parts(self) -> _Parts:
         return self.format, self.rows, self.cols, self.codes, self.scales, self.zeros
 
     def arrays(self) -> tuple[NDArray[Any] | None, ...]:
         return self.codes, self.scales, self.zeros
+
+    def drop(self) -> None:
+        """Let go of the portable arrays, which the panels can restore."""
+        assert self.packed is not None
+        self._arrays = None
 
     def pack(self, threads: int) -> _core.Packed:
         packed = self.packed
@@ -252,7 +286,7 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes of packed codes, scales and zero points."""
-        return sum(a.nbytes for a in self._storage.arrays() if a is not None)
+        return self._storage.nbytes
 
     @property
     def bits_per_weight(self) -> float:
@@ -333,8 +367,15 @@ class QTensor:
         _core.dequantize(s.parts(), out, _threads.get_num_threads())
         return self._orient(out)
 
-    def pack(self) -> QTensor:
+    def pack(self, *, keep: bool = True) -> QTensor:
         """Rearrange the codes for this machine's kernels now rather than in the first product.
+
+        Parameters
+        ----------
+        keep : bool, optional
+            Keep the portable arrays beside the rearranged ones. False drops them, which about
+            halves the memory; whatever needs them later (saving, slicing, :meth:`codes`,
+            comparing) restores them bit for bit, each time it is asked.
 
         Returns
         -------
@@ -342,6 +383,8 @@ class QTensor:
             The tensor itself.
         """
         self._storage.pack(_threads.get_num_threads())
+        if not keep:
+            self._storage.drop()
         return self
 
     def to(self, device: str) -> QTensor:

@@ -2,7 +2,7 @@
 //!
 //! One formula everywhere: `s = absmax/127` (one IEEE division), `q = clip(rint(x/s), -127, 127)`, ties to even; where s is
 //! 0 so is q. A row with NaN or Inf is flagged, and its output row becomes NaN.
-use crate::buf::{Buf, Taken};
+use crate::buf::Taken;
 use crate::error::{Error, Result};
 use crate::kernel::{ActRows, Kernels};
 use crate::matrix::{MatRef, Scalar};
@@ -80,9 +80,9 @@ pub struct Act {
     sums: Taken<i32>,
     group_scales: Option<Taken<f32>>,
     /// Scale of each row (1 where scales are per group).
-    pub scale: Buf<f32>,
+    pub(crate) scale: Taken<f32>,
     /// 1 for rows with NaN or Inf.
-    pub bad: Buf<u8>,
+    pub(crate) bad: Taken<u8>,
 }
 
 impl Act {
@@ -115,9 +115,10 @@ impl Act {
             codes: Taken::new(padded * kp)?,
             sums: Taken::new(padded * n)?,
             group_scales: None,
-            scale: Buf::zeroed(padded)?,
-            bad: Buf::zeroed(padded)?,
+            scale: Taken::new(padded)?,
+            bad: Taken::new(padded)?,
         };
+        act.bad.fill(0);
         if act_group.is_some() {
             // Segments of padding alone keep the scale 0.
             act.group_scales.insert(Taken::new(padded * n)?).fill(0.0);

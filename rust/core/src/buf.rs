@@ -160,8 +160,10 @@ impl<T: Plain> Default for Buf<T> {
 
 /// Larger buffers go back to the system instead of being kept.
 const KEEP: usize = 32 << 20;
-/// Buffers that a thread keeps.
-const KEPT: usize = 6;
+/// Bytes that a thread keeps at most.
+const KEEP_ALL: usize = 64 << 20;
+/// Buffers that a thread keeps at most: those of one product.
+const KEPT: usize = 12;
 
 thread_local! {
     static SPARE: RefCell<Vec<Buf<u8>>> = const { RefCell::new(Vec::new()) };
@@ -196,7 +198,7 @@ fn give<T: Plain>(b: Buf<T>) {
     let raw = Buf::<u8> { ptr: raw.ptr.cast(), len: bytes };
     SPARE.with(|s| {
         if let Ok(mut s) = s.try_borrow_mut() {
-            if s.len() < KEPT {
+            if s.len() < KEPT && s.iter().map(|b| b.len).sum::<usize>() + bytes <= KEEP_ALL {
                 s.push(raw);
             }
         }

@@ -1,4 +1,5 @@
-//! The loop nest: cuts a product into tasks, decodes panels, calls kernels, finishes tiles.
+//! The loop nest: cuts a product into tasks, decodes panels, calls kernels, finishes tiles. Products of two quantised
+//! operands are in `pair.rs`.
 use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
@@ -9,7 +10,6 @@ use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::qtensor::{QView, ZerosRef};
 use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
@@ -100,30 +100,21 @@ impl Default for Options<'_> {
     }
 }
 
-/// Where raw integer sums go, row-major `[M][N]`.
-#[derive(Debug)]
-pub enum RawOut<'a> {
-    /// int32; an error where the sums could overflow.
-    I32(&'a mut [i32]),
-    /// int64.
-    I64(&'a mut [i64]),
-}
-
 /// Rows handled at a time, so that prepared activations stay small whatever M is.
-const SLAB: usize = 4096;
+pub(crate) const SLAB: usize = 4096;
 
 /// Per-thread buffers, kept between calls.
 #[derive(Default)]
-struct Scratch {
-    bytes: Option<Buf<u8>>,
-    sums: Option<Buf<i32>>,
-    wide: Option<Buf<i64>>,
-    floats: Option<Buf<f32>>,
-    weights: Option<Buf<f32>>,
-    bias: Option<Buf<f32>>,
+pub(crate) struct Scratch {
+    pub bytes: Option<Buf<u8>>,
+    pub sums: Option<Buf<i32>>,
+    pub wide: Option<Buf<i64>>,
+    pub floats: Option<Buf<f32>>,
+    pub weights: Option<Buf<f32>>,
+    pub bias: Option<Buf<f32>>,
 }
 
-fn grown<T: crate::buf::Plain>(slot: &mut Option<Buf<T>>, len: usize) -> Result<&mut Buf<T>> {
+pub(crate) fn grown<T: crate::buf::Plain>(slot: &mut Option<Buf<T>>, len: usize) -> Result<&mut Buf<T>> {
     if slot.as_ref().is_none_or(|b| b.len() < len) {
         *slot = None;
         *slot = Some(Buf::zeroed(len)?);
@@ -172,7 +163,7 @@ pub fn matmul(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()>
 }
 
 /// The product where K is 0: zeros, or the bias.
-fn nothing(y: &MatMut, o: &Options) -> Result<()> {
+pub(crate) fn nothing(y: &MatMut, o: &Options) -> Result<()> {
     let mut row = Buf::<f32>::zeroed(y.cols)?;
     if let Some(bias) = o.bias {
         row.copy_from_slice(bias);
@@ -191,253 +182,13 @@ pub fn explain(m: usize, w: &Packed, o: &Options) -> Result<Plan> {
     plan::plan(m, w, o.compute, o.isa, o.threads)
 }
 
-/// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
-/// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
-fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
-    if matches!(a.zeros, ZerosRef::Float(_)) {
-        return Err(Error::Unsupported("a left operand with float zero points has no integer values".to_owned()));
-    }
-    let (m, k) = (a.rows, a.cols);
-    let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
-    let (lo, hi) = a.format.element.values();
-    let (lo, hi) = match a.zeros {
-        ZerosRef::Int(z) => {
-            let top = i32::from(z.iter().copied().max().unwrap_or(0));
-            (lo - top, hi - i32::from(z.iter().copied().min().unwrap_or(0)))
-        }
-        _ => (lo, hi),
-    };
-    let narrow = lo >= -128 && hi <= 127;
-    let mut planes = vec![Buf::<i8>::zeroed(size)?];
-    if !narrow {
-        planes.push(Buf::zeroed(size)?);
-    }
-    let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
-    let out = &out;
-    pool::try_run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
-        let mut row = Taken::<u8>::new(k)?;
-        a.unpack_row(i, 0, &mut row[..k]);
-        for (j, &u) in row[..k].iter().enumerate() {
-            let zero = match a.zeros {
-                ZerosRef::Int(z) => i32::from(z[i * a.groups() + j / a.group_len().max(1)]),
-                _ => 0,
-            };
-            let v = a.format.element.value(u) - zero;
-            // SAFETY: row i of each plane belongs to this task.
-            unsafe {
-                if narrow {
-                    *out[0].get().add(i * k + j) = v as i8;
-                } else {
-                    *out[0].get().add(i * k + j) = (v >> 1) as i8;
-                    *out[1].get().add(i * k + j) = (v & 1) as i8;
-                }
-            }
-        }
-        Ok(())
-    })?;
-    Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
-}
-
-fn plane_rows(p: &Buf<i8>, k: usize, m0: usize, rows: usize) -> MatRef<'_> {
-    let ptr = p.as_ptr().wrapping_add(m0 * k).cast();
-    // SAFETY: rows m0..m0+rows of an (M, k) matrix of bytes.
-    unsafe { MatRef::from_raw(ptr, Scalar::I8, rows, k, k as isize, 1) }
-}
-
-/// Raw sums of code values of two quantised operands, `a` (M, K) and `w` (N, K), one scale per row on both sides.
-///
-/// # Errors
-/// [`Error::Shape`], [`Error::Value`] where an operand is grouped or int32 could overflow, [`Error::Unsupported`] where
-/// zero points are floats.
-pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Result<()> {
-    let (m, n, k) = (a.rows, w.n, w.geometry.k);
-    if a.cols != k {
-        return Err(Error::Shape(format!("inner dimensions differ: ({m}, {}) against ({n}, {k})", a.cols)));
-    }
-    if a.groups() > 1 || w.geometry.groups > 1 {
-        return Err(Error::Value(format!(
-            "raw sums need one scale per row on both sides, not {} and {}",
-            a.format, w.format
-        )));
-    }
-    if matches!(w.zeros, PanelZeros::Float(_)) {
-        return Err(Error::Unsupported("raw sums need integer zero points".to_owned()));
-    }
-    let size = match out {
-        RawOut::I32(s) => s.len(),
-        RawOut::I64(s) => s.len(),
-    };
-    if m.checked_mul(n) != Some(size) {
-        return Err(Error::Shape(format!("output of {size} elements, expected ({m}, {n})")));
-    }
-    available(o.isa)?;
-    if size == 0 {
-        return Ok(());
-    }
-    if k == 0 {
-        // No panel holds anything to point at.
-        match out {
-            RawOut::I32(s) => s.fill(0),
-            RawOut::I64(s) => s.fill(0),
-        }
-        return Ok(());
-    }
-    let (planes, a_top) = value_planes(a, o)?;
-    let w_top = i64::from(w.mul) * ((1 << w.bits) - 1) + i64::from(w.sub).max(i64::from(w.zero_max));
-    if matches!(out, RawOut::I32(_)) && i128::from(a_top) * i128::from(w_top) * k as i128 > i128::from(i32::MAX) {
-        let (lo, hi) = w.format.element.values();
-        let exact = i64::from(lo.abs().max(hi.abs()) + i32::from(w.zero_max));
-        if i128::from(a_top) * i128::from(exact) * k as i128 > i128::from(i32::MAX) {
-            return Err(Error::Value(format!(
-                "int32 sums of {} by {} may overflow at K = {k}; ask for int64",
-                a.format, w.format
-            )));
-        }
-    }
-    let out = match out {
-        RawOut::I32(s) => (Shared(s.as_mut_ptr()), Shared(std::ptr::null_mut::<i64>())),
-        RawOut::I64(s) => (Shared(std::ptr::null_mut::<i32>()), Shared(s.as_mut_ptr())),
-    };
-    raw_products(&planes, m, w, o, |row, n0, sums| {
-        for (j, &v) in sums.iter().enumerate() {
-            // SAFETY: tasks own disjoint parts of row `row` of the output.
-            unsafe {
-                if out.1.get().is_null() {
-                    *out.0.get().add(row * n + n0 + j) = v as i32;
-                } else {
-                    *out.1.get().add(row * n + n0 + j) = v;
-                }
-            }
-        }
-    })
-}
-
-/// Exact sums `sum_k a*w` of the planes of `a` against an ungrouped `w`, given to `emit(row, first column, sums)`.
-fn raw_products(
-    planes: &[Buf<i8>],
-    m: usize,
-    w: &Packed,
-    o: &Options,
-    emit: impl Fn(usize, usize, &[i64]) + Sync,
-) -> Result<()> {
-    let t = kernel::table(o.isa);
-    let segs = Segments::new(&w.geometry, None)?;
-    let (k, kp) = (w.geometry.k, w.geometry.kp);
-    for m0 in (0..m).step_by(SLAB) {
-        let rows = SLAB.min(m - m0);
-        let b = plan::int8(rows, w, &segs, false, o.isa, o.threads);
-        let mb = if b.path == Path::Tiles { 16 } else { b.mr };
-        let acts = planes
-            .iter()
-            .map(|p| {
-                let x = plane_rows(p, k, m0, rows);
-                Act::quantise(&x, &w.geometry, &segs, None, mb, 1, None, true, t, b.threads)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let emit = &emit;
-        tasks(&b, rows, w.panels(), o, |p0, np, r0, count, s| {
-            let ldc = tile_ldc(&b, np);
-            let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
-            let len = padded * ldc;
-            let (zi, _) = zero_ptrs(w, p0);
-            grown(&mut s.wide, len)?[..len].fill(0);
-            for (i, act) in acts.iter().enumerate() {
-                let job = IntJob { w, t, b, act, segs: &segs };
-                let weight = if i + 1 < acts.len() { 2 } else { 1 };
-                let step = (int32_limit(w) / BLOCK).max(1);
-                for b0 in (0..kp / BLOCK).step_by(step) {
-                    let sums = grown(&mut s.sums, len)?;
-                    sums[..len].fill(0);
-                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
-                    let wide = grown(&mut s.wide, len)?;
-                    wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
-                }
-            }
-            let wide = grown(&mut s.wide, len)?;
-            let cols = (np * PANEL).min(w.n - p0 * PANEL);
-            for r in 0..count {
-                let sum: i64 = acts
-                    .iter()
-                    .enumerate()
-                    .fold(0, |t, (i, a)| t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r)));
-                let row = &mut wide[r * ldc..][..cols];
-                for (j, v) in row.iter_mut().enumerate() {
-                    // SAFETY: zeros reach the end of the last panel.
-                    let zero = if zi.is_null() { i64::from(w.sub) } else { i64::from(unsafe { *zi.add(j) }) };
-                    *v = *v * i64::from(w.mul) - zero * sum;
-                }
-                emit(m0 + r0 + r, p0 * PANEL, row);
-            }
-            Ok(())
-        })?;
-    }
-    Ok(())
-}
-
-/// `y = a @ w.T` of two quantised operands, as integers: exact sums per group, then scales as [`matmul`] applies them
-/// with `a`'s scales in the place of the activation's.
-///
-/// # Errors
-/// [`Error::Unsupported`] where the group lengths do not nest, or an operand's values are not integers.
-pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()> {
-    check(a.rows, a.cols, w, y, o)?;
-    let (m, k) = (a.rows, a.cols);
-    if m == 0 || w.n == 0 {
-        return Ok(());
-    }
-    if k == 0 {
-        return nothing(y, o);
-    }
-    let (planes, _) = value_planes(a, o)?;
-    let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
-    let group = (a.groups() > 1).then(|| a.group_len());
-    if planes.len() == 1 {
-        for m0 in (0..m).step_by(SLAB) {
-            let rows = SLAB.min(m - m0);
-            let x = plane_rows(&planes[0], k, m0, rows);
-            // SAFETY: a slab of rows of y, one after the other.
-            let mut ys = unsafe {
-                let p = y.ptr.wrapping_offset(m0 as isize * y.row_stride);
-                MatMut::from_raw(p, y.scalar, rows, y.cols, y.row_stride, y.col_stride)
-            };
-            int8(&x, w, &mut ys, o, group, Some(&scales[m0 * a.groups()..]))?;
-        }
-        return Ok(());
-    }
-    if group.is_some() || w.geometry.groups > 1 || matches!(w.zeros, PanelZeros::Float(_)) {
-        return Err(Error::Unsupported(format!("{} has no integer product with {}", a.format, w.format)));
-    }
-    let y = &*y;
-    let w_scales: Vec<f32> = (0..w.n).map(|n| panel_scale(w, n)).collect();
-    raw_products(&planes, m, w, o, |row, n0, sums| {
-        let out: Vec<f32> = sums
-            .iter()
-            .enumerate()
-            .map(|(j, &d)| {
-                let f = (d as f32).mul_add(w_scales[n0 + j], 0.0) * scales[row];
-                o.bias.map_or(f, |b| f + b[n0 + j])
-            })
-            .collect();
-        store_row(y, row, n0, &out, false);
-    })
-}
-
-/// Scale of row `n` of an ungrouped weight.
-fn panel_scale(w: &Packed, n: usize) -> f32 {
-    match &w.scales {
-        PanelScales::F32(b) => b.get(n).copied().unwrap_or(0.0),
-        PanelScales::F16(b) => b.get(n).map_or(0.0, |&v| half::f16::from_bits(v).to_f32()),
-        PanelScales::BF16(b) => b.get(n).map_or(0.0, |&v| f32::from_bits(u32::from(v) << 16)),
-    }
-}
-
 fn slab<'a>(x: &MatRef<'a>, m0: usize, rows: usize) -> MatRef<'a> {
     let p = x.ptr.wrapping_offset(m0 as isize * x.row_stride);
     // SAFETY: rows m0..m0+rows of a valid view.
     unsafe { MatRef::from_raw(p, x.scalar, rows, x.cols, x.row_stride, x.col_stride) }
 }
 
-fn check(m: usize, k: usize, w: &Packed, y: &MatMut, o: &Options) -> Result<()> {
+pub(crate) fn check(m: usize, k: usize, w: &Packed, y: &MatMut, o: &Options) -> Result<()> {
     if k != w.geometry.k {
         return Err(Error::Shape(format!(
             "inner dimensions differ: ({m}, {k}) against a weight of shape ({}, {})",
@@ -459,7 +210,7 @@ fn check(m: usize, k: usize, w: &Packed, y: &MatMut, o: &Options) -> Result<()> 
     available(o.isa)
 }
 
-fn available(isa: Isa) -> Result<()> {
+pub(crate) fn available(isa: Isa) -> Result<()> {
     if isa.is_available() {
         return Ok(());
     }
@@ -467,7 +218,7 @@ fn available(isa: Isa) -> Result<()> {
 }
 
 /// Runs the tasks of a blocking: `f(first panel, panels, first row, rows, scratch)`.
-fn tasks(
+pub(crate) fn tasks(
     b: &Blocking,
     m: usize,
     panels: usize,
@@ -486,7 +237,7 @@ fn tasks(
 }
 
 /// Largest K whose int32 sums of codes (at most `mul*(2^bits - 1)` times 128) cannot overflow.
-fn int32_limit(w: &Packed) -> usize {
+pub(crate) fn int32_limit(w: &Packed) -> usize {
     (i32::MAX as usize) / (128 * w.mul as usize * ((1 << w.bits) - 1))
 }
 
@@ -500,7 +251,7 @@ fn scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
     .offset(at)
 }
 
-fn zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
+pub(crate) fn zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
     let at = panel * w.geometry.groups * PANEL;
     match &w.zeros {
         PanelZeros::Const => (std::ptr::null(), std::ptr::null()),
@@ -514,7 +265,7 @@ fn doubling(w: &Packed) -> i32 {
     -i32::from(w.mul == 2)
 }
 
-fn int8(
+pub(crate) fn int8(
     x: &MatRef,
     w: &Packed,
     y: &mut MatMut,
@@ -523,7 +274,7 @@ fn int8(
     given: Option<&[f32]>,
 ) -> Result<()> {
     let t = kernel::table(o.isa);
-    let segs = Segments::new(&w.geometry, group)?;
+    let segs = w.segments(group)?;
     let raw = w.geometry.groups <= 1 && group.is_none();
     if !raw && segs.len > int32_limit(w) {
         return Err(Error::Unsupported(format!(
@@ -597,7 +348,7 @@ fn int8(
 
 /// Row stride of the sums of `np` panels. Tiles come in pairs, so a lone last panel gets a partner whose columns are
 /// dropped; and rows a power of two apart would fall on few cache sets.
-fn tile_ldc(b: &Blocking, np: usize) -> usize {
+pub(crate) fn tile_ldc(b: &Blocking, np: usize) -> usize {
     match b.path {
         Path::Tiles | Path::TilesBf16 => np.next_multiple_of(2) * PANEL + PANEL,
         _ => np * PANEL,
@@ -679,12 +430,12 @@ fn finish_wide(
 }
 
 /// One integer product: what every task shares.
-struct IntJob<'a> {
-    w: &'a Packed,
-    t: &'static Kernels,
-    b: Blocking,
-    act: &'a Act,
-    segs: &'a Segments,
+pub(crate) struct IntJob<'a> {
+    pub w: &'a Packed,
+    pub t: &'static Kernels,
+    pub b: Blocking,
+    pub act: &'a Act,
+    pub segs: &'a Segments,
 }
 
 impl IntJob<'_> {
@@ -708,7 +459,7 @@ impl IntJob<'_> {
         }
     }
 
-    fn raw(
+    pub fn raw(
         &self,
         p0: usize,
         np: usize,
@@ -788,7 +539,7 @@ impl IntJob<'_> {
                 // SAFETY: the buffer holds a window.
                 unsafe { self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr()) };
                 for m in (0..rows).step_by(mr) {
-                    call((self.t.raw_bytes)(mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
+                    call((self.t.raw_bytes)(self.w.bits < 8, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
                 }
             }
             p += 1;
@@ -852,7 +603,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(w.has_zeros(), regs, mr);
+        let f = (self.t.grouped_bytes)(w.bits < 8, w.has_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -1265,7 +1016,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
 }
 
 /// Writes finished floats to row `m` from column `n0`, converted to the output type; NaN where the row is bad.
-fn store_row(y: &MatMut, m: usize, n0: usize, row: &[f32], bad: bool) {
+pub(crate) fn store_row(y: &MatMut, m: usize, n0: usize, row: &[f32], bad: bool) {
     let cols = row.len().min(y.cols - n0);
     let base = y.ptr.wrapping_offset(m as isize * y.row_stride + n0 as isize * y.col_stride);
     // SAFETY (all arms): elements (m, n0..n0+cols) of the view; tasks write disjoint elements.

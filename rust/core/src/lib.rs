@@ -6,7 +6,8 @@
 //! * [`qtensor`] holds a matrix in a format, in the portable layout.
 //! * [`pack`] rearranges it into panels for the kernels.
 //! * [`kernel`] multiplies tiles of one compute class on one ISA.
-//! * [`plan`] picks kernel and blocking for a shape; [`gemm`] is the loop nest.
+//! * [`plan`] picks kernel and blocking for a shape; [`gemm`] is the loop nest, [`pair`] the products of two
+//!   quantised matrices.
 #![allow(unsafe_code)]
 
 pub mod activation;
@@ -19,6 +20,7 @@ pub mod isa;
 pub mod kernel;
 pub mod matrix;
 pub mod pack;
+pub mod pair;
 pub mod plan;
 pub mod pool;
 pub mod qtensor;

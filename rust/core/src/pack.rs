@@ -20,12 +20,16 @@
 //! Along K a group of g values takes `gp` places: g where g is 8, 16, 32 or a multiple of 64, else the next such number.
 //! The padding meets activations of -0 (integer: 0), and its codes are chosen so that they change no sum. Rows beyond N
 //! are zero codes with zero scales.
+use crate::activation::Segments;
 use crate::bits;
 use crate::buf::{Buf, Taken};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::{Format, ValueMap, Zero};
 use crate::pool;
 use crate::qtensor::{QView, ScalesRef, ZerosRef};
+use crate::quantize::ScalesMut;
+
+use std::borrow::Cow;
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;
@@ -126,6 +130,9 @@ pub enum PanelZeros {
     Float(Buf<f32>),
 }
 
+/// Activation groups whose segments are kept.
+const SEGMENT_GROUPS: [Option<usize>; 3] = [None, Some(32), Some(128)];
+
 /// A weight in panels, ready for every kernel of every ISA.
 #[derive(Debug)]
 pub struct Packed {
@@ -149,9 +156,18 @@ pub struct Packed {
     pub scales: PanelScales,
     /// Zeros.
     pub zeros: PanelZeros,
+    /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
+    /// up instead of making them.
+    segments: [Option<Segments>; 3],
 }
 
 impl Packed {
+    /// The segments of a product under activation groups of `act`.
+    pub(crate) fn segments(&self, act: Option<usize>) -> Result<Cow<'_, Segments>> {
+        let known = SEGMENT_GROUPS.iter().position(|g| *g == act).and_then(|i| self.segments[i].as_ref());
+        known.map_or_else(|| Segments::new(&self.geometry, act).map(Cow::Owned), |s| Ok(Cow::Borrowed(s)))
+    }
+
     /// Panels of 16 rows.
     pub fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
@@ -180,6 +196,83 @@ impl Packed {
     /// Bytes of one panel's codes.
     pub fn panel_bytes(&self) -> usize {
         self.geometry.blocks() * self.block_bytes()
+    }
+
+    /// Restores the portable codes that [`pack`] was given, bit for bit: `rows * row_bytes` bytes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a buffer of another length, [`Error::OutOfMemory`].
+    pub fn restore_codes(&self, out: &mut [u8], threads: usize) -> Result<()> {
+        let (k, kp) = (self.geometry.k, self.geometry.kp);
+        let row_bytes = (k * self.bits).div_ceil(8);
+        fits("codes", out.len(), self.n * row_bytes)?;
+        let out = Shared(out.as_mut_ptr());
+        let (panel_bytes, block_bytes) = (self.panel_bytes(), self.block_bytes());
+        pool::try_run(threads, self.panels(), None, |p| {
+            let mut rows = Taken::<u8>::new(PANEL * kp)?;
+            let mut flat = Taken::<u8>::new(k)?;
+            rows.fill(0);
+            let flat = &mut flat[..k];
+            for (b, block) in self.codes[p * panel_bytes..][..panel_bytes].chunks_exact(block_bytes).enumerate() {
+                unpack_block(block, self.bits, b * BLOCK, kp, &mut rows);
+            }
+            for i in 0..PANEL.min(self.n - p * PANEL) {
+                let row = &rows[i * kp..][..kp];
+                self.geometry.runs(|k0, p0, len| flat[k0..k0 + len].copy_from_slice(&row[p0..p0 + len]));
+                // SAFETY: the rows of panel p belong to this task.
+                let to =
+                    unsafe { std::slice::from_raw_parts_mut(out.get().add((p * PANEL + i) * row_bytes), row_bytes) };
+                bits::pack(self.bits as u8, flat, to);
+            }
+            Ok(())
+        })
+    }
+
+    /// Restores the scales that [`pack`] was given: `rows * groups`, of the format's type.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a buffer of another length or type.
+    pub fn restore_scales(&self, out: ScalesMut) -> Result<()> {
+        match (&self.scales, out) {
+            (PanelScales::F32(src), ScalesMut::F32(out)) => self.restore("scales", src, out),
+            (PanelScales::F16(src), ScalesMut::F16(out)) | (PanelScales::BF16(src), ScalesMut::BF16(out)) => {
+                self.restore("scales", src, out)
+            }
+            (_, out) => Err(Error::Shape(format!("a buffer of {} scales for {}", out.kind().name(), self.format))),
+        }
+    }
+
+    /// Restores integer zero points: `rows * groups`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a buffer of another length, or where there are none.
+    pub fn restore_zeros(&self, out: &mut [u8]) -> Result<()> {
+        match &self.zeros {
+            PanelZeros::Int(src) => self.restore("zeros", src, out),
+            _ => Err(Error::Shape(format!("{} has no integer zero points here", self.format))),
+        }
+    }
+
+    /// Restores float zero points: `rows * groups`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a buffer of another length, or where there are none.
+    pub fn restore_float_zeros(&self, out: &mut [f32]) -> Result<()> {
+        match &self.zeros {
+            PanelZeros::Float(src) => self.restore("zeros", src, out),
+            _ => Err(Error::Shape(format!("{} has no float zero points here", self.format))),
+        }
+    }
+
+    /// `[N/16][groups][16]` to `[N][groups]`.
+    fn restore<T: crate::buf::Plain>(&self, what: &str, src: &[T], out: &mut [T]) -> Result<()> {
+        let groups = self.geometry.groups;
+        fits(what, out.len(), self.n * groups)?;
+        for (n, row) in out.chunks_exact_mut(groups.max(1)).enumerate() {
+            let base = (n / PANEL) * groups * PANEL + n % PANEL;
+            row.iter_mut().enumerate().for_each(|(g, o)| *o = src[base + g * PANEL]);
+        }
+        Ok(())
     }
 
     /// Bytes held.
@@ -217,7 +310,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let panels = q.rows.div_ceil(PANEL);
     let block_bytes = 128 * bits;
     let panel_bytes = geometry.blocks() * block_bytes;
-    let mut codes = Buf::<u8>::zeroed(panels.checked_mul(panel_bytes).ok_or(crate::Error::OutOfMemory(usize::MAX))?)?;
+    let mut codes = Buf::<u8>::zeroed(panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
     let row_bytes = (q.cols * bits).div_ceil(8);
     let out = Shared(codes.as_mut_ptr());
     pool::try_run(threads, panels, None, |p| {
@@ -251,7 +344,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ZerosRef::Int(z) => (PanelZeros::Int(panelise(z, q.rows, groups)?), z.iter().copied().max().unwrap_or(0)),
         ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
     };
-    Ok(Packed { format: q.format, n: q.rows, geometry, bits, mul, sub, zero_max, codes, scales, zeros })
+    let segments = SEGMENT_GROUPS.map(|act| Segments::new(&geometry, act).ok());
+    Ok(Packed { format: q.format, n: q.rows, geometry, bits, mul, sub, zero_max, codes, scales, zeros, segments })
 }
 
 /// Gives the padding of a row the code that decodes to the least weight that is +0 or more, where there is one. A padded
@@ -307,6 +401,13 @@ fn planes(bits: usize) -> &'static [usize] {
     }
 }
 
+fn fits(what: &str, got: usize, want: usize) -> Result<()> {
+    if got == want {
+        return Ok(());
+    }
+    Err(Error::Shape(format!("a buffer for {got} {what}, expected {want}")))
+}
+
 /// Writes one block from 16 rows of unpacked codes (`rows[n*stride + k0 + k]`).
 fn pack_block(rows: &[u8], stride: usize, k0: usize, bits: usize, out: &mut [u8]) {
     let mut at = 0;
@@ -322,6 +423,29 @@ fn pack_block(rows: &[u8], stride: usize, k0: usize, bits: usize, out: &mut [u8]
                 let base = (r % per) * 64 + 4 * n;
                 for j in 0..4 {
                     plane[base + j] |= ((row[4 * r + j] >> low) & mask) << shift;
+                }
+            }
+        }
+        at += 128 * w;
+        low += w;
+    }
+}
+
+/// The inverse of [`pack_block`]; `rows` holds zeros where the block goes.
+fn unpack_block(block: &[u8], bits: usize, k0: usize, stride: usize, rows: &mut [u8]) {
+    let mut at = 0;
+    let mut low = 0;
+    for &w in planes(bits) {
+        let plane = &block[at..at + 128 * w];
+        let per = 16 / (8 / w);
+        let mask = if w == 8 { 0xff } else { (1u8 << w) - 1 };
+        for n in 0..PANEL {
+            let row: &mut [u8; BLOCK] = (&mut rows[n * stride + k0..][..BLOCK]).try_into().expect("a block of 64");
+            for r in 0..16 {
+                let shift = (r / per) * w;
+                let base = (r % per) * 64 + 4 * n;
+                for j in 0..4 {
+                    row[4 * r + j] |= ((plane[base + j] >> shift) & mask) << low;
                 }
             }
         }

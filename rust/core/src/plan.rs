@@ -30,6 +30,31 @@ pub struct Plan {
     pub isa: Isa,
     /// Compute class asked for.
     pub compute: Compute,
+    /// Loop nest and how it is cut.
+    pub blocking: Blocking,
+    /// (M, N, K).
+    pub shape: (usize, usize, usize),
+    /// Bytes of codes, scales and zeros read.
+    pub weight_bytes: usize,
+    /// Places of K after padding groups.
+    pub padded_k: usize,
+    /// Kernel name.
+    pub kernel: String,
+    /// Format name.
+    pub format: String,
+    /// Places of K between two applications of a scale.
+    pub segment: usize,
+}
+
+/// Rows of a task of the dense float loop nest, at most: a multiple of the register tiles of every ISA.
+const FLOAT_ROWS: usize = 252;
+
+/// Products smaller than this stay on the caller's thread.
+const SMALL: usize = 1 << 18;
+
+/// What the loop nest needs of a plan; cheap to make.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blocking {
     /// Loop nest.
     pub path: Path,
     /// Activation rows of a register tile.
@@ -46,39 +71,10 @@ pub struct Plan {
     pub threads: usize,
     /// Tasks.
     pub tasks: usize,
-    /// (M, N, K).
-    pub shape: (usize, usize, usize),
-    /// Bytes of codes, scales and zeros read.
-    pub weight_bytes: usize,
-    /// Places of K after padding groups.
-    pub padded_k: usize,
-    /// Kernel name.
-    pub kernel: String,
-    /// Format name.
-    pub format: String,
-}
-
-/// Rows of a task of the dense float loop nest, at most: a multiple of the register tiles of every ISA.
-const FLOAT_ROWS: usize = 252;
-
-/// Products smaller than this stay on the caller's thread.
-const SMALL: usize = 1 << 18;
-
-/// What the loop nest needs of a plan; cheap to make.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Blocking {
-    pub path: Path,
-    pub mr: usize,
-    pub np: usize,
-    pub task_panels: usize,
-    pub task_rows: usize,
-    pub window: usize,
-    pub threads: usize,
-    pub tasks: usize,
 }
 
 impl Blocking {
-    fn cut(mut self, m: usize, panels: usize, n: usize, k: usize, threads: usize, align: usize) -> Self {
+    pub(crate) fn cut(mut self, m: usize, panels: usize, n: usize, k: usize, threads: usize, align: usize) -> Self {
         self.threads = if m * n * k < SMALL { 1 } else { threads.max(1) };
         // Enough tasks for the threads to even out, none smaller than a register tile.
         let want = if self.threads == 1 { 1 } else { 4 * self.threads };
@@ -159,49 +155,48 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
 /// [`crate::Error::Unsupported`] where the compute does not fit the format.
 pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) -> crate::Result<Plan> {
     compute.check()?;
-    let (b, class) = match compute {
+    let (mut b, class, segment) = match compute {
         Compute::Int8 { group } => {
-            let segs = Segments::new(&w.geometry, group.map(|g| g as usize))?;
+            let segs = w.segments(group.map(|g| g as usize))?;
             let raw = w.geometry.groups <= 1 && group.is_none();
             let b = int8(m, w, &segs, group.is_some(), isa, threads);
             let unit = match b.path {
                 Path::Fused => format!("u{}", w.bits),
                 _ => "u8".to_owned(),
             };
-            (b, format!("{}_s8_{unit}{}", if raw { "i32" } else { "f32" }, if raw { "" } else { "g" }))
+            let class = format!("{}_s8_{unit}{}", if raw { "i32" } else { "f32" }, if raw { "" } else { "g" });
+            (b, class, if raw { w.geometry.kp } else { segs.len })
         }
-        Compute::F32 => (float(m, w, false, isa, threads), "f32_f32_f32".to_owned()),
-        Compute::Bf16 => (float(m, w, true, isa, threads), "f32_bf16_bf16".to_owned()),
+        Compute::F32 => (float(m, w, false, isa, threads), "f32_f32_f32".to_owned(), w.geometry.padded),
+        Compute::Bf16 => (float(m, w, true, isa, threads), "f32_bf16_bf16".to_owned(), w.geometry.padded),
     };
+    b.threads = b.threads.min(b.tasks.max(1));
+    let tiles = matches!(b.path, Path::Tiles | Path::TilesBf16);
+    if tiles {
+        b.mr = 32;
+    }
     let kr = match b.path {
         Path::Tiles => 64,
         Path::TilesBf16 => 32,
         Path::Gemv | Path::Gemm => 1,
         _ => 4,
     };
-    let isa_name = match (isa, b.path) {
-        (Isa::Amx, Path::Tiles | Path::TilesBf16) => Isa::Amx,
-        _ => kernel::table(isa).isa,
-    };
-    let mr = if matches!(b.path, Path::Tiles | Path::TilesBf16) { 32 } else { b.mr };
+    let isa_name = if tiles { isa } else { kernel::table(isa).isa };
     Ok(Plan {
         isa,
         compute,
-        path: b.path,
-        mr,
-        np: b.np,
-        task_panels: b.task_panels,
-        task_rows: b.task_rows,
-        window: b.window,
-        threads: b.threads.min(b.tasks.max(1)),
-        tasks: b.tasks,
         shape: (m, w.n, w.geometry.k),
         weight_bytes: w.nbytes(),
         padded_k: w.geometry.kp,
-        kernel: format!("{class}_{mr}x{}k{kr}_{isa_name}", b.np * PANEL),
+        kernel: format!("{class}_{}x{}k{kr}_{isa_name}", b.mr, b.np * PANEL),
         format: w.format.to_string(),
+        segment,
+        blocking: b,
     })
 }
+
+/// Weights up to this size are expected in the last-level cache when they are used again.
+const CACHED: usize = 64 << 20;
 
 impl Plan {
     /// Operations counted as `2*M*N*K`.
@@ -210,26 +205,88 @@ impl Plan {
         2.0 * m as f64 * n as f64 * k as f64
     }
 
+    /// Bytes that must be read or written: the weight, float32 activations, float32 results.
+    pub fn bytes(&self) -> f64 {
+        let (m, n, k) = self.shape;
+        self.weight_bytes as f64 + 4.0 * m as f64 * (k + n) as f64
+    }
+
+    /// Seconds that the reference machine of `docs/performance.md` cannot do it in: its bytes at the bandwidth of where the
+    /// weight is expected to be, or its operations at the peak of the level, whichever takes longer.
+    pub fn floor(&self) -> f64 {
+        let t = self.blocking.threads as f64;
+        let bandwidth = if self.weight_bytes <= CACHED { 29e9 } else { 16e9 };
+        let int8 = matches!(self.compute, Compute::Int8 { .. });
+        let peak = match self.isa {
+            Isa::Amx if int8 => 6150e9,
+            Isa::Amx if self.compute == Compute::Bf16 => 3120e9,
+            Isa::Amx | Isa::Avx512Vnni if int8 => 810e9,
+            Isa::Avx512 if int8 => 400e9,
+            Isa::AvxVnni if int8 => 465e9,
+            Isa::Avx2 if int8 => 200e9,
+            Isa::Amx | Isa::Avx512Vnni | Isa::Avx512 => 214e9,
+            Isa::AvxVnni | Isa::Avx2 => 112e9,
+            Isa::Scalar => 7e9,
+        };
+        (self.bytes() / (bandwidth * t)).max(self.operations() / (peak * t))
+    }
+
+    /// Seconds that the reference machine is expected to take: the rates that its kernels reach (`docs/performance.md`),
+    /// the preparation of the activations, and the call itself.
+    pub fn predicted(&self) -> f64 {
+        let (m, n, k) = self.shape;
+        let t = self.blocking.threads as f64;
+        let vector = |amx: f64, vnni512: f64, avx512: f64, vnni: f64, avx2: f64| match self.isa {
+            Isa::Amx => amx,
+            Isa::Avx512Vnni => vnni512,
+            Isa::Avx512 => avx512,
+            Isa::AvxVnni => vnni,
+            Isa::Avx2 => avx2,
+            Isa::Scalar => 0.5e9,
+        };
+        let rate = match self.blocking.path {
+            // A tile step of 32 x 32 x 64, and a flush of its sums at every segment.
+            Path::Tiles => 131_072.0 / (70e-9 + 75e-9 * 64.0 / self.segment.max(32) as f64),
+            Path::TilesBf16 => 550e9,
+            Path::Fused => vector(330e9, 330e9, 170e9, 140e9, 120e9),
+            Path::Bytes => vector(300e9, 300e9, 170e9, 180e9, 100e9),
+            Path::Gemv | Path::Gemm => vector(155e9, 155e9, 155e9, 75e9, 75e9),
+        };
+        let bandwidth = match (self.blocking.path, self.weight_bytes <= CACHED) {
+            (Path::Gemv, _) => vector(10e9, 10e9, 10e9, 3.2e9, 3.2e9),
+            (_, true) => 26e9,
+            (_, false) => 13e9,
+        };
+        let int8 = matches!(self.compute, Compute::Int8 { .. });
+        let prepare = if int8 { (m * k) as f64 / 4e9 } else { 0.0 };
+        let work = (self.operations() / rate).max(self.weight_bytes as f64 / bandwidth);
+        1e-6 + (prepare + work + (4 * m * n) as f64 / 10e9) / t
+    }
+
     /// The plan as (name, value) pairs.
     pub fn fields(&self) -> Vec<(&'static str, String)> {
         let (m, n, k) = self.shape;
+        let b = &self.blocking;
         vec![
             ("kernel", self.kernel.clone()),
             ("format", self.format.clone()),
             ("compute", self.compute.to_string()),
             ("isa", self.isa.to_string()),
-            ("path", format!("{:?}", self.path).to_lowercase()),
+            ("path", format!("{:?}", b.path).to_lowercase()),
             ("m", m.to_string()),
             ("n", n.to_string()),
             ("k", k.to_string()),
             ("padded_k", self.padded_k.to_string()),
-            ("task_rows", self.task_rows.to_string()),
-            ("task_columns", (self.task_panels * PANEL).to_string()),
-            ("window_k", (self.window * 64).to_string()),
-            ("tasks", self.tasks.to_string()),
-            ("threads", self.threads.to_string()),
+            ("task_rows", b.task_rows.to_string()),
+            ("task_columns", (b.task_panels * PANEL).to_string()),
+            ("window_k", (b.window * 64).to_string()),
+            ("tasks", b.tasks.to_string()),
+            ("threads", b.threads.to_string()),
             ("weight_bytes", self.weight_bytes.to_string()),
+            ("bytes", format!("{:.0}", self.bytes())),
             ("operations", format!("{:.0}", self.operations())),
+            ("floor_us", format!("{:.1}", self.floor() * 1e6)),
+            ("predicted_us", format!("{:.1}", self.predicted() * 1e6)),
         ]
     }
 }

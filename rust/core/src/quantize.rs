@@ -51,7 +51,8 @@ impl ScalesMut<'_> {
         }
     }
 
-    fn kind(&self) -> ScaleType {
+    /// Their type.
+    pub fn kind(&self) -> ScaleType {
         match self {
             Self::F32(_) => ScaleType::F32,
             Self::F16(_) => ScaleType::F16,

@@ -4,9 +4,10 @@
 //! own buffers (panels, activations, sums) end at such pages too, by way of the allocator below: what assembly does with
 //! them no sanitizer sees.
 #![cfg(unix)]
-use nibblas_core::gemm::{self, Compute, Options, RawOut};
+use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
 use nibblas_core::pack::{self, Packed};
+use nibblas_core::pair::{self, RawOut};
 use nibblas_core::quantize::{quantize, quantize_into, Dest, Method, ScalesMut};
 use nibblas_core::reference::{matmul_f32_ref, matmul_int8_ref, same_bits, Activations};
 use nibblas_core::{
@@ -596,22 +597,22 @@ fn quantised_pairs_stay_inside_their_buffers() {
         for isa in isas() {
             let o = Options { isa, ..Options::default() };
             let mut want = vec![0f32; m * n];
-            let ok = gemm::matmul_q(&a.view(), &plain, &mut MatMut::from_f32(&mut want, m, n), &o).is_ok();
+            let ok = pair::matmul_q(&a.view(), &plain, &mut MatMut::from_f32(&mut want, m, n), &o).is_ok();
             let mut y = Matrix::new(rng.pick(&OUTPUTS), m, n, rng.pick(&ORDERS), rng.place());
-            assert_eq!(ok, fresh(|| gemm::matmul_q(&pa.view(), &w, &mut y.view_mut(), &o)).is_ok());
+            assert_eq!(ok, fresh(|| pair::matmul_q(&pa.view(), &w, &mut y.view_mut(), &o)).is_ok());
             if ok {
                 y.holds(&want).unwrap_or_else(|e| panic!("({m}, {n}, {k}) {fa} x {fb} {isa}: {e}"));
             }
             let mut want = vec![0i64; m * n];
-            if gemm::matmul_raw(&a.view(), &plain, &mut RawOut::I64(&mut want), &o).is_err() {
+            if pair::matmul_raw(&a.view(), &plain, &mut RawOut::I64(&mut want), &o).is_err() {
                 continue;
             }
             let mut y = Guarded::new(m * n * 8, rng.aligned());
-            fresh(|| gemm::matmul_raw(&pa.view(), &w, &mut RawOut::I64(y.slice_mut()), &o)).unwrap();
+            fresh(|| pair::matmul_raw(&pa.view(), &w, &mut RawOut::I64(y.slice_mut()), &o)).unwrap();
             assert_eq!(y.slice::<i64>(), want, "({m}, {n}, {k}) {fa} x {fb} {isa}");
             assert!(y.surroundings_untouched());
             let mut y = Guarded::new(m * n * 4, rng.aligned());
-            gemm::matmul_raw(&pa.view(), &w, &mut RawOut::I32(y.slice_mut()), &o).unwrap();
+            pair::matmul_raw(&pa.view(), &w, &mut RawOut::I32(y.slice_mut()), &o).unwrap();
             assert!(y.slice::<i32>().iter().zip(&want).all(|(&g, &w)| i64::from(g) == w));
             assert!(y.surroundings_untouched());
             raw += 1;

@@ -1,6 +1,7 @@
 //! Every kernel of every ISA of this CPU against the reference, bit for bit: formats x computes x shapes.
-use nibblas_core::gemm::{self, Compute, Options, RawOut};
+use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
+use nibblas_core::pair::{self, RawOut};
 use nibblas_core::quantize::{quantize, Method};
 use nibblas_core::reference::{
     f32_bound, matmul_f32_ref, matmul_f64_ref, matmul_int8_ref, matmul_sums_ref, same_bits, Activations,
@@ -192,13 +193,13 @@ fn raw_sums_and_quantised_pairs_are_exact() {
             for isa in isas() {
                 let o = Options { isa, ..Options::default() };
                 let mut wide = vec![0i64; m * n];
-                gemm::matmul_raw(&a.view(), &w, &mut RawOut::I64(&mut wide), &o).unwrap();
+                pair::matmul_raw(&a.view(), &w, &mut RawOut::I64(&mut wide), &o).unwrap();
                 assert_eq!(wide, want, "{a_name} x {b_name} on {isa}");
                 let mut narrow = vec![0i32; m * n];
-                gemm::matmul_raw(&a.view(), &w, &mut RawOut::I32(&mut narrow), &o).unwrap();
+                pair::matmul_raw(&a.view(), &w, &mut RawOut::I32(&mut narrow), &o).unwrap();
                 assert!(narrow.iter().zip(&want).all(|(&g, &v)| i64::from(g) == v));
                 let mut y = vec![0f32; m * n];
-                gemm::matmul_q(&a.view(), &w, &mut MatMut::from_f32(&mut y, m, n), &o).unwrap();
+                pair::matmul_q(&a.view(), &w, &mut MatMut::from_f32(&mut y, m, n), &o).unwrap();
                 for (t, v) in y.iter().enumerate() {
                     let (sa, sb) = (a.scales.view().get(t / n), b.scales.view().get(t % n));
                     assert_eq!(*v, (want[t] as f32).mul_add(sb, 0.0) * sa, "{a_name} x {b_name} on {isa}");

@@ -1,8 +1,9 @@
 //! Properties of products over random formats, shapes, computes, levels, threads and strides.
 //!
 //! `NIBBLAS_PROPERTY_CASES` sets the cases of each property, 400 by default.
-use nibblas_core::gemm::{self, Compute, Options, RawOut};
+use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
+use nibblas_core::pair::{self, RawOut};
 use nibblas_core::quantize::{quantize, Method};
 use nibblas_core::reference::{
     f32_bound, integers, matmul_f32_ref, matmul_f64_ref, matmul_int8_ref, matmul_sums_ref, same_bits, Activations,
@@ -392,10 +393,10 @@ proptest! {
         let want = matmul_sums_ref(&a.view(), &b.view());
         let o = Options { isa: c.isa, threads: c.threads, ..Options::default() };
         let mut wide = vec![1i64; c.m * c.n];
-        gemm::matmul_raw(&a.view(), &w, &mut RawOut::I64(&mut wide), &o).unwrap();
+        pair::matmul_raw(&a.view(), &w, &mut RawOut::I64(&mut wide), &o).unwrap();
         prop_assert_eq!(&wide, &want);
         let mut narrow = vec![1i32; c.m * c.n];
-        gemm::matmul_raw(&a.view(), &w, &mut RawOut::I32(&mut narrow), &o).unwrap();
+        pair::matmul_raw(&a.view(), &w, &mut RawOut::I32(&mut narrow), &o).unwrap();
         prop_assert!(narrow.iter().zip(&want).all(|(&g, &w)| i64::from(g) == w));
     }
 }

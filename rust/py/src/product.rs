@@ -2,9 +2,12 @@
 use crate::array::{empty, plain_matrix, Kind, Nd};
 use crate::convert::{detached, to_py};
 use crate::tensor::Parts;
-use nibblas_core::gemm::{self, Compute, Options, RawOut};
+use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::{self, Isa};
-use nibblas_core::{pack, reference as judge, Error, Format, MatMut, MatRef, Scalar};
+use nibblas_core::pack::PanelZeros;
+use nibblas_core::pair::{self, RawOut};
+use nibblas_core::quantize::ScalesMut;
+use nibblas_core::{pack, reference as judge, Error, Format, MatMut, MatRef, Scalar, ScaleType};
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
@@ -30,6 +33,25 @@ impl Packed {
     #[getter]
     fn nbytes(&self) -> usize {
         self.inner.nbytes()
+    }
+
+    /// Restores the portable codes, scales or zero points into an array of their shape and type.
+    #[pyo3(signature = (part, out, threads, /))]
+    fn restore(&self, py: Python<'_>, part: &str, out: &Bound<'_, PyAny>, threads: usize) -> PyResult<()> {
+        let mut out = Nd::new(out)?;
+        let w = &self.inner;
+        match (part, w.format.scale) {
+            ("codes", _) => {
+                let out = out.u8s_mut()?;
+                py.detach(|| w.restore_codes(out, threads))
+            }
+            ("scales", ScaleType::F32) => w.restore_scales(ScalesMut::F32(out.f32s_mut()?)),
+            ("scales", ScaleType::F16) => w.restore_scales(ScalesMut::F16(out.bits16_mut()?)),
+            ("scales", ScaleType::BF16) => w.restore_scales(ScalesMut::BF16(out.bits16_mut()?)),
+            _ if matches!(w.zeros, PanelZeros::Float(_)) => w.restore_float_zeros(out.f32s_mut()?),
+            _ => w.restore_zeros(out.u8s_mut()?),
+        }
+        .map_err(to_py)
     }
 
     #[getter]
@@ -260,7 +282,7 @@ fn matmul_q(
     let mut y = y.mat_mut()?;
     detached(py, |poll| {
         let options = Options { compute: Compute::Int8 { group: None }, bias, threads, isa, poll: Some(poll) };
-        match gemm::matmul_q(&view, &packed.inner, &mut y, &options) {
+        match pair::matmul_q(&view, &packed.inner, &mut y, &options) {
             Err(Error::Unsupported(_)) => Ok(false),
             done => done.map(|()| true),
         }
@@ -288,7 +310,7 @@ fn matmul_raw(
     let mut out = if y.kind == Kind::I32 { RawOut::I32(y.i32s_mut()?) } else { RawOut::I64(y.i64s_mut()?) };
     detached(py, |poll| {
         let options = Options { compute: Compute::Int8 { group: None }, bias: None, threads, isa, poll: Some(poll) };
-        gemm::matmul_raw(&view, &packed.inner, &mut out, &options)
+        pair::matmul_raw(&view, &packed.inner, &mut out, &options)
     })
 }
 

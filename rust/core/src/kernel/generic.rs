@@ -15,6 +15,8 @@ pub unsafe trait Unpack: 'static {
     const BITS: usize;
     /// Planes that the bits are spread over.
     const PLANES: usize;
+    /// Whether codes are below 128, which is cheaper where the dot product saturates.
+    const NARROW: bool = Self::BITS < 8;
     /// Register `r` of the block at `p`: 64 codes, one per byte.
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
 }
@@ -63,6 +65,21 @@ unpackers! {
     U6 6: 4 at 0 bit 0, 2 at 512 bit 4;
     U7 7: 4 at 0 bit 0, 2 at 512 bit 4, 1 at 768 bit 6;
     U8 8: 8 at 0 bit 0;
+}
+
+/// Codes of fewer than eight bits that were unpacked to bytes.
+#[derive(Debug)]
+pub struct Bytes7;
+// SAFETY: reads what `U8` reads.
+unsafe impl Unpack for Bytes7 {
+    const BITS: usize = 8;
+    const PLANES: usize = 1;
+    const NARROW: bool = true;
+    #[inline(always)]
+    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+        // SAFETY: the caller gives a whole block.
+        unsafe { U8::reg::<S>(p, r) }
+    }
 }
 
 /// Repeats a body for the 16 registers of a block with a constant index, so that shifts and offsets fold.
@@ -116,8 +133,7 @@ unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS
                     };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
-                        acc[p][m][t] =
-                            if U::BITS < 8 { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
+                        acc[p][m][t] = if U::NARROW { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
                     }
                 }
             }

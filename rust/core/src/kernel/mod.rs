@@ -180,12 +180,12 @@ pub struct Kernels {
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
     /// Fused grouped kernel by (bits, stored zeros, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, bool, usize, usize) -> Option<(GroupedFn, usize)>,
-    /// Grouped kernel over bytes, one panel, by (stored zeros, registers of a segment, rows).
-    pub grouped_bytes: fn(bool, usize, usize) -> GroupedFn,
+    /// Grouped kernel over bytes, one panel, by (codes below 128, stored zeros, registers of a segment, rows).
+    pub grouped_bytes: fn(bool, bool, usize, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
     pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
-    /// Ungrouped kernel over bytes, one panel, by rows.
-    pub raw_bytes: fn(usize) -> RawFn,
+    /// Ungrouped kernel over bytes, one panel, by (codes below 128, rows).
+    pub raw_bytes: fn(bool, usize) -> RawFn,
     /// Float kernel over bytes by (weight mode, bf16 rounding, rows, one panel only): kernel and panels.
     pub gemv: fn(u8, bool, usize, bool) -> (GemvFn, usize),
     /// Float kernel over packed codes of 1, 2 or 4 bits by (bits, integer zeros, bf16 rounding, rows): kernel and panels.
@@ -229,12 +229,13 @@ pub fn table(isa: Isa) -> &'static Kernels {
     }
 }
 
-/// Instantiates the generic kernels for one vector type as a [`Kernels`] table.
+/// Instantiates the generic kernels for one vector type as a [`Kernels`] table. `bytes` names the type of unpacked codes
+/// below 128: `Bytes7` where they have a cheaper dot product, else `U8`, which then serves both.
 macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)?)),*],
-        rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
+        bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
@@ -319,17 +320,22 @@ macro_rules! instantiate {
                 } } }
                 if zeros { rows!(true) } else { rows!(false) }
             }
-            fn grouped_bytes(zeros: bool, seg: usize, mr: usize) -> GroupedFn {
+            fn grouped_bytes(narrow: bool, zeros: bool, seg: usize, mr: usize) -> GroupedFn {
                 // One row alone needs several chains of sums to hide the latency of the dot product.
-                macro_rules! rows { ($z:literal) => { match (mr, seg) {
-                    (1, 16) => grouped::<U8, $z, 16, 1, 1, 4> as GroupedFn,
-                    (1, 8) => grouped::<U8, $z, 8, 1, 1, 4>,
-                    (1, _) => grouped::<U8, $z, 0, 1, 1, 1>,
-                    (2, _) => grouped::<U8, $z, 0, 1, $r2, 1>,
-                    (4, _) => grouped::<U8, $z, 0, 1, $r4, 1>,
-                    _ => grouped::<U8, $z, 0, 1, $max_mr, 1>,
+                macro_rules! rows { ($by:ident, $z:literal) => { match (mr, seg) {
+                    (1, 16) => grouped::<$by, $z, 16, 1, 1, 4> as GroupedFn,
+                    (1, 8) => grouped::<$by, $z, 8, 1, 1, 4>,
+                    (1, _) => grouped::<$by, $z, 0, 1, 1, 1>,
+                    (2, _) => grouped::<$by, $z, 0, 1, $r2, 1>,
+                    (4, _) => grouped::<$by, $z, 0, 1, $r4, 1>,
+                    _ => grouped::<$by, $z, 0, 1, $max_mr, 1>,
                 } } }
-                if zeros { rows!(true) } else { rows!(false) }
+                match (narrow, zeros) {
+                    (false, false) => rows!(U8, false),
+                    (false, true) => rows!(U8, true),
+                    (true, false) => rows!($narrow, false),
+                    (true, true) => rows!($narrow, true),
+                }
             }
             #[allow(unused_variables)]
             fn raw_fused(bits: usize, mr: usize) -> Option<(RawFn, usize)> {
@@ -340,13 +346,14 @@ macro_rules! instantiate {
                     _ => None,
                 }
             }
-            fn raw_bytes(mr: usize) -> RawFn {
-                match mr {
-                    1 => raw::<U8, 1, 1, 4>,
-                    2 => raw::<U8, 1, $r2, 1>,
-                    4 => raw::<U8, 1, $r4, 1>,
-                    _ => raw::<U8, 1, $max_mr, 1>,
-                }
+            fn raw_bytes(narrow: bool, mr: usize) -> RawFn {
+                macro_rules! rows { ($by:ident) => { match mr {
+                    1 => raw::<$by, 1, 1, 4> as RawFn,
+                    2 => raw::<$by, 1, $r2, 1>,
+                    4 => raw::<$by, 1, $r4, 1>,
+                    _ => raw::<$by, 1, $max_mr, 1>,
+                } } }
+                if narrow { rows!($narrow) } else { rows!(U8) }
             }
             fn gemv_pick(w: u8, round: bool, mr: usize, single: bool) -> (GemvFn, usize) {
                 macro_rules! rows { ($w:ident, $r:literal) => { match (mr, single) {
@@ -438,5 +445,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
+    fused [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
 );

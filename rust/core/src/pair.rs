@@ -1,0 +1,430 @@
+//! Products of two quantised operands: exact integer sums of their code values, raw or with the scales of both.
+use crate::activation::Act;
+use crate::buf::{Buf, Taken};
+use crate::error::{Error, Result};
+use crate::format::ValueMap;
+use crate::gemm::{
+    available, check, grown, int32_limit, int8, nothing, store_row, tasks, tile_ldc, zero_ptrs, IntJob, Options, SLAB,
+};
+use crate::kernel;
+use crate::matrix::{MatMut, MatRef, Scalar};
+use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::plan::{self, Path};
+use crate::pool;
+use crate::qtensor::{QView, ZerosRef};
+
+/// Where raw integer sums go, row-major `[M][N]`.
+#[derive(Debug)]
+pub enum RawOut<'a> {
+    /// int32; an error where the sums could overflow.
+    I32(&'a mut [i32]),
+    /// int64.
+    I64(&'a mut [i64]),
+}
+
+/// A stretch of a row of exact sums.
+#[derive(Clone, Copy)]
+enum Sums<'a> {
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+}
+
+/// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
+/// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
+fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
+    if matches!(a.zeros, ZerosRef::Float(_)) {
+        return Err(Error::Unsupported("a left operand with float zero points has no integer values".to_owned()));
+    }
+    let (m, k) = (a.rows, a.cols);
+    let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
+    let (lo, hi) = a.format.element.values();
+    let (lo, hi) = match a.zeros {
+        ZerosRef::Int(z) => {
+            let top = i32::from(z.iter().copied().max().unwrap_or(0));
+            (lo - top, hi - i32::from(z.iter().copied().min().unwrap_or(0)))
+        }
+        _ => (lo, hi),
+    };
+    let narrow = lo >= -128 && hi <= 127;
+    let mut planes = vec![Buf::<i8>::zeroed(size)?];
+    if !narrow {
+        planes.push(Buf::zeroed(size)?);
+    }
+    let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
+    let (out, len) = (&out, a.group_len().max(1));
+    let values: [i32; 256] = std::array::from_fn(|u| a.format.element.value(u as u8));
+    pool::try_run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
+        let mut row = Taken::<u8>::new(k)?;
+        let row = &mut row[..k];
+        a.unpack_row(i, 0, row);
+        for (g, part) in row.chunks(len).enumerate() {
+            let zero = match a.zeros {
+                ZerosRef::Int(z) => i32::from(z[i * a.groups() + g]),
+                _ => 0,
+            };
+            let at = i * k + g * len;
+            // SAFETY: row i of each plane belongs to this task.
+            let plane = |p: usize| unsafe { std::slice::from_raw_parts_mut(out[p].get().add(at), part.len()) };
+            if narrow {
+                let table = values.map(|v| (v - zero) as i8);
+                plane(0).iter_mut().zip(part).for_each(|(o, &u)| *o = table[usize::from(u)]);
+            } else {
+                for ((high, low), &u) in plane(0).iter_mut().zip(plane(1)).zip(part) {
+                    let v = values[usize::from(u)] - zero;
+                    (*high, *low) = ((v >> 1) as i8, (v & 1) as i8);
+                }
+            }
+        }
+        Ok(())
+    })?;
+    Ok((planes, i64::from(lo.unsigned_abs().max(hi.unsigned_abs()))))
+}
+
+fn plane_rows(p: &Buf<i8>, k: usize, m0: usize, rows: usize) -> MatRef<'_> {
+    let ptr = p.as_ptr().wrapping_add(m0 * k).cast();
+    // SAFETY: rows m0..m0+rows of an (M, k) matrix of bytes.
+    unsafe { MatRef::from_raw(ptr, Scalar::I8, rows, k, k as isize, 1) }
+}
+
+/// Raw sums of code values of two quantised operands, `a` (M, K) and `w` (N, K), one scale per row on both sides.
+///
+/// # Errors
+/// [`Error::Shape`], [`Error::Value`] where an operand is grouped or int32 could overflow, [`Error::Unsupported`] where
+/// zero points are floats.
+pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Result<()> {
+    let (m, n, k) = (a.rows, w.n, w.geometry.k);
+    if a.cols != k {
+        return Err(Error::Shape(format!("inner dimensions differ: ({m}, {}) against ({n}, {k})", a.cols)));
+    }
+    if a.groups() > 1 || w.geometry.groups > 1 {
+        return Err(Error::Value(format!(
+            "raw sums need one scale per row on both sides, not {} and {}",
+            a.format, w.format
+        )));
+    }
+    if matches!(w.zeros, PanelZeros::Float(_)) {
+        return Err(Error::Unsupported("raw sums need integer zero points".to_owned()));
+    }
+    let size = match out {
+        RawOut::I32(s) => s.len(),
+        RawOut::I64(s) => s.len(),
+    };
+    if m.checked_mul(n) != Some(size) {
+        return Err(Error::Shape(format!("output of {size} elements, expected ({m}, {n})")));
+    }
+    available(o.isa)?;
+    if size == 0 {
+        return Ok(());
+    }
+    if k == 0 {
+        // No panel holds anything to point at.
+        match out {
+            RawOut::I32(s) => s.fill(0),
+            RawOut::I64(s) => s.fill(0),
+        }
+        return Ok(());
+    }
+    let to = match out {
+        RawOut::I32(s) => (Shared(s.as_mut_ptr()), Shared(std::ptr::null_mut::<i64>())),
+        RawOut::I64(s) => (Shared(std::ptr::null_mut::<i32>()), Shared(s.as_mut_ptr())),
+    };
+    let emit = |row: usize, n0: usize, sums: Sums| {
+        let at = row * n + n0;
+        // SAFETY: tasks own disjoint parts of row `row` of the output.
+        unsafe {
+            match (sums, to.1.get().is_null()) {
+                (Sums::I32(s), true) => std::ptr::copy_nonoverlapping(s.as_ptr(), to.0.get().add(at), s.len()),
+                (Sums::I64(s), false) => std::ptr::copy_nonoverlapping(s.as_ptr(), to.1.get().add(at), s.len()),
+                (Sums::I64(s), true) => s.iter().enumerate().for_each(|(j, &v)| *to.0.get().add(at + j) = v as i32),
+                (Sums::I32(s), false) => {
+                    s.iter().enumerate().for_each(|(j, &v)| *to.1.get().add(at + j) = i64::from(v));
+                }
+            }
+        }
+    };
+    #[cfg(target_arch = "x86_64")]
+    if bits::serve(a, w, o) {
+        return bits::products(a, w, o, emit);
+    }
+    let (planes, a_top) = value_planes(a, o)?;
+    let w_top = i64::from(w.mul) * ((1 << w.bits) - 1) + i64::from(w.sub).max(i64::from(w.zero_max));
+    if matches!(out, RawOut::I32(_)) && i128::from(a_top) * i128::from(w_top) * k as i128 > i128::from(i32::MAX) {
+        let (lo, hi) = w.format.element.values();
+        let exact = i64::from(lo.abs().max(hi.abs()) + i32::from(w.zero_max));
+        if i128::from(a_top) * i128::from(exact) * k as i128 > i128::from(i32::MAX) {
+            return Err(Error::Value(format!(
+                "int32 sums of {} by {} may overflow at K = {k}; ask for int64",
+                a.format, w.format
+            )));
+        }
+    }
+    raw_products(&planes, m, w, o, emit)
+}
+
+/// Exact sums `sum_k a*w` of the planes of `a` against an ungrouped `w`, given to `emit(row, first column, sums)`.
+fn raw_products(
+    planes: &[Buf<i8>],
+    m: usize,
+    w: &Packed,
+    o: &Options,
+    emit: impl Fn(usize, usize, Sums) + Sync,
+) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let segs = w.segments(None)?;
+    let (k, kp) = (w.geometry.k, w.geometry.kp);
+    // The zero's share, 128 times the sum of its row, must fit as well.
+    let w_top = w.mul as usize * ((1 << w.bits) - 1) + (w.sub as usize).max(usize::from(w.zero_max));
+    let narrow = planes.len() == 1 && kp <= int32_limit(w) && i32::try_from(kp * 128 * w_top).is_ok();
+    for m0 in (0..m).step_by(SLAB) {
+        let rows = SLAB.min(m - m0);
+        let b = plan::int8(rows, w, &segs, false, o.isa, o.threads);
+        let mb = if b.path == Path::Tiles { 16 } else { b.mr };
+        let acts = planes
+            .iter()
+            .map(|p| {
+                let x = plane_rows(p, k, m0, rows);
+                Act::quantise(&x, &w.geometry, &segs, None, mb, 1, None, true, t, b.threads)
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let emit = &emit;
+        let segs = &*segs;
+        tasks(&b, rows, w.panels(), o, |p0, np, r0, count, s| {
+            let ldc = tile_ldc(&b, np);
+            let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
+            let len = padded * ldc;
+            let cols = (np * PANEL).min(w.n - p0 * PANEL);
+            let (zi, _) = zero_ptrs(w, p0);
+            // SAFETY: zeros reach the end of the last panel.
+            let zero = |j: usize| if zi.is_null() { w.sub } else { i32::from(unsafe { *zi.add(j) }) };
+            if narrow {
+                let sums = grown(&mut s.sums, len)?;
+                sums[..len].fill(0);
+                IntJob { w, t, b, act: &acts[0], segs }.raw(
+                    p0,
+                    np,
+                    r0,
+                    count,
+                    0,
+                    kp / BLOCK,
+                    sums,
+                    ldc,
+                    &mut s.bytes,
+                )?;
+                for r in 0..count {
+                    let row = &mut sums[r * ldc..][..cols];
+                    let sum = acts[0].sum(r0 + r);
+                    if zi.is_null() {
+                        for v in row.iter_mut() {
+                            *v = *v * w.mul - w.sub * sum;
+                        }
+                    } else {
+                        row.iter_mut().enumerate().for_each(|(j, v)| *v = *v * w.mul - zero(j) * sum);
+                    }
+                    emit(m0 + r0 + r, p0 * PANEL, Sums::I32(row));
+                }
+                return Ok(());
+            }
+            grown(&mut s.wide, len)?[..len].fill(0);
+            for (i, act) in acts.iter().enumerate() {
+                let job = IntJob { w, t, b, act, segs };
+                let weight = if i + 1 < acts.len() { 2 } else { 1 };
+                let step = (int32_limit(w) / BLOCK).max(1);
+                for b0 in (0..kp / BLOCK).step_by(step) {
+                    let sums = grown(&mut s.sums, len)?;
+                    sums[..len].fill(0);
+                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
+                    let wide = grown(&mut s.wide, len)?;
+                    wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
+                }
+            }
+            let wide = grown(&mut s.wide, len)?;
+            for r in 0..count {
+                let sum: i64 = acts
+                    .iter()
+                    .enumerate()
+                    .fold(0, |t, (i, a)| t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r)));
+                let row = &mut wide[r * ldc..][..cols];
+                row.iter_mut().enumerate().for_each(|(j, v)| *v = *v * i64::from(w.mul) - i64::from(zero(j)) * sum);
+                emit(m0 + r0 + r, p0 * PANEL, Sums::I64(row));
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// `y = a @ w.T` of two quantised operands, as integers: exact sums per group, then scales as
+/// [`matmul`](crate::gemm::matmul) applies them with `a`'s scales in the place of the activation's.
+///
+/// # Errors
+/// [`Error::Unsupported`] where the group lengths do not nest, or an operand's values are not integers.
+pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()> {
+    check(a.rows, a.cols, w, y, o)?;
+    let (m, k) = (a.rows, a.cols);
+    if m == 0 || w.n == 0 {
+        return Ok(());
+    }
+    if k == 0 {
+        return nothing(y, o);
+    }
+    let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
+    let ungrouped = a.groups() <= 1 && w.geometry.groups <= 1 && !matches!(w.zeros, PanelZeros::Float(_));
+    let w_scales: Vec<f32> = if ungrouped { (0..w.n).map(|n| panel_scale(w, n)).collect() } else { Vec::new() };
+    let out = &*y;
+    let emit = |row: usize, n0: usize, sums: Sums| {
+        let finish = |d: f32, j: usize| {
+            let f = d.mul_add(w_scales[n0 + j], 0.0) * scales[row];
+            o.bias.map_or(f, |b| f + b[n0 + j])
+        };
+        let floats: Vec<f32> = match sums {
+            Sums::I32(s) => s.iter().enumerate().map(|(j, &d)| finish(d as f32, j)).collect(),
+            Sums::I64(s) => s.iter().enumerate().map(|(j, &d)| finish(d as f32, j)).collect(),
+        };
+        store_row(out, row, n0, &floats, false);
+    };
+    #[cfg(target_arch = "x86_64")]
+    if ungrouped && bits::serve(a, w, o) {
+        return bits::products(a, w, o, emit);
+    }
+    let (planes, _) = value_planes(a, o)?;
+    if planes.len() > 1 {
+        if !ungrouped {
+            return Err(Error::Unsupported(format!("{} has no integer product with {}", a.format, w.format)));
+        }
+        return raw_products(&planes, m, w, o, emit);
+    }
+    let group = (a.groups() > 1).then(|| a.group_len());
+    for m0 in (0..m).step_by(SLAB) {
+        let rows = SLAB.min(m - m0);
+        let x = plane_rows(&planes[0], k, m0, rows);
+        // SAFETY: a slab of rows of y, one after the other.
+        let mut ys = unsafe {
+            let p = y.ptr.wrapping_offset(m0 as isize * y.row_stride);
+            MatMut::from_raw(p, y.scalar, rows, y.cols, y.row_stride, y.col_stride)
+        };
+        int8(&x, w, &mut ys, o, group, Some(&scales[m0 * a.groups()..]))?;
+    }
+    Ok(())
+}
+
+/// Scale of row `n` of an ungrouped weight.
+fn panel_scale(w: &Packed, n: usize) -> f32 {
+    match &w.scales {
+        PanelScales::F32(b) => b.get(n).copied().unwrap_or(0.0),
+        PanelScales::F16(b) => b.get(n).map_or(0.0, |&v| half::f16::from_bits(v).to_f32()),
+        PanelScales::BF16(b) => b.get(n).map_or(0.0, |&v| f32::from_bits(u32::from(v) << 16)),
+    }
+}
+
+/// One bit on both sides, each worth +-1: of K products those of differing bits are -1, so a sum is `K - 2*differing`, and
+/// differing bits are counted 512 at a time (XNOR-Net, arXiv 1603.05279, section 3.2).
+#[cfg(target_arch = "x86_64")]
+mod bits {
+    use super::*;
+    use crate::isa::Isa;
+    use crate::kernel::x86::popcount::{self, Differing};
+    use crate::plan::Blocking;
+
+    fn is_sign(map: ValueMap, bits: usize) -> bool {
+        bits == 1 && map == (ValueMap::Affine { mul: 2, sub: 1 })
+    }
+
+    /// Whether this module serves the product.
+    pub(super) fn serve(a: &QView, w: &Packed, o: &Options) -> bool {
+        let (e, f) = (a.format.element, w.format.element);
+        is_sign(e.map, e.bits.into()) && is_sign(f.map, w.bits) && o.isa >= Isa::Avx512Vnni && popcount::is_available()
+    }
+
+    /// 64 bits of a row in the order of a panel's lanes: bit `8j + t` of word `i` is value `8t + 4i + j` of the block. As a
+    /// matrix of 8 x 8 bits, the transpose.
+    fn lanes(x: u64) -> [u32; 2] {
+        let swap = |x: u64, by: u32, mask: u64| {
+            let t = (x ^ (x >> by)) & mask;
+            x ^ t ^ (t << by)
+        };
+        let x = swap(x, 7, 0x00AA_00AA_00AA_00AA);
+        let x = swap(x, 14, 0x0000_CCCC_0000_CCCC);
+        let x = swap(x, 28, 0x0000_0000_F0F0_F0F0);
+        [x as u32, (x >> 32) as u32]
+    }
+
+    /// The sums of every row, given to `emit(row, first column, sums)`.
+    pub(super) fn products(a: &QView, w: &Packed, o: &Options, emit: impl Fn(usize, usize, Sums) + Sync) -> Result<()> {
+        let (m, k, blocks) = (a.rows, a.cols, w.geometry.blocks());
+        let row_bytes = k.div_ceil(8);
+        let mut x = Taken::<i32>::new(m * blocks * 2)?;
+        for (row, to) in a.codes.chunks_exact(row_bytes).zip(x.chunks_exact_mut(blocks * 2)) {
+            for (bytes, to) in row.chunks(8).zip(to.chunks_exact_mut(2)) {
+                let mut word = [0u8; 8];
+                word[..bytes.len()].copy_from_slice(bytes);
+                to.copy_from_slice(&lanes(u64::from_le_bytes(word)).map(|v| v as i32));
+            }
+        }
+        // What lies beyond K in the last block counts for nothing, whatever the padding is.
+        let rest = k - (blocks - 1) * BLOCK;
+        let mask = lanes(u64::MAX >> (BLOCK - rest));
+        let x = &x;
+        let mr = popcount::MR;
+        let base = Blocking {
+            path: Path::Fused,
+            mr,
+            np: popcount::NP,
+            task_panels: 16,
+            task_rows: m.min(512),
+            window: 0,
+            threads: 1,
+            tasks: 1,
+        };
+        let b = base.cut(m, w.panels(), w.n, k, o.threads, popcount::NP);
+        tasks(&b, m, w.panels(), o, |p0, np, m0, rows, s| {
+            let ldc = np * PANEL;
+            let sums = grown(&mut s.sums, rows * ldc)?;
+            let mut p = 0;
+            while p < np {
+                let wide = np - p >= popcount::NP;
+                let mut r = 0;
+                while r < rows {
+                    let many = rows - r >= mr;
+                    let args = Differing {
+                        codes: w.codes.as_ptr().wrapping_add((p0 + p) * w.panel_bytes()),
+                        panel_stride: w.panel_bytes(),
+                        blocks,
+                        mask,
+                        x: x.as_ptr().cast::<u32>().wrapping_add((m0 + r) * blocks * 2),
+                        x_stride: blocks * 2,
+                        c: sums.as_mut_ptr().wrapping_add(r * ldc + p * PANEL),
+                        ldc,
+                    };
+                    // SAFETY: whole panels, existing rows, and the CPU counts bits (`serve`).
+                    unsafe { popcount::differing(wide, many)(&args) };
+                    r += if many { mr } else { 1 };
+                }
+                p += if wide { popcount::NP } else { 1 };
+            }
+            let cols = ldc.min(w.n - p0 * PANEL);
+            for r in 0..rows {
+                let row = &mut sums[r * ldc..][..cols];
+                for d in row.iter_mut() {
+                    *d = k as i32 - 2 * *d;
+                }
+                emit(m0 + r, p0 * PANEL, Sums::I32(row));
+            }
+            Ok(())
+        })
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        #[test]
+        fn lanes_follow_the_panel() {
+            for k in 0..64 {
+                let (t, i, j) = (k / 8, k % 8 / 4, k % 4);
+                let mut want = [0u32; 2];
+                want[i] = 1 << (8 * j + t);
+                assert_eq!(lanes(1 << k), want, "value {k}");
+            }
+        }
+    }
+}
