@@ -5,7 +5,7 @@ use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2};
-use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
+use crate::kernel::{self, ActRows, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
@@ -657,8 +657,8 @@ impl IntJob<'_> {
                             a0: act0.codes,
                             a1: act1.codes,
                             b: [buf.as_ptr(), second.cast_const()],
-                            blocks: n,
-                            seg_blocks: self.segs.blocks(),
+                            steps: n,
+                            seg_steps: self.segs.blocks(),
                             seg0: k * BLOCK / self.segs.len,
                             seg_group: self.segs.group.as_ptr(),
                             scales: [scale_ptr(w, p0 + p), scale_ptr(w, p0 + last)],
@@ -802,6 +802,46 @@ fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Ta
 #[cfg(target_arch = "x86_64")]
 const BF16_WINDOW: usize = 8;
 
+/// The shortest group whose scales are worth applying after its sums: at 32, one step of tiles, storing and adding the sums
+/// costs more than scaling the codes.
+#[cfg(target_arch = "x86_64")]
+const LATE_GROUP: usize = 64;
+
+/// How bf16 tiles take a weight's scales: after the sums of a segment, whose codes are then exact integers, or with the
+/// codes.
+#[cfg(target_arch = "x86_64")]
+struct LateScales {
+    /// Blocks decoded at a time.
+    window: usize,
+    /// Steps of a segment.
+    steps: usize,
+    /// Places of a segment.
+    places: usize,
+    /// Whether a table of 32 entries decodes.
+    small: bool,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl LateScales {
+    fn new(w: &Packed) -> Option<Self> {
+        let g = &w.geometry;
+        if matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP {
+            return None;
+        }
+        let small = if w.has_zeros() { w.bits <= 4 && w.zero_max <= 16 } else { w.bits <= 5 };
+        let per = g.padded.div_ceil(BLOCK);
+        let (window, places) = if per <= BF16_WINDOW {
+            ((BF16_WINDOW / per) * per, g.padded)
+        } else {
+            // Long groups are cut where windows end.
+            let fits = |n: &usize| g.groups <= 1 || per.is_multiple_of(*n);
+            let n = (1..=BF16_WINDOW).rev().find(fits).unwrap_or(1);
+            (n, n * BLOCK)
+        };
+        Some(Self { window, steps: places / 32, places, small })
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking) -> Result<()> {
     use crate::kernel::x86::amx;
@@ -809,18 +849,30 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     let a = bf16_blocks(x, w, t, b.threads)?;
     let (a, y) = (&a, &*y);
     let g = &w.geometry;
-    let decode = amx::bf16_decoder(weight_mode(w));
+    let late = LateScales::new(w);
+    let (decode, window) = match &late {
+        Some(l) => (amx::bf16_unit_decoder(weight_mode(w), l.small), l.window),
+        None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
+    };
+    let kernels = amx::grouped_bf16();
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         let padded = rows.next_multiple_of(32);
         let c = grown(&mut s.floats, padded * ldc)?;
         c[..padded * ldc].fill(0.0);
-        let bytes = grown(&mut s.bytes, BF16_WINDOW * (1024 + 2 * 2048))?;
-        let tiles = bytes.as_mut_ptr().wrapping_add(BF16_WINDOW * 1024);
-        for k in (0..g.blocks()).step_by(BF16_WINDOW) {
+        let bytes = grown(&mut s.bytes, window * (1024 + 2 * 2048))?;
+        let tiles = bytes.as_mut_ptr().wrapping_add(window * 1024);
+        for k in (0..g.blocks()).step_by(window) {
+            let n = window.min(g.blocks() - k);
+            // The groups of this window's segments.
+            let mut groups = [0u32; 2 * BF16_WINDOW];
+            if let Some(l) = &late {
+                for (i, group) in groups.iter_mut().enumerate() {
+                    *group = ((k * BLOCK + i * l.places) / g.padded).min(g.groups - 1) as u32;
+                }
+            }
             for p in (0..np).step_by(2) {
-                let n = BF16_WINDOW.min(g.blocks() - k);
                 let count = 2.min(np - p);
                 // SAFETY: buffers hold a window of two panels and the padded rows; permission came with the plan.
                 unsafe {
@@ -829,15 +881,38 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                         let src = w.codes.as_ptr().wrapping_add(panel * w.panel_bytes() + k * w.block_bytes());
                         (t.unpack[w.bits])(src, bytes.as_mut_ptr(), n, 0, 0);
                         let args = F32Args { bytes: bytes.as_ptr(), ..decode_args(w, panel, k, n) };
-                        decode(&args, tiles.wrapping_add(i * BF16_WINDOW * 2048));
+                        decode(&args, tiles.wrapping_add(i * window * 2048));
                     }
-                    let second = tiles.wrapping_add((count - 1) * BF16_WINDOW * 2048);
+                    let second = tiles.wrapping_add((count - 1) * window * 2048);
                     let pair = [tiles.cast_const(), second.cast_const()];
                     let _tiles = amx::Tiles::new(64);
                     for m in (0..rows).step_by(32) {
                         let at = |i: usize| a.as_ptr().wrapping_add(((m0 + m) / 16 + i) * 16 * g.kp + k * BLOCK * 16);
-                        let a1 = if m + 16 < rows { at(1) } else { std::ptr::null() };
-                        amx::bf16(at(0), a1, pair, 2 * n, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
+                        let two = m + 16 < rows;
+                        let a1 = if two { at(1) } else { std::ptr::null() };
+                        let c = c.as_mut_ptr().add(m * ldc + p * PANEL);
+                        let Some(l) = &late else {
+                            amx::bf16(at(0), a1, pair, 2 * n, c, ldc);
+                            continue;
+                        };
+                        let scales = [p0 + p, p0 + p + count - 1].map(|panel| scale_ptr(w, panel));
+                        kernels[usize::from(two)](&amx::TileGrp {
+                            a0: at(0).cast(),
+                            a1: a1.cast(),
+                            b: pair,
+                            steps: 2 * n,
+                            seg_steps: l.steps,
+                            seg0: 0,
+                            seg_group: groups.as_ptr(),
+                            scales,
+                            zeros: [std::ptr::null(); 2],
+                            fzeros: [std::ptr::null(); 2],
+                            act0: NO_SUMS,
+                            act1: NO_SUMS,
+                            c,
+                            ldc,
+                            dbl: 0,
+                        });
                     }
                 }
             }
@@ -849,6 +924,11 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
         Ok(())
     })
 }
+
+/// Activations that are not quantised have neither sums nor scales.
+#[cfg(target_arch = "x86_64")]
+const NO_SUMS: ActRows =
+    ActRows { codes: std::ptr::null(), block_stride: 0, sums: std::ptr::null(), scales: std::ptr::null(), rows: 0 };
 
 /// Finishes a row of float sums: the activation scale, then the bias.
 fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {

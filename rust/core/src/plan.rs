@@ -133,8 +133,15 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     let (n, k) = (w.n, w.geometry.k);
     let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     if bf16 && isa == Isa::Amx && m > 8 {
-        let b =
-            Blocking { path: Path::TilesBf16, mr: 32, np: 2, task_panels: 2, task_rows: m.min(256), window: 0, ..base };
+        let b = Blocking {
+            path: Path::TilesBf16,
+            mr: 32,
+            np: 2,
+            task_panels: 16,
+            task_rows: m.min(256),
+            window: 0,
+            ..base
+        };
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
     if m <= 4 {

@@ -2,12 +2,14 @@
 //!
 //! A is the quantised activations in blocks of 16 rows x 64 k, B the decoded panel, whose registers are the rows of a B
 //! tile. Within a group the sums stay in tiles; at its end they go through a small buffer to float accumulators, while
-//! the tiles already work on the next group.
+//! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
+//! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
 use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
+use std::arch::x86_64::*;
 
 /// Tile configuration (palette 1): C 16x64 bytes, A 16 x `k` bytes, B `k/4` x 64 bytes.
 #[repr(C, align(64))]
@@ -62,16 +64,16 @@ impl Drop for Tiles {
 /// Arguments of a grouped tile product: 32 activation rows (or 16) by two panels.
 #[derive(Debug, Clone, Copy)]
 pub struct TileGrp {
-    /// First block of the first 16 rows; blocks are 1024 bytes apart.
+    /// First step of the first 16 rows: 1 KiB each.
     pub a0: *const i8,
     /// The same for rows 16 to 31, or null.
     pub a1: *const i8,
-    /// Decoded panels, 1024 bytes a block.
+    /// Decoded panels, 1 KiB a step.
     pub b: [*const u8; 2],
-    /// Blocks of K.
-    pub blocks: usize,
-    /// Blocks of a segment (0: segments of 32 places).
-    pub seg_blocks: usize,
+    /// Steps of K: 64 places of int8 or 32 of bf16.
+    pub steps: usize,
+    /// Steps of a segment (0: half a step).
+    pub seg_steps: usize,
     /// First segment.
     pub seg0: usize,
     /// Group of each segment.
@@ -94,11 +96,12 @@ pub struct TileGrp {
     pub dbl: i32,
 }
 
-macro_rules! tile_steps {
-    // One pass over `n` steps of K, then the tiles are stored to `out`, 1 KiB each.
-    (2, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+/// Asm of a pass over `n` steps of K, 1 KiB of each operand tile a step: 2x2 tiles of sums, or 1x2. What comes before the
+/// loop and after it, and the operands of that, are given.
+macro_rules! tile_loop {
+    (2, $dp:literal, [$($first:literal),*], [$($last:literal),*], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
-            "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
+            $($first,)*
             "2:",
             "tileloadd tmm6, [{b0} + {s}]",
             "tileloadd tmm4, [{a0} + {s}]",
@@ -111,21 +114,18 @@ macro_rules! tile_steps {
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
-            "tilestored [{o} + {s}], tmm0",
-            "tilestored [{o} + {s} + 1024], tmm1",
-            "tilestored [{o} + {s} + 2048], tmm2",
-            "tilestored [{o} + {s} + 3072], tmm3",
+            $($last,)*
             a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
             b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
-            n = inout(reg) $n => _, o = in(reg) $out, s = in(reg) 64usize,
+            n = inout(reg) $n => _, s = in(reg) 64usize, $($more)*,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         )
     };
-    (1, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+    (1, $dp:literal, [$($first:literal),*], [$($last:literal),*], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
-            "tilezero tmm0", "tilezero tmm1",
+            $($first,)*
             "2:",
             "tileloadd tmm6, [{b0} + {s}]",
             "tileloadd tmm4, [{a0} + {s}]",
@@ -135,20 +135,74 @@ macro_rules! tile_steps {
             "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
-            "tilestored [{o} + {s}], tmm0",
-            "tilestored [{o} + {s} + 1024], tmm1",
+            $($last,)*
             a0 = inout(reg) $a0 => _,
             b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
-            n = inout(reg) $n => _, o = in(reg) $out, s = in(reg) 64usize,
+            n = inout(reg) $n => _, s = in(reg) 64usize, $($more)*,
             out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         )
     };
 }
 
-/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each). `UNSIGNED`: B holds unsigned codes.
+/// Sums from nothing, stored 1 KiB each.
+macro_rules! fresh {
+    (2, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+        tile_loop!(
+            2, $dp,
+            ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
+            ["tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 1024], tmm1",
+             "tilestored [{o} + {s} + 2048], tmm2", "tilestored [{o} + {s} + 3072], tmm3"],
+            $a0, $a1, $b0, $b1, $n, o = in(reg) $out
+        )
+    };
+    (1, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+        tile_loop!(
+            1, $dp,
+            ["tilezero tmm0", "tilezero tmm1"],
+            ["tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 1024], tmm1"],
+            $a0, $a1, $b0, $b1, $n, o = in(reg) $out
+        )
+    };
+}
+
+/// Sums read from `c` and written there; one row of tiles where `a1` is null.
+macro_rules! accumulate {
+    ($dp:literal, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {{
+        let stride = $ldc * 4;
+        let (c0, c1, c2) = ($c, $c.wrapping_add(16), $c.wrapping_add(16 * $ldc));
+        let c3 = c2.wrapping_add(16);
+        if $a1.is_null() {
+            tile_loop!(
+                1, $dp,
+                ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]"],
+                ["tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1"],
+                $a0, $a1, $b[0], $b[1], $n, c0 = in(reg) c0, c1 = in(reg) c1, t = in(reg) stride
+            );
+        } else {
+            tile_loop!(
+                2, $dp,
+                ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
+                 "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c3} + {t}]"],
+                ["tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
+                 "tilestored [{c2} + {t}], tmm2", "tilestored [{c3} + {t}], tmm3"],
+                $a0, $a1, $b[0], $b[1], $n,
+                c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3, t = in(reg) stride
+            );
+        }
+    }};
+}
+
+/// Tiles of B hold signed values: sums are those of the values.
+const SIGNED: u8 = 0;
+/// Tiles of B hold unsigned codes: the zero is taken off when a segment ends.
+const UNSIGNED: u8 = 1;
+/// Tiles hold bfloat16: sums are float32.
+const FLOAT: u8 = 2;
+
+/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each).
 #[inline(always)]
-unsafe fn steps<const MT: usize, const UNSIGNED: bool>(
+unsafe fn steps<const MT: usize, const KIND: u8>(
     a0: *const i8,
     a1: *const i8,
     b0: *const u8,
@@ -158,19 +212,20 @@ unsafe fn steps<const MT: usize, const UNSIGNED: bool>(
 ) {
     // SAFETY: the caller's pointers hold n steps; tiles are configured.
     unsafe {
-        match (MT, UNSIGNED) {
-            (2, false) => tile_steps!(2, "tdpbssd", a0, a1, b0, b1, n, out),
-            (2, true) => tile_steps!(2, "tdpbsud", a0, a1, b0, b1, n, out),
-            (_, false) => tile_steps!(1, "tdpbssd", a0, a1, b0, b1, n, out),
-            (_, true) => tile_steps!(1, "tdpbsud", a0, a1, b0, b1, n, out),
+        match (MT, KIND) {
+            (2, SIGNED) => fresh!(2, "tdpbssd", a0, a1, b0, b1, n, out),
+            (2, UNSIGNED) => fresh!(2, "tdpbsud", a0, a1, b0, b1, n, out),
+            (2, _) => fresh!(2, "tdpbf16ps", a0, a1, b0, b1, n, out),
+            (_, SIGNED) => fresh!(1, "tdpbssd", a0, a1, b0, b1, n, out),
+            (_, UNSIGNED) => fresh!(1, "tdpbsud", a0, a1, b0, b1, n, out),
+            (_, _) => fresh!(1, "tdpbf16ps", a0, a1, b0, b1, n, out),
         }
     }
 }
 
-/// Adds one segment's integer tiles to the float sums. `FIX`: the tiles hold products of unsigned codes, which the zero
-/// must be taken off.
+/// Adds one segment's tiles to the float sums.
 #[inline(always)]
-unsafe fn flush<const MT: usize, const FIX: bool>(a: &TileGrp, seg: usize, tiles: *const i32) {
+unsafe fn flush<const MT: usize, const KIND: u8>(a: &TileGrp, seg: usize, tiles: *const i32) {
     // SAFETY: the caller's arguments; tiles hold MT*2 KiB.
     unsafe {
         let g = *a.seg_group.add(seg) as usize * 16;
@@ -183,8 +238,8 @@ unsafe fn flush<const MT: usize, const FIX: bool>(a: &TileGrp, seg: usize, tiles
                 ScalePtr::BF16(q) => V::load_bf16(q),
             };
             let (int_zeros, float_zeros) = (!a.zeros[p].is_null(), !a.fzeros[p].is_null());
-            let z = if FIX && int_zeros { V::load_u8(a.zeros[p].add(g)) } else { V::splat(1) };
-            let zf = if FIX && float_zeros { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
+            let z = if KIND == UNSIGNED && int_zeros { V::load_u8(a.zeros[p].add(g)) } else { V::splat(1) };
+            let zf = if KIND == UNSIGNED && float_zeros { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
             for t in 0..MT {
                 let act = if t == 0 { &a.act0 } else { &a.act1 };
                 let at = seg * act.rows;
@@ -193,7 +248,9 @@ unsafe fn flush<const MT: usize, const FIX: bool>(a: &TileGrp, seg: usize, tiles
                     let s = if act_groups { V::mulf(s, V::splatf(*act.scales.add(at + r))) } else { s };
                     let c = a.c.add((t * 16 + r) * a.ldc + p * 16);
                     let mut f = V::loadf(c);
-                    if FIX {
+                    if KIND == FLOAT {
+                        f = V::fma(V::from_bits(d), s, f);
+                    } else if KIND == UNSIGNED {
                         let sum = V::splat(*act.sums.add(at + r));
                         d = V::add(d, V::and(d, dbl));
                         if float_zeros {
@@ -213,7 +270,7 @@ unsafe fn flush<const MT: usize, const FIX: bool>(a: &TileGrp, seg: usize, tiles
 }
 
 #[inline(always)]
-unsafe fn grouped_body<const MT: usize, const FIX: bool>(a: &TileGrp) {
+unsafe fn grouped_body<const MT: usize, const KIND: u8>(a: &TileGrp) {
     #[repr(align(64))]
     #[allow(dead_code)]
     struct Pair([[i32; 1024]; 2]);
@@ -222,16 +279,16 @@ unsafe fn grouped_body<const MT: usize, const FIX: bool>(a: &TileGrp) {
         let mut buf = std::mem::MaybeUninit::<Pair>::uninit();
         let buf = buf.as_mut_ptr().cast::<i32>();
         let (count, per) =
-            if a.seg_blocks == 0 { (a.blocks * 2, 0) } else { (a.blocks.div_ceil(a.seg_blocks), a.seg_blocks) };
+            if a.seg_steps == 0 { (a.steps * 2, 0) } else { (a.steps.div_ceil(a.seg_steps), a.seg_steps) };
         for i in 0..=count {
             if i < count {
-                // Offsets of segment i: whole blocks, or halves of one (A: 32 bytes into each row, B: 8 rows on).
+                // Offsets of segment i: whole steps, or halves of one (A: 32 bytes into each row, B: 8 rows on).
                 let (ao, bo, n) = if per == 0 {
                     ((i / 2) * 1024 + (i % 2) * 32, i * 512, 1)
                 } else {
-                    (i * per * 1024, i * per * 1024, per.min(a.blocks - i * per))
+                    (i * per * 1024, i * per * 1024, per.min(a.steps - i * per))
                 };
-                steps::<MT, FIX>(
+                steps::<MT, KIND>(
                     a.a0.add(ao),
                     a.a1.wrapping_add(ao),
                     a.b[0].add(bo),
@@ -241,7 +298,7 @@ unsafe fn grouped_body<const MT: usize, const FIX: bool>(a: &TileGrp) {
                 );
             }
             if i > 0 {
-                flush::<MT, FIX>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
+                flush::<MT, KIND>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
             }
         }
     }
@@ -251,23 +308,29 @@ unsafe fn grouped_body<const MT: usize, const FIX: bool>(a: &TileGrp) {
 pub type TileFn = unsafe fn(&TileGrp);
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn grouped_entry<const MT: usize, const FIX: bool>(a: &TileGrp) {
+unsafe fn grouped_entry<const MT: usize, const KIND: u8>(a: &TileGrp) {
     // SAFETY: as the caller says.
-    unsafe { grouped_body::<MT, FIX>(a) }
+    unsafe { grouped_body::<MT, KIND>(a) }
 }
 
 /// The grouped tile kernels for 16 and 32 rows. `signed`: B holds the values themselves, so nothing needs correcting.
 pub fn grouped(signed: bool) -> [TileFn; 2] {
     if signed {
-        [grouped_entry::<1, false>, grouped_entry::<2, false>]
+        [grouped_entry::<1, SIGNED>, grouped_entry::<2, SIGNED>]
     } else {
-        [grouped_entry::<1, true>, grouped_entry::<2, true>]
+        [grouped_entry::<1, UNSIGNED>, grouped_entry::<2, UNSIGNED>]
     }
 }
 
+/// The grouped tile kernels for bf16 operands whose scales come after the sums.
+pub fn grouped_bf16() -> [TileFn; 2] {
+    [grouped_entry::<1, FLOAT>, grouped_entry::<2, FLOAT>]
+}
+
 /// Decodes unpacked bytes of one panel to bf16 tiles: 2 KiB a block, row r of a tile holds k = 2r, 2r+1 of 16 rows.
+/// `UNIT`: the values without their scales.
 #[inline(always)]
-unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
+unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe {
         let step = a.padded.min(64) / 4;
@@ -276,12 +339,22 @@ unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
             let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
                 let (s, z) = group::<V, W>(a, 0, g.min(a.groups - 1));
+                let s = if UNIT { V::splatf(1.0) } else { s };
                 g += 1;
                 for r in r0..r0 + step {
                     let w = V::load(a.bytes.add(b * 1024 + 64 * r));
                     for half in 0..2 {
-                        let lo = V::bits(weight::<V, W, true>(w, 2 * half, z, s));
-                        let hi = V::bits(weight::<V, W, true>(w, 2 * half + 1, z, s));
+                        // Integers of up to eight bits need no rounding.
+                        let lo = V::bits(if UNIT {
+                            weight::<V, W, false>(w, 2 * half, z, s)
+                        } else {
+                            weight::<V, W, true>(w, 2 * half, z, s)
+                        });
+                        let hi = V::bits(if UNIT {
+                            weight::<V, W, false>(w, 2 * half + 1, z, s)
+                        } else {
+                            weight::<V, W, true>(w, 2 * half + 1, z, s)
+                        });
                         let pair = V::or(V::shr32_16(lo), V::and(hi, high));
                         V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
                     }
@@ -292,73 +365,68 @@ unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn decode_entry<const W: u8>(a: &F32Args, out: *mut u8) {
+unsafe fn decode_entry<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
-    unsafe { decode_bf16::<W>(a, out) }
+    unsafe { decode_bf16::<W, UNIT>(a, out) }
 }
 
-/// The decoder to bf16 tiles for a weight mode: 2 KiB a block.
-pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
-    match mode {
-        W_MUL1 => decode_entry::<W_MUL1>,
-        W_MUL2 => decode_entry::<W_MUL2>,
-        _ => decode_entry::<W_FLOAT>,
+/// As [`decode_bf16`] with `UNIT`, for values that one table of 32 entries holds: those of codes below 32, or `u - z + 16`
+/// where zeros are stored.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn decode_table(a: &F32Args, out: *mut u8) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let stored = !a.zeros.is_null();
+        let words: [u16; 32] = std::array::from_fn(|i| {
+            let v = if stored { i as i32 - 16 } else { a.mul * i as i32 - a.sub };
+            ((v as f32).to_bits() >> 16) as u16
+        });
+        let table = _mm512_loadu_si512(words.as_ptr().cast());
+        // Bytes 0 and 1 of each dword to its words, and bytes 2 and 3.
+        let pick = [0x8001_8000_u32 as i32, 0x8003_8002_u32 as i32].map(|base| {
+            let lane: [i32; 4] = std::array::from_fn(|d| base + 0x0004_0004 * d as i32);
+            _mm512_broadcast_i32x4(_mm_loadu_si128(lane.as_ptr().cast()))
+        });
+        let step = a.padded.min(64) / 4;
+        for b in 0..a.blocks {
+            let mut g = (a.block0 + b) * 64 / a.padded;
+            for r0 in (0..16).step_by(step) {
+                let shift = if stored {
+                    let z = V::load_u8(a.zeros.add(g.min(a.groups - 1) * 16));
+                    // 16 - z in each byte of the row.
+                    _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), z), _mm512_set1_epi32(0x0101_0101))
+                } else {
+                    _mm512_setzero_si512()
+                };
+                g += 1;
+                for r in r0..r0 + step {
+                    let w = _mm512_add_epi8(V::load(a.bytes.add(b * 1024 + 64 * r)), shift);
+                    for (half, pick) in pick.iter().enumerate() {
+                        let pair = _mm512_permutexvar_epi16(_mm512_shuffle_epi8(w, *pick), table);
+                        V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
+                    }
+                }
+            }
+        }
     }
 }
 
-/// One pass over steps of 1 KiB per operand tile, sums read from and written to `c`.
-macro_rules! accumulate {
-    ($dp:literal, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {{
-        let stride = $ldc * 4;
-        let (c0, c1, c2) = ($c, $c.wrapping_add(16), $c.wrapping_add(16 * $ldc));
-        let c3 = c2.wrapping_add(16);
-        if $a1.is_null() {
-            asm!(
-                "tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
-                "2:",
-                "tileloadd tmm6, [{b0} + {s}]",
-                "tileloadd tmm4, [{a0} + {s}]",
-                concat!($dp, " tmm0, tmm4, tmm6"),
-                "tileloadd tmm7, [{b1} + {s}]",
-                concat!($dp, " tmm1, tmm4, tmm7"),
-                "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
-                a0 = inout(reg) $a0 => _,
-                b0 = inout(reg) $b[0] => _, b1 = inout(reg) $b[1] => _,
-                n = inout(reg) $n => _, c0 = in(reg) c0, c1 = in(reg) c1, t = in(reg) stride, s = in(reg) 64usize,
-                out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        } else {
-            asm!(
-                "tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
-                "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c3} + {t}]",
-                "2:",
-                "tileloadd tmm6, [{b0} + {s}]",
-                "tileloadd tmm4, [{a0} + {s}]",
-                concat!($dp, " tmm0, tmm4, tmm6"),
-                "tileloadd tmm7, [{b1} + {s}]",
-                concat!($dp, " tmm1, tmm4, tmm7"),
-                "tileloadd tmm5, [{a1} + {s}]",
-                concat!($dp, " tmm2, tmm5, tmm6"),
-                concat!($dp, " tmm3, tmm5, tmm7"),
-                "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
-                "dec {n}",
-                "jnz 2b",
-                "tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
-                "tilestored [{c2} + {t}], tmm2", "tilestored [{c3} + {t}], tmm3",
-                a0 = inout(reg) $a0 => _, a1 = inout(reg) $a1 => _,
-                b0 = inout(reg) $b[0] => _, b1 = inout(reg) $b[1] => _,
-                n = inout(reg) $n => _, c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3,
-                t = in(reg) stride, s = in(reg) 64usize,
-                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-                options(nostack),
-            );
-        }
-    }};
+/// The decoder to bf16 tiles for a weight mode, 2 KiB a block: scaled values, rounded.
+pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
+    match mode {
+        W_MUL1 => decode_entry::<W_MUL1, false>,
+        W_MUL2 => decode_entry::<W_MUL2, false>,
+        _ => decode_entry::<W_FLOAT, false>,
+    }
+}
+
+/// The same without scales, exact; for integer zeros or none. `small`: [`decode_table`] serves.
+pub fn bf16_unit_decoder(mode: u8, small: bool) -> unsafe fn(&F32Args, *mut u8) {
+    match mode {
+        _ if small => decode_table,
+        W_MUL2 => decode_entry::<W_MUL2, true>,
+        _ => decode_entry::<W_MUL1, true>,
+    }
 }
 
 /// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats).
