@@ -76,8 +76,9 @@ pub struct Blocking {
 impl Blocking {
     pub(crate) fn cut(mut self, m: usize, panels: usize, n: usize, k: usize, threads: usize, align: usize) -> Self {
         self.threads = if m * n * k < SMALL { 1 } else { threads.max(1) };
-        // Enough tasks for the threads to even out, none smaller than a register tile.
-        let want = if self.threads == 1 { 1 } else { 4 * self.threads };
+        // Enough tasks for the threads to even out, none smaller than a register tile: cores of a shared machine differ by
+        // half in speed.
+        let want = if self.threads == 1 { 1 } else { 8 * self.threads };
         self.task_rows = self.task_rows.max(1);
         let rows_tasks = m.div_ceil(self.task_rows);
         let by_n = want.div_ceil(rows_tasks.max(1)).max(1);
