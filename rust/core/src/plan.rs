@@ -49,6 +49,9 @@ pub struct Plan {
 /// Rows of a task of the dense float loop nest, at most: a multiple of the register tiles of every ISA.
 const FLOAT_ROWS: usize = 252;
 
+/// The longest segment of the fused kernels, whose int32 sums are of bytes up to 255.
+const FUSED_SEGMENT: usize = 1 << 16;
+
 /// Products smaller than this stay on the caller's thread.
 const SMALL: usize = 1 << 18;
 
@@ -119,7 +122,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     } else {
         (t.grouped)(w.bits, w.has_zeros(), segs.registers(), mr).map(|f| f.1)
     };
-    if let (Some(np), true) = (fused, m <= 8) {
+    if let (Some(np), true) = (fused, m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };
         return b.cut(m, panels, n, k, threads, np);
     }

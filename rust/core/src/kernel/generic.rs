@@ -93,10 +93,11 @@ macro_rules! regs {
 /// Adds one block's dot products to `acc[panel][row][part]`, for registers `r0..r0 + len` of each part.
 ///
 /// Formats of one plane hold `8/BITS` registers in each 64 bytes; part `t` of load `i` is register `t*PER + i`, so each
-/// part has its own accumulator and needs one load, one shift and one mask. Formats of several planes put each register
+/// part has its own accumulator and needs one load, one shift and one mask; `MASKED` saves the shift, and the sums of part
+/// `t` come out `2^(t*BITS)` times too large (see [`scaled`]). Formats of several planes put each register
 /// together from them; they come as whole blocks.
 #[inline(always)]
-unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(
+unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR: usize, const PARTS: usize>(
     acc: &mut [[[S::I; PARTS]; MR]; NP],
     w: *const u8,
     panel_stride: usize,
@@ -120,7 +121,8 @@ unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS
             });
             return;
         }
-        let mask = S::splat8(((1u32 << U::BITS) - 1) as u8);
+        let mask = ((1u32 << U::BITS) - 1) as u8;
+        let masked = MASKED && scaled::<S, U>(1) > 0;
         for i in r0..r0 + len {
             for p in 0..NP {
                 let v = S::load(w.add(p * panel_stride + 64 * i));
@@ -128,16 +130,28 @@ unsafe fn dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS
                     let u = if U::BITS == 8 {
                         // Codes of a byte: parts are only separate chains of sums.
                         S::load(w.add(p * panel_stride + 64 * (t * per + i)))
+                    } else if masked {
+                        S::and(v, S::splat8(mask << (t * U::BITS)))
                     } else {
-                        S::and(S::shr(v, t * U::BITS), mask)
+                        S::and(S::shr(v, t * U::BITS), S::splat8(mask))
                     };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
-                        acc[p][m][t] = if U::NARROW { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
+                        acc[p][m][t] =
+                            if U::NARROW && !masked { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
                     }
                 }
             }
         }
+    }
+}
+
+/// Bits by which the masked sums of part `t` are too large.
+const fn scaled<S: Simd, U: Unpack>(t: usize) -> usize {
+    if S::WIDE_DOT && U::BITS < 8 && U::PLANES == 1 {
+        t * U::BITS
+    } else {
+        0
     }
 }
 
@@ -168,7 +182,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
         let (dbl, sub) = (S::splat8(dbl), S::splat8(sub));
         for b in 0..blocks {
             let (p, q) = (src.add(b * 128 * U::BITS), dst.add(b * 1024));
-            fetch::<S, U, 1>(p, 0, UNPACK_AHEAD);
+            fetch::<S, 1>(p, 0, 128 * U::BITS, UNPACK_AHEAD, usize::MAX);
             regs!(R => {
                 let u = U::reg::<S>(p, R);
                 S::store(q.add(64 * R), S::sub8(S::add8(u, S::and(u, dbl)), sub));
@@ -222,10 +236,10 @@ pub unsafe fn grouped<
                 for p in 0..NP {
                     let s = scales::<S>(a.scales, p * a.scale_stride + g);
                     for m in 0..MR {
-                        let mut d = acc[p][m][$from];
+                        let mut d = S::sar(acc[p][m][$from], scaled::<S, U>($from));
                         acc[p][m][$from] = S::splat(0);
                         for t in $from + 1..$to {
-                            d = S::add(d, acc[p][m][t]);
+                            d = S::add(d, S::sar(acc[p][m][t], scaled::<S, U>(t)));
                             acc[p][m][t] = S::splat(0);
                         }
                         let sum = S::splat(*sums.add(m));
@@ -250,15 +264,15 @@ pub unsafe fn grouped<
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
-            fetch::<S, U, NP>(w, a.panel_stride, a.prefetch);
+            fetch::<S, NP>(w, a.panel_stride, 128 * U::BITS, a.prefetch, a.blocks - b);
             let small = if SEG == 0 { a.seg_registers } else { SEG };
             if SEG == 0 && small < 16 {
                 for i in (0..16).step_by(small) {
-                    dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, small);
+                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, small);
                     flush!(0, 1);
                 }
             } else if SEG == 0 || SEG >= per {
-                dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, per);
+                dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, per);
                 if SEG != 0 && SEG < 16 {
                     for t in (0..PARTS).step_by(SEG / per) {
                         flush!(t, t + SEG / per);
@@ -266,7 +280,7 @@ pub unsafe fn grouped<
                 }
             } else {
                 for i in (0..per).step_by(SEG) {
-                    dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, SEG);
+                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, SEG);
                     flush!(0, 1);
                 }
             }
@@ -286,16 +300,13 @@ pub unsafe fn grouped<
     }
 }
 
-/// Prefetches one block of each panel `ahead` bytes on.
+/// Prefetches a block of each panel, `ahead` bytes on; beyond the panel's end, of which `left` blocks are left, that is the
+/// start of the panel that comes after these `NP`.
 #[inline(always)]
-unsafe fn fetch<S: Simd, U: Unpack, const NP: usize>(w: *const u8, panel_stride: usize, ahead: usize) {
-    // SAFETY: the caller's features.
-    unsafe { fetch_bytes::<S, NP>(w, panel_stride, 128 * U::BITS, ahead) }
-}
-
-#[inline(always)]
-unsafe fn fetch_bytes<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, block: usize, ahead: usize) {
+unsafe fn fetch<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, block: usize, ahead: usize, left: usize) {
     if ahead > 0 {
+        let over = left <= ahead.div_ceil(block);
+        let ahead = ahead + if over { (NP - 1) * panel_stride } else { 0 };
         for p in 0..NP {
             for line in (0..block).step_by(64) {
                 // SAFETY: a prefetch may name any address.
@@ -317,8 +328,8 @@ pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PA
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
-            fetch::<S, U, NP>(w, a.panel_stride, a.prefetch);
-            dots::<S, U, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, 16 / PARTS);
+            fetch::<S, NP>(w, a.panel_stride, 128 * U::BITS, a.prefetch, a.blocks - b);
+            dots::<S, U, false, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, 16 / PARTS);
         }
         for p in 0..NP {
             for m in 0..MR {
@@ -486,7 +497,7 @@ pub unsafe fn gemv_table<
         let mut z = [S::splatf(0.0); NP];
         for b in 0..a.blocks {
             let w = a.bytes.add(b * 128 * BITS);
-            fetch_bytes::<S, NP>(w, a.byte_stride, 128 * BITS, a.prefetch);
+            fetch::<S, NP>(w, a.byte_stride, 128 * BITS, a.prefetch, a.blocks - b);
             macro_rules! part {
                 ($t:expr) => {
                     if $t < 8 / BITS {

@@ -83,6 +83,7 @@ unsafe impl Simd for Scalar {
         fma(a: F, b: F, c: F) -> F = std::array::from_fn(|i| a[i].mul_add(b[i], c[i]));
         shr32_16(a: I) -> I = a.map(|v| (v as u32 >> 16) as i32);
         shr32(a: I, n: usize) -> I = a.map(|v| (v as u32 >> n) as i32);
+        sar(a: I, n: usize) -> I = a.map(|v| v >> n);
         lut16(table: F, lane: I) -> F = lane.map(|v| table[(v & 15) as usize]);
         xor_sign(a: I) -> I = a.map(|v| v ^ i32::MIN);
         any_gt(a: F, b: F) -> bool = a.iter().zip(b).any(|(x, y)| *x > y);

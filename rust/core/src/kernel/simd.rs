@@ -15,6 +15,9 @@ pub unsafe trait Simd: 'static {
     /// 16 lanes of f32.
     type F: Copy;
 
+    /// Whether `dot` costs no more than `dot7`.
+    const WIDE_DOT: bool = false;
+
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn store(p: *mut u8, v: Self::I) -> ();
     unsafe fn splat8(v: u8) -> Self::I;
@@ -67,6 +70,8 @@ pub unsafe trait Simd: 'static {
     unsafe fn shr32_16(a: Self::I) -> Self::I;
     /// 32-bit logical right shift, `n < 32` and constant after inlining.
     unsafe fn shr32(a: Self::I, n: usize) -> Self::I;
+    /// 32-bit arithmetic right shift, `n < 32` and constant after inlining.
+    unsafe fn sar(a: Self::I, n: usize) -> Self::I;
     /// `table[lane & 15]` for every lane.
     unsafe fn lut16(table: Self::F, lane: Self::I) -> Self::F;
     /// Flips bit 31 of every lane.

@@ -151,6 +151,10 @@ macro_rules! common {
                 let n = _mm_cvtsi32_si128(n as i32);
                 [_mm256_srl_epi32(a[0], n), _mm256_srl_epi32(a[1], n)]
             };
+            sar(a: I, n: usize) -> I = {
+                let n = _mm_cvtsi32_si128(n as i32);
+                [_mm256_sra_epi32(a[0], n), _mm256_sra_epi32(a[1], n)]
+            };
             lut16(table: F, lane: I) -> F = [lut(table, lane[0]), lut(table, lane[1])];
             xor_sign(a: I) -> I = {
                 let sign = _mm256_set1_epi32(i32::MIN);
@@ -195,6 +199,7 @@ unsafe impl Simd for Avx2 {
 
 // SAFETY: intrinsics of the features that `Isa::AvxVnni` stands for.
 unsafe impl Simd for AvxVnni {
+    const WIDE_DOT: bool = true;
     common!();
     ops! {
         dot(acc: I, u: I, s: I) -> I = both!(_mm256_dpbusd_avx_epi32, acc, u, s);

@@ -103,6 +103,7 @@ macro_rules! common {
             fma(a: F, b: F, c: F) -> F = _mm512_fmadd_ps(a, b, c);
             shr32_16(a: I) -> I = _mm512_srli_epi32::<16>(a);
             shr32(a: I, n: usize) -> I = _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32));
+            sar(a: I, n: usize) -> I = _mm512_sra_epi32(a, _mm_cvtsi32_si128(n as i32));
             lut16(table: F, lane: I) -> F = _mm512_permutexvar_ps(lane, table);
             xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
@@ -129,6 +130,7 @@ unsafe impl Simd for Avx512 {
 
 // SAFETY: intrinsics of the features that `Isa::Avx512Vnni` stands for.
 unsafe impl Simd for Avx512Vnni {
+    const WIDE_DOT: bool = true;
     common!();
     ops! {
         dot(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
