@@ -10,6 +10,8 @@ import nibblas as nb
 from nibblas import _core, testing
 
 NAMES = [e.name for e in nb.formats.table()]
+# Those whose codes are integers, with one scale per row.
+ROWS = [e.name for e in nb.formats.table() if e.linear and e.group is None]
 fast = settings(
     max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -20,6 +22,8 @@ def formats(draw: st.DrawFn) -> nb.Format:
     name = draw(st.sampled_from(NAMES))
     group = draw(st.sampled_from(["", "_g8", "_g16", "_g32", "_g64", "_g128", "_g48", "_g100"]))
     scale = draw(st.sampled_from(["", "_sf32", "_sbf16"]))
+    if scale[2:] not in nb.Format(name).element.scales:
+        scale = ""
     return nb.Format(name + group + scale)
 
 
@@ -61,6 +65,8 @@ def test_f32_and_bf16_stay_within_the_bound(m, n, k, fmt, kind, seed):  # type: 
     x, q = make(m, n, k, fmt, kind, seed)
     exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
     for compute in ("f32", "bf16", "int8"):
+        if compute not in fmt.computes:
+            continue
         error = np.abs(nb.matmul(x, q.T, compute=compute) - exact)
         assert (error <= testing.matmul_bound(x, q, compute)).all(), compute
 
@@ -100,8 +106,8 @@ def test_portable_parts_round_trip(m, n, k, fmt, kind, seed):  # type: ignore[no
     m=st.integers(1, 20),
     n=st.integers(1, 40),
     k=st.integers(1, 300),
-    a=st.sampled_from(NAMES),
-    b=st.sampled_from(NAMES),
+    a=st.sampled_from(ROWS),
+    b=st.sampled_from(ROWS),
     seed=st.integers(0, 2**32),
 )
 def test_raw_sums_are_exact(m, n, k, a, b, seed):  # type: ignore[no-untyped-def]

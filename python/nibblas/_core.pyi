@@ -12,6 +12,7 @@ __all__ = [
     "__version__",
     "check",
     "check_compute",
+    "code_values",
     "decode_codes",
     "dequantize",
     "encode",
@@ -35,7 +36,20 @@ __all__ = [
 
 __version__: str
 
-_Row: TypeAlias = tuple[str, int, int, int, int, bool, tuple[str, ...]]
+_Row: TypeAlias = tuple[
+    str,
+    int,
+    int,
+    int,
+    int,
+    bool,
+    tuple[str, ...],
+    int | None,
+    tuple[str, ...],
+    bool,
+    bool,
+    float,
+]
 _Parts: TypeAlias = tuple[str, int, int, NDArray[Any], NDArray[Any], NDArray[Any] | None]
 
 @final
@@ -58,6 +72,7 @@ def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
 def parse_format(name: str, /) -> tuple[str, _Row, int | None, str, tuple[str, ...]]: ...
 def format_table() -> list[_Row]: ...
+def code_values(name: str, /) -> list[float]: ...
 def quantize(
     x: NDArray[Any],
     format: str,

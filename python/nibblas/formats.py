@@ -1,12 +1,15 @@
 """Formats: how a weight is coded.
 
 The table lives in the Rust core; this module gives it a Python face. A format is named by a string
-with the grammar ``<element>[_g<n>][_s<f32|f16|bf16>]``, for example ``int4_g128``.
+with the grammar ``<element>[_g<n>][_s<f32|f16|bf16>][_<mode>]``, for example ``int4_g128``.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from . import _core
 
@@ -30,6 +33,21 @@ class Element(NamedTuple):
     """Whether groups carry a zero point."""
     computes: tuple[str, ...]
     """The values of ``compute=`` it has."""
+    group: int | None
+    """Group length that names leave out; None for one group per row."""
+    scales: tuple[str, ...]
+    """Types that scales may have."""
+    linear: bool
+    """Whether codes are the integers that scales multiply, rather than places in a table."""
+    nan: bool
+    """Whether a group may be NaN: weights that are not finite make it so."""
+    rounding: float
+    """How far an integer of integer products is from the value it stands for, before the scale."""
+
+    @property
+    def values(self) -> NDArray[np.float32]:
+        """What each stored code is worth before zero point and scale, in order of the codes."""
+        return np.array(_core.code_values(self.name), np.float32)
 
 
 class Format(str):
@@ -93,7 +111,7 @@ class Format(str):
 
     @property
     def scale(self) -> str:
-        """Type of the stored scales: ``"f32"``, ``"f16"`` or ``"bf16"``."""
+        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"e8m0"``."""
         return self._scale
 
     @property

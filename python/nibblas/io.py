@@ -56,7 +56,7 @@ _ML_DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _STORED = {name: code for code, name in (_NUMPY | _ML_DTYPES).items()}
-_SCALES = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_SCALES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "e8m0": "U8"}
 _SHAPE = re.compile(r"\[([0-9]{1,19}), ?([0-9]{1,19})\]")
 
 Spec = tuple[str, str, tuple[int, ...]]

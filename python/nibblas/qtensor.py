@@ -24,7 +24,12 @@ __all__ = ["QTensor"]
 _Parts: TypeAlias = tuple[str, int, int, NDArray[np.uint8], NDArray[Any], NDArray[Any] | None]
 _Key: TypeAlias = slice | EllipsisType | NDArray[Any] | list[int]
 
-_SCALE_DTYPE: dict[str, type] = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16}
+_SCALE_DTYPE: dict[str, type] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "e8m0": np.uint8,
+}
 _FLOAT32 = np.dtype(np.float32)
 
 # Guards the first packing of every tensor. A child forked while it is held gets a new one; a signal
@@ -42,14 +47,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_new_lock)
 
 
-def _bfloat16() -> np.dtype[Any] | None:
-    """Return the bfloat16 dtype where ml_dtypes is installed."""
+def _small_dtype(name: str) -> np.dtype[Any] | None:
+    """Return a dtype of ml_dtypes, None where it is not installed."""
     try:
         import ml_dtypes
     except ImportError:
         return None
-    dtype: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
     return dtype
+
+
+def _powers(e: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return ``2**(e - 127)``, NaN for 255."""
+    out: NDArray[np.float32] = np.ldexp(np.float32(1), e.astype(np.int32) - 127)
+    out[e == 255] = np.nan
+    return out
+
+
+def _power_bytes(s: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the bytes of powers of two and NaN."""
+    mantissa, exponent = np.frexp(s)
+    out = (exponent + 126).astype(np.int32)
+    nan = np.isnan(s)
+    if not (nan | ((mantissa == 0.5) & (out >= 0) & (out < 255))).all():
+        raise ValueError("scales of type e8m0 are powers of two from 2**-127 to 2**127")
+    return np.where(nan, 255, out).astype(np.uint8)
 
 
 def _to_bf16_bits(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -313,16 +335,17 @@ class QTensor:
     def scales(self) -> NDArray[Any]:
         """Scales, shape (N, groups), read-only.
 
-        bfloat16 scales need ml_dtypes to show their type and are float32 without it.
+        Types that NumPy lacks (bfloat16, powers of two) need ml_dtypes to show themselves and are
+        float32 without it.
         """
         s = self._storage.scales
         if self._storage.format.scale == "bf16":
-            bf16 = _bfloat16()
-            if bf16 is None:
-                s = (s.astype(np.uint32) << 16).view(np.float32)
-                s.setflags(write=False)
-            else:
-                s = s.view(bf16)
+            bf16 = _small_dtype("bfloat16")
+            s = (s.astype(np.uint32) << 16).view(np.float32) if bf16 is None else s.view(bf16)
+        elif self._storage.format.scale == "e8m0":
+            e8m0 = _small_dtype("float8_e8m0fnu")
+            s = _powers(s) if e8m0 is None else s.view(e8m0)
+        s.setflags(write=False)
         return self._orient(s)
 
     @property
@@ -597,7 +620,7 @@ def _per_group(name: str, a: NDArray[Any], rows: int, groups: int) -> NDArray[An
 
 def _real(name: str, a: ArrayLike) -> NDArray[Any]:
     array = np.asarray(a)
-    if array.dtype.kind == "V" and array.dtype.name == "bfloat16":
+    if array.dtype.kind in "Vf" and array.dtype.name in ("bfloat16", "float8_e8m0fnu"):
         array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must be real numbers, got {array.dtype}")
@@ -608,8 +631,11 @@ def _scales(fmt: Format, scales: ArrayLike, rows: int, groups: int) -> NDArray[A
     given = _per_group("scales", _real("scales", scales), rows, groups)
     with np.errstate(over="ignore", under="ignore"):
         wide = np.ascontiguousarray(given, np.float32)
-        if not np.isfinite(wide).all():
+        legal = np.isfinite(wide) | np.isnan(wide) if fmt.element.nan else np.isfinite(wide)
+        if not legal.all():
             raise ValueError("scales must be finite")
+        if fmt.scale == "e8m0":
+            return _power_bytes(wide)
         if fmt.scale == "bf16":
             bits = _to_bf16_bits(wide)
             if ((bits & 0x7F80) == 0x7F80).any():

@@ -96,8 +96,8 @@ def medians(
 
 
 def default_format(element: Element) -> str:
-    """Return the name under which demo and bench show an element: groups of 128."""
-    return f"{element.name}_g128"
+    """Return the name under which demo and bench show an element: its own groups, or 128."""
+    return element.name if element.group else f"{element.name}_g128"
 
 
 @contextlib.contextmanager

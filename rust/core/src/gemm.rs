@@ -4,7 +4,7 @@ use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
-use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2};
+use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, ActRows, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
@@ -238,7 +238,7 @@ pub(crate) fn tasks(
 
 /// Largest K whose int32 sums of codes (at most `mul*(2^bits - 1)` times 128) cannot overflow.
 pub(crate) fn int32_limit(w: &Packed) -> usize {
-    (i32::MAX as usize) / (128 * w.mul as usize * ((1 << w.bits) - 1))
+    (i32::MAX as usize) / (128 * w.mul as usize * w.byte_top.max(1) as usize)
 }
 
 fn scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
@@ -260,6 +260,11 @@ pub(crate) fn zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
     }
 }
 
+/// The bytes of the codes, where they are not the codes themselves.
+fn byte_table(w: &Packed) -> *const u8 {
+    w.bytes.as_ref().map_or(std::ptr::null(), |b| b.as_ptr())
+}
+
 /// All ones where values are odd integers.
 fn doubling(w: &Packed) -> i32 {
     -i32::from(w.mul == 2)
@@ -273,6 +278,9 @@ pub(crate) fn int8(
     group: Option<usize>,
     given: Option<&[f32]>,
 ) -> Result<()> {
+    if !w.format.element.has_integers() {
+        return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
+    }
     let t = kernel::table(o.isa);
     let segs = w.segments(group)?;
     let raw = w.geometry.groups <= 1 && group.is_none();
@@ -287,7 +295,10 @@ pub(crate) fn int8(
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
     let factor = if !w.has_zeros() && !long { w.sub } else { 1 };
     let sums = !(b.path == Path::Tiles && !raw && plan::signed_bytes(w));
-    let act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
+    let mut act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
+    if w.step != 1.0 {
+        act.scale.iter_mut().for_each(|s| *s *= w.step);
+    }
     let job = IntJob { w, t, b, act: &act, segs: &segs };
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
@@ -446,7 +457,15 @@ impl IntJob<'_> {
     /// Unpacks blocks of one panel to bytes `u` (or values, where they fit a signed byte and `signed` is set).
     unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
         let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sub as u8) } else { (0, 0) };
-        // SAFETY: the caller's buffer holds `blocks` KiB.
+        if let Some(bytes) = &self.w.bytes {
+            // SAFETY: the caller's buffer holds `blocks` KiB, the table has 64 entries.
+            unsafe {
+                (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, 0, 0);
+                (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
+            }
+            return;
+        }
+        // SAFETY: as above.
         unsafe { (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, dbl, sub) };
     }
 
@@ -516,12 +535,15 @@ impl IntJob<'_> {
                 c: c.wrapping_add(m * ldc + p * PANEL),
                 ldc,
                 prefetch,
+                table: byte_table(self.w),
             };
             // SAFETY: the arguments describe whole panels and padded rows.
             unsafe { f(&a) };
         };
         let c = c.as_mut_ptr();
-        let fused = (self.b.path == Path::Fused).then(|| (self.t.raw)(self.w.bits, mr)).flatten();
+        let find =
+            || if self.w.is_table() { (self.t.raw_table)(self.w.bits, mr) } else { (self.t.raw)(self.w.bits, mr) };
+        let fused = (self.b.path == Path::Fused).then(find).flatten();
         let mut p = 0;
         if let Some((f, fp)) = fused {
             while p + fp <= np {
@@ -539,7 +561,7 @@ impl IntJob<'_> {
                 // SAFETY: the buffer holds a window.
                 unsafe { self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr()) };
                 for m in (0..rows).step_by(mr) {
-                    call((self.t.raw_bytes)(self.w.bits < 8, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
+                    call((self.t.raw_bytes)(self.w.byte_top < 128, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
                 }
             }
             p += 1;
@@ -586,11 +608,19 @@ impl IntJob<'_> {
                 ldc,
                 dbl: doubling(w),
                 prefetch,
+                table: byte_table(w),
             };
             // SAFETY: the arguments describe whole panels, whole segments and padded rows.
             unsafe { f(&a) };
         };
-        let fused = (self.b.path == Path::Fused).then(|| (self.t.grouped)(w.bits, w.has_zeros(), regs, mr)).flatten();
+        let find = || {
+            if w.is_table() {
+                (self.t.grouped_table)(w.bits, regs, mr)
+            } else {
+                (self.t.grouped)(w.bits, w.has_zeros(), regs, mr)
+            }
+        };
+        let fused = (self.b.path == Path::Fused).then(find).flatten();
         let mut p = 0;
         if let Some((f, fp)) = fused {
             while p + fp <= np {
@@ -603,7 +633,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(w.bits < 8, w.has_zeros(), regs, mr);
+        let f = (self.t.grouped_bytes)(w.byte_top < 128, w.has_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -763,6 +793,13 @@ fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: u
 
 /// How the float kernels decode this weight.
 fn weight_mode(w: &Packed) -> u8 {
+    if w.is_table() {
+        return match w.bits {
+            0..=4 => W_TABLE16,
+            5 | 6 => W_TABLE64,
+            _ => W_TABLE256,
+        };
+    }
     match (&w.zeros, w.mul) {
         (PanelZeros::Float(_), _) => W_FLOAT,
         (_, 2) => W_MUL2,
@@ -829,6 +866,9 @@ impl LateScales {
             return None;
         }
         let small = if w.has_zeros() { w.bits <= 4 && w.zero_max <= 16 } else { w.bits <= 5 };
+        if w.is_table() && !(small && w.values.iter().all(|v| v.to_bits() << 16 == 0)) {
+            return None;
+        }
         let per = g.padded.div_ceil(BLOCK);
         let (window, places) = if per <= BF16_WINDOW {
             ((BF16_WINDOW / per) * per, g.padded)
@@ -963,8 +1003,8 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
         scale_stride: w.geometry.groups * PANEL,
         zeros,
         fzeros,
-        mul: w.mul,
         sub: w.sub,
+        values: w.values.as_ptr(),
         prefetch: 0,
         x: std::ptr::null(),
         x_stride: 0,

@@ -24,7 +24,7 @@ use crate::activation::Segments;
 use crate::bits;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::format::{Format, ValueMap, Zero};
+use crate::format::{e8m0_byte, Format, ScaleType, ValueMap, Zero};
 use crate::pool;
 use crate::qtensor::{QView, ScalesRef, ZerosRef};
 use crate::quantize::ScalesMut;
@@ -150,6 +150,14 @@ pub struct Packed {
     pub sub: i32,
     /// Largest stored integer zero.
     pub zero_max: u8,
+    /// What the integer 1 is worth in integer products.
+    pub step: f32,
+    /// The largest byte that a code becomes in integer products.
+    pub byte_top: i32,
+    /// What each code is worth, less a stored zero: 64 or 256 entries, repeated as needed.
+    pub values: Buf<f32>,
+    /// The byte `u` of each code in integer products (`mul*u - sub` is its integer), where it is not the code itself.
+    pub bytes: Option<Box<[u8; 64]>>,
     /// `[panel][block][128*bits]`.
     pub codes: Buf<u8>,
     /// Scales.
@@ -186,6 +194,11 @@ impl Packed {
     /// Whether zero points are stored, rather than constant.
     pub(crate) fn has_zeros(&self) -> bool {
         !matches!(self.zeros, PanelZeros::Const)
+    }
+
+    /// Whether values are looked up in a table.
+    pub fn is_table(&self) -> bool {
+        !self.format.element.is_linear()
     }
 
     /// Bytes of one block.
@@ -238,6 +251,11 @@ impl Packed {
             (PanelScales::F16(src), ScalesMut::F16(out)) | (PanelScales::BF16(src), ScalesMut::BF16(out)) => {
                 self.restore("scales", src, out)
             }
+            (PanelScales::BF16(src), ScalesMut::E8M0(out)) if self.format.scale == ScaleType::E8M0 => {
+                let unit = self.format.element.unit;
+                let byte = |s: u16| e8m0_byte(half::bf16::from_bits(s).to_f32() / unit);
+                self.restore_as("scales", src, out, byte)
+            }
             (_, out) => Err(Error::Shape(format!("a buffer of {} scales for {}", out.kind().name(), self.format))),
         }
     }
@@ -266,11 +284,15 @@ impl Packed {
 
     /// `[N/16][groups][16]` to `[N][groups]`.
     fn restore<T: crate::buf::Plain>(&self, what: &str, src: &[T], out: &mut [T]) -> Result<()> {
+        self.restore_as(what, src, out, |v| v)
+    }
+
+    fn restore_as<T: Copy, U>(&self, what: &str, src: &[T], out: &mut [U], f: impl Fn(T) -> U) -> Result<()> {
         let groups = self.geometry.groups;
         fits(what, out.len(), self.n * groups)?;
         for (n, row) in out.chunks_exact_mut(groups.max(1)).enumerate() {
             let base = (n / PANEL) * groups * PANEL + n % PANEL;
-            row.iter_mut().enumerate().for_each(|(g, o)| *o = src[base + g * PANEL]);
+            row.iter_mut().enumerate().for_each(|(g, o)| *o = f(src[base + g * PANEL]));
         }
         Ok(())
     }
@@ -337,22 +359,69 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
         ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
         ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
+        ScalesRef::E8M0(_) => {
+            // bfloat16 has every power of two of E8M0, and of the units too.
+            let wide: Vec<u16> =
+                (0..q.rows * groups).map(|i| half::bf16::from_f32(q.scale(i / groups, i % groups)).to_bits()).collect();
+            PanelScales::BF16(panelise(&wide, q.rows, groups)?)
+        }
     };
-    let ValueMap::Affine { mul, sub } = q.format.element.map;
+    let e = q.format.element;
+    let (mul, sub, bytes, byte_top) = match e.map {
+        ValueMap::Affine { mul, sub } => (mul, sub, None, (1 << bits) - 1),
+        ValueMap::Table(book) if e.has_integers() => {
+            let low = book.integers().iter().copied().min().unwrap_or(0);
+            let byte = |u: u8| (e.integer(u) - i32::from(low)) as u8;
+            let bytes: Box<[u8; 64]> = Box::new(std::array::from_fn(|u| byte(u as u8)));
+            let top = bytes.iter().copied().max().unwrap_or(0);
+            (1, -i32::from(low), Some(bytes), i32::from(top))
+        }
+        ValueMap::Table(_) => (1, 0, None, 255),
+    };
+    let mut values = Buf::<f32>::zeroed(64.max(1 << bits))?;
+    for (u, v) in values.iter_mut().enumerate() {
+        *v = e.number((u & ((1 << bits) - 1)) as u8);
+    }
     let (zeros, zero_max) = match q.zeros {
         ZerosRef::None => (PanelZeros::Const, 0),
         ZerosRef::Int(z) => (PanelZeros::Int(panelise(z, q.rows, groups)?), z.iter().copied().max().unwrap_or(0)),
         ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
     };
     let segments = SEGMENT_GROUPS.map(|act| Segments::new(&geometry, act).ok());
-    Ok(Packed { format: q.format, n: q.rows, geometry, bits, mul, sub, zero_max, codes, scales, zeros, segments })
+    let step = e.step();
+    let format = q.format;
+    Ok(Packed {
+        format,
+        n: q.rows,
+        geometry,
+        bits,
+        mul,
+        sub,
+        zero_max,
+        step,
+        byte_top,
+        values,
+        bytes,
+        codes,
+        scales,
+        zeros,
+        segments,
+    })
 }
 
 /// Gives the padding of a row the code that decodes to the least weight that is +0 or more, where there is one. A padded
 /// place meets an activation of -0, so their product is -0, which added to any sum, -0 included, changes nothing; a
 /// small weight stays finite under the largest scales.
 fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
-    let ValueMap::Affine { mul, sub } = q.format.element.map;
+    let ValueMap::Affine { mul, sub } = q.format.element.map else {
+        let book = q.format.element.book();
+        let least = [false, true].map(|negative| book.map_or(0, |b| b.least(negative)));
+        for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
+            let s = q.scale(n, g.min(geometry.groups - 1));
+            part.fill(least[usize::from(s.is_sign_negative())]);
+        }
+        return;
+    };
     let top = i32::from(q.format.element.levels) - 1;
     for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
         let g = g.min(geometry.groups - 1);

@@ -32,12 +32,16 @@ enum Sums<'a> {
 /// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
 /// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
 fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
+    let e = a.format.element;
+    if !e.has_integers() {
+        return Err(Error::Unsupported(format!("{} has no integer products", a.format)));
+    }
     if matches!(a.zeros, ZerosRef::Float(_)) {
         return Err(Error::Unsupported("a left operand with float zero points has no integer values".to_owned()));
     }
     let (m, k) = (a.rows, a.cols);
     let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
-    let (lo, hi) = a.format.element.values();
+    let (lo, hi) = if e.is_linear() { e.values() } else { (-127, 127) };
     let (lo, hi) = match a.zeros {
         ZerosRef::Int(z) => {
             let top = i32::from(z.iter().copied().max().unwrap_or(0));
@@ -52,7 +56,7 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
     let (out, len) = (&out, a.group_len().max(1));
-    let values: [i32; 256] = std::array::from_fn(|u| a.format.element.value(u as u8));
+    let values: [i32; 256] = std::array::from_fn(|u| e.integer(u as u8));
     pool::try_run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
         let mut row = Taken::<u8>::new(k)?;
         let row = &mut row[..k];
@@ -102,6 +106,11 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
             a.format, w.format
         )));
     }
+    for f in [a.format, w.format] {
+        if !f.element.is_linear() {
+            return Err(Error::Value(format!("raw sums need codes that are integers, which those of {f} are not")));
+        }
+    }
     if matches!(w.zeros, PanelZeros::Float(_)) {
         return Err(Error::Unsupported("raw sums need integer zero points".to_owned()));
     }
@@ -147,7 +156,7 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
         return bits::products(a, w, o, emit);
     }
     let (planes, a_top) = value_planes(a, o)?;
-    let w_top = i64::from(w.mul) * ((1 << w.bits) - 1) + i64::from(w.sub).max(i64::from(w.zero_max));
+    let w_top = i64::from(w.mul) * i64::from(w.byte_top) + i64::from(w.sub).max(i64::from(w.zero_max));
     if matches!(out, RawOut::I32(_)) && i128::from(a_top) * i128::from(w_top) * k as i128 > i128::from(i32::MAX) {
         let (lo, hi) = w.format.element.values();
         let exact = i64::from(lo.abs().max(hi.abs()) + i32::from(w.zero_max));
@@ -173,7 +182,7 @@ fn raw_products(
     let segs = w.segments(None)?;
     let (k, kp) = (w.geometry.k, w.geometry.kp);
     // The zero's share, 128 times the sum of its row, must fit as well.
-    let w_top = w.mul as usize * ((1 << w.bits) - 1) + (w.sub as usize).max(usize::from(w.zero_max));
+    let w_top = w.mul as usize * w.byte_top as usize + (w.sub as usize).max(usize::from(w.zero_max));
     let narrow = planes.len() == 1 && kp <= int32_limit(w) && i32::try_from(kp * 128 * w_top).is_ok();
     for m0 in (0..m).step_by(SLAB) {
         let rows = SLAB.min(m - m0);
@@ -267,13 +276,17 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     if k == 0 {
         return nothing(y, o);
     }
-    let scales: Vec<f32> = (0..m * a.groups()).map(|i| a.scales.get(i)).collect();
+    if !w.format.element.has_integers() {
+        return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
+    }
+    let (groups, step) = (a.groups(), a.format.element.step());
+    let scales: Vec<f32> = (0..m * groups).map(|i| a.scale(i / groups, i % groups) * step).collect();
     let ungrouped = a.groups() <= 1 && w.geometry.groups <= 1 && !matches!(w.zeros, PanelZeros::Float(_));
     let w_scales: Vec<f32> = if ungrouped { (0..w.n).map(|n| panel_scale(w, n)).collect() } else { Vec::new() };
     let out = &*y;
     let emit = |row: usize, n0: usize, sums: Sums| {
         let finish = |d: f32, j: usize| {
-            let f = d.mul_add(w_scales[n0 + j], 0.0) * scales[row];
+            let f = d.mul_add(w_scales[n0 + j], 0.0) * (scales[row] * w.step);
             o.bias.map_or(f, |b| f + b[n0 + j])
         };
         let floats: Vec<f32> = match sums {
@@ -326,7 +339,7 @@ mod bits {
     use crate::plan::Blocking;
 
     fn is_sign(map: ValueMap, bits: usize) -> bool {
-        bits == 1 && map == (ValueMap::Affine { mul: 2, sub: 1 })
+        bits == 1 && matches!(map, ValueMap::Affine { mul: 2, sub: 1 })
     }
 
     /// Whether this module serves the product.

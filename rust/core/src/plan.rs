@@ -94,7 +94,7 @@ impl Blocking {
 
 /// Whether decoded values fit a signed byte, so that tiles need no correction.
 pub(crate) fn signed_bytes(w: &Packed) -> bool {
-    let top = w.mul * ((1 << w.bits) - 1);
+    let top = w.mul * w.byte_top;
     !w.has_zeros() && -w.sub >= -128 && top - w.sub <= 127
 }
 
@@ -117,10 +117,11 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         _ => t.max_mr,
     }
     .min(t.max_mr);
-    let fused = if raw {
-        (t.raw)(w.bits, mr).map(|f| f.1)
-    } else {
-        (t.grouped)(w.bits, w.has_zeros(), segs.registers(), mr).map(|f| f.1)
+    let fused = match (raw, w.is_table()) {
+        (true, false) => (t.raw)(w.bits, mr).map(|f| f.1),
+        (true, true) => (t.raw_table)(w.bits, mr).map(|f| f.1),
+        (false, false) => (t.grouped)(w.bits, w.has_zeros(), segs.registers(), mr).map(|f| f.1),
+        (false, true) => (t.grouped_table)(w.bits, segs.registers(), mr).map(|f| f.1),
     };
     if let (Some(np), true) = (fused, m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };
@@ -168,10 +169,14 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
     compute.check()?;
     let (mut b, class, segment) = match compute {
         Compute::Int8 { group } => {
+            if !w.format.element.has_integers() {
+                return Err(crate::Error::Unsupported(format!("{} has no integer products", w.format)));
+            }
             let segs = w.segments(group.map(|g| g as usize))?;
             let raw = w.geometry.groups <= 1 && group.is_none();
             let b = int8(m, w, &segs, group.is_some(), isa, threads);
             let unit = match b.path {
+                Path::Fused if w.is_table() => format!("t{}", w.bits),
                 Path::Fused => format!("u{}", w.bits),
                 _ => "u8".to_owned(),
             };

@@ -16,6 +16,8 @@ pub enum Scales {
     F16(Vec<u16>),
     /// bfloat16 bits
     BF16(Vec<u16>),
+    /// Powers of two, one byte each
+    E8M0(Vec<u8>),
 }
 
 /// Borrowed scales.
@@ -27,6 +29,8 @@ pub enum ScalesRef<'a> {
     F16(&'a [u16]),
     /// bfloat16 bits
     BF16(&'a [u16]),
+    /// Powers of two, one byte each
+    E8M0(&'a [u8]),
 }
 
 /// Owned zero points.
@@ -116,6 +120,7 @@ impl Scales {
             ScaleType::F32 => Self::F32(zeros_vec(len)?),
             ScaleType::F16 => Self::F16(zeros_vec(len)?),
             ScaleType::BF16 => Self::BF16(zeros_vec(len)?),
+            ScaleType::E8M0 => Self::E8M0(zeros_vec(len)?),
         })
     }
 
@@ -125,6 +130,7 @@ impl Scales {
             Self::F32(v) => ScalesRef::F32(v),
             Self::F16(v) => ScalesRef::F16(v),
             Self::BF16(v) => ScalesRef::BF16(v),
+            Self::E8M0(v) => ScalesRef::E8M0(v),
         }
     }
 
@@ -141,6 +147,7 @@ impl ScalesRef<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
+            Self::E8M0(v) => v.len(),
         }
     }
 
@@ -155,6 +162,7 @@ impl ScalesRef<'_> {
             Self::F32(_) => ScaleType::F32,
             Self::F16(_) => ScaleType::F16,
             Self::BF16(_) => ScaleType::BF16,
+            Self::E8M0(_) => ScaleType::E8M0,
         }
     }
 
@@ -168,6 +176,7 @@ impl ScalesRef<'_> {
             Self::F32(v) => v[i],
             Self::F16(v) => half::f16::from_bits(v[i]).to_f32(),
             Self::BF16(v) => f32::from_bits(u32::from(v[i]) << 16),
+            Self::E8M0(v) => crate::format::e8m0(v[i]),
         }
     }
 }
@@ -229,7 +238,8 @@ impl<'a> QView<'a> {
             Err(Error::Shape(format!("{format} needs {what} of shape ({rows}, {groups}), {count} in all, not {len}")))
         };
         check_len("scales", self.scales.len())?;
-        if let Some(i) = (0..count).find(|&i| !self.scales.get(i).is_finite()) {
+        let legal = |s: f32| s.is_finite() || (format.element.nan && s.is_nan());
+        if let Some(i) = (0..count).find(|&i| !legal(self.scales.get(i))) {
             let s = self.scales.get(i);
             return Err(Error::Value(format!("scale {s} at row {}, group {} is not finite", i / groups, i % groups)));
         }
@@ -317,9 +327,9 @@ impl<'a> QView<'a> {
         &self.codes[n * b..(n + 1) * b]
     }
 
-    /// Scale of group `g` of row `n`, in f32.
+    /// What multiplies the values of group `g` of row `n`: the stored scale times the unit of the element, exactly.
     pub fn scale(&self, n: usize, g: usize) -> f32 {
-        self.scales.get(n * self.groups() + g)
+        self.scales.get(n * self.groups() + g) * self.format.element.unit
     }
 
     /// Zero point of group `g` of row `n`.
@@ -452,6 +462,7 @@ impl<'a> QView<'a> {
                 ScalesRef::F32(v) => Scales::F32(copy(v)?),
                 ScalesRef::F16(v) => Scales::F16(copy(v)?),
                 ScalesRef::BF16(v) => Scales::BF16(copy(v)?),
+                ScalesRef::E8M0(v) => Scales::E8M0(copy(v)?),
             },
             zeros: match self.zeros {
                 ZerosRef::None => Zeros::None,

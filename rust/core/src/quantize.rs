@@ -10,7 +10,7 @@
 //! itself included: it is never worse.
 use std::sync::Mutex;
 
-use crate::format::{lanes, Element, Format, Level, ScaleType, Zero, ZeroKind};
+use crate::format::{e8m0_byte, lanes, Format, Level, ScaleType, Zero, ZeroKind};
 use crate::qtensor::{area, parallel, rows_per_task, zeros_vec};
 use crate::{Error, MatRef, QTensor, Result, Scales, Zeros};
 
@@ -41,6 +41,8 @@ pub enum ScalesMut<'a> {
     F16(&'a mut [u16]),
     /// bfloat16 bits
     BF16(&'a mut [u16]),
+    /// Powers of two, one byte each
+    E8M0(&'a mut [u8]),
 }
 
 impl ScalesMut<'_> {
@@ -48,6 +50,7 @@ impl ScalesMut<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
+            Self::E8M0(v) => v.len(),
         }
     }
 
@@ -57,6 +60,7 @@ impl ScalesMut<'_> {
             Self::F32(_) => ScaleType::F32,
             Self::F16(_) => ScaleType::F16,
             Self::BF16(_) => ScaleType::BF16,
+            Self::E8M0(_) => ScaleType::E8M0,
         }
     }
 
@@ -65,6 +69,7 @@ impl ScalesMut<'_> {
             Self::F32(v) => v[i] = s,
             Self::F16(v) => v[i] = half::f16::from_f32(s).to_bits(),
             Self::BF16(v) => v[i] = half::bf16::from_f32(s).to_bits(),
+            Self::E8M0(v) => v[i] = e8m0_byte(s),
         }
     }
 
@@ -81,6 +86,10 @@ impl ScalesMut<'_> {
             Self::BF16(v) => {
                 let (a, b) = v.split_at_mut(at);
                 (Self::BF16(a), Self::BF16(b))
+            }
+            Self::E8M0(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::E8M0(a), Self::E8M0(b))
             }
         }
     }
@@ -154,6 +163,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
             Scales::F32(v) => ScalesMut::F32(v),
             Scales::F16(v) => ScalesMut::F16(v),
             Scales::BF16(v) => ScalesMut::BF16(v),
+            Scales::E8M0(v) => ScalesMut::E8M0(v),
         },
         zeros: &mut zeros,
         bounds: &mut bounds,
@@ -252,15 +262,22 @@ fn rows_of(level: Level, x: &MatRef, format: &Format, method: Method, row0: usiz
         };
         for (g, (w, u)) in values.chunks(len).zip(codes.chunks_mut(len)).enumerate() {
             let bits = lanes::absmax_bits(level, w);
+            let at = i * groups + g;
+            if bits >= 0x7f80_0000 && e.nan {
+                u.fill(e.zero_code());
+                part.scales.set(at, f32::NAN);
+                if !part.bounds.is_empty() {
+                    part.bounds[at] = 0.0;
+                }
+                continue;
+            }
             if bits >= 0x7f80_0000 {
                 let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
                 return Err(Error::Value(format!("{} at row {row}, column {} is not finite", w[k], g * len + k)));
             }
-            let group = encode_group(level, e, format.scale, method, w, f32::from_bits(bits), u, &mut scratch)
-                .map_err(|s| {
-                    Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
-                })?;
-            let at = i * groups + g;
+            let group = encode_group(level, format, method, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
+                Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
+            })?;
             part.scales.set(at, group.scale);
             if let Zero::Int(z) = group.zero {
                 part.zeros[at] = z;
@@ -286,49 +303,33 @@ struct Scratch {
     values: Vec<f32>,
 }
 
-/// Rounds a scale to its type; the error is the scale that overflows. `top` is the magnitude of the outermost value.
-fn round_scale(kind: ScaleType, scale: f32, top: f32) -> std::result::Result<f32, f32> {
-    let mut s = kind.round(scale);
-    if !s.is_finite() {
-        return Err(scale);
-    }
-    if s == 0.0 {
-        return Ok(kind.smallest());
-    }
-    while !(s * top).is_finite() {
-        s = kind.next_down(s);
-    }
-    Ok(s)
-}
-
 /// Chooses the scale of a group and writes its codes; the error is a scale that overflows.
 fn encode_group(
     level: Level,
-    e: &Element,
-    kind: ScaleType,
+    format: &Format,
     method: Method,
     x: &[f32],
     absmax: f32,
     out: &mut [u8],
     scratch: &mut Scratch,
 ) -> std::result::Result<Group, f32> {
+    let (e, unit) = (format.element, format.element.unit);
     let codec = e.codec;
     if absmax == 0.0 && codec.has_zero() {
         let zero = codec.zero(e, 0.0, 1.0);
-        let error = codec.encode(e, level, x, 1.0, zero, e.lowest, out);
+        let error = codec.encode(e, level, x, unit, zero, e.lowest, out);
         return Ok(Group { scale: 1.0, zero, bound: upper(error) });
     }
-    let top = e.value((e.levels - 1) as u8) as f32;
     let fit = codec.fit(e, level, x, absmax);
-    let scale = round_scale(kind, fit.scale, top)?;
+    let scale = format.round_scale(fit.scale)?;
     let zero = codec.zero(e, fit.low, scale);
-    let error = codec.encode(e, level, x, scale, zero, e.lowest, out);
+    let error = codec.encode(e, level, x, scale * unit, zero, e.lowest, out);
     let group = Group { scale, zero, bound: upper(error) };
     if method == Method::Rtn {
         return Ok(group);
     }
 
-    let cost = |s: f32, z: Zero| codec.cost(e, level, x, s, z) * (s / scale) * (s / scale);
+    let cost = |s: f32, z: Zero| codec.cost(e, level, x, s * unit, z) * (s / scale) * (s / scale);
     let mut best = (cost(scale, zero), scale, zero);
     // Short groups gain little from a fine search, and the search may cost at most ten times `rtn`.
     let step = match x.len() {
@@ -336,8 +337,10 @@ fn encode_group(
         16..64 => 2,
         _ => 1,
     };
-    for &f in codec.shrinks(e).iter().step_by(step) {
-        let Ok(s) = round_scale(kind, fit.scale * f, top) else {
+    let shrinks = codec.shrinks(e);
+    let step = if shrinks.len() < 4 { 1 } else { step };
+    for &f in shrinks.iter().step_by(step) {
+        let Ok(s) = format.round_scale(fit.scale * f) else {
             continue;
         };
         if s == scale {
@@ -356,10 +359,10 @@ fn encode_group(
     let (_, s, z) = best;
     scratch.codes.resize(x.len(), 0);
     scratch.values.resize(x.len(), 0.0);
-    let error = codec.encode(e, level, x, s, z, e.lowest, &mut scratch.codes);
-    codec.decode(e, level, out, scale, zero, &mut scratch.values);
+    let error = codec.encode(e, level, x, s * unit, z, e.lowest, &mut scratch.codes);
+    codec.decode(e, level, out, scale * unit, zero, &mut scratch.values);
     let before = lanes::square_error(level, x, &scratch.values);
-    codec.decode(e, level, &scratch.codes, s, z, &mut scratch.values);
+    codec.decode(e, level, &scratch.codes, s * unit, z, &mut scratch.values);
     if lanes::square_error(level, x, &scratch.values) < before {
         out.copy_from_slice(&scratch.codes);
         return Ok(Group { scale: s, zero: z, bound: upper(error) });

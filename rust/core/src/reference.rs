@@ -18,13 +18,14 @@ pub fn matmul_int_ref(a: &[i64], b: &[i64], m: usize, n: usize, k: usize) -> Vec
     y
 }
 
-/// The integers that multiply the scales: value minus integer zero point. A float zero point is not subtracted.
+/// The integers of integer products: value minus integer zero point, or the integers of a table. A float zero point is
+/// not subtracted.
 pub fn integers(w: &QView) -> Vec<i64> {
     let g = w.group_len();
     let mut out = Vec::with_capacity(w.rows * w.cols);
     for n in 0..w.rows {
         for k in 0..w.cols {
-            let value = i64::from(w.format.element.value(w.code(n, k)));
+            let value = i64::from(w.format.element.integer(w.code(n, k)));
             out.push(match w.zero(n, k / g) {
                 Zero::Int(z) => value - i64::from(z),
                 Zero::None | Zero::Float(_) => value,
@@ -157,7 +158,8 @@ impl Activations {
 /// acc = fma(f32(A), -fl(s*z), acc)     float zero point only
 /// ```
 ///
-/// from +0. Then `acc * s_a` if the activations have one scale per row, and the bias last. A poisoned row is NaN.
+/// from +0. Then `acc * fl(s_a * u)`, with `s_a` the activation scale of the row, 1 where activations are grouped, and `u`
+/// what the integer 1 of a table is worth, 1 for integer formats. The bias is added last. A poisoned row is NaN.
 ///
 /// # Panics
 /// If the columns differ, or the bias is shorter than the rows of `w`.
@@ -172,9 +174,8 @@ pub fn matmul_int8_ref(a: &Activations, w: &QView, bias: Option<&[f32]>) -> Vec<
                 continue;
             }
             let mut acc = row_by_row(a, w, &weights, m, n);
-            if a.group.is_none() {
-                acc *= a.scales[m];
-            }
+            let scale = if a.group.is_none() { a.scales[m] } else { 1.0 };
+            acc *= scale * w.format.element.step();
             y.push(bias.map_or(acc, |b| acc + b[n]));
         }
     }

@@ -388,6 +388,7 @@ impl Parts {
         let scales = match &q.scales {
             Scales::F32(v) => Guarded::of(v, rng.aligned()),
             Scales::F16(v) | Scales::BF16(v) => Guarded::of(v, rng.aligned()),
+            Scales::E8M0(v) => Guarded::of(v, rng.place()),
         };
         let (zeros, float_zeros) = match &q.zeros {
             Zeros::None => (Guarded::copy(&[], At::End(0)), false),
@@ -403,6 +404,7 @@ impl Parts {
             ScaleType::F32 => ScalesRef::F32(self.scales.slice()),
             ScaleType::F16 => ScalesRef::F16(self.scales.slice()),
             ScaleType::BF16 => ScalesRef::BF16(self.scales.slice()),
+            ScaleType::E8M0 => ScalesRef::E8M0(self.scales.bytes()),
         };
         let zeros = match (self.format.element.zero, self.float_zeros) {
             (ZeroKind::None, _) => ZerosRef::None,
@@ -420,8 +422,8 @@ fn isas() -> impl Iterator<Item = Isa> {
 fn any_format(rng: &mut Rng) -> Format {
     let elements: Vec<_> = nibblas_core::format::table().collect();
     let group = rng.pick(&[None, None, Some(8), Some(13), Some(16), Some(32), Some(48), Some(64), Some(128)]);
-    let scale = rng.pick(&ScaleType::ALL);
-    Format::with(rng.pick(&elements), group, Some(scale)).unwrap()
+    let element = rng.pick(&elements);
+    Format::with(element, group, Some(rng.pick(element.scales))).unwrap()
 }
 
 fn tensor(rng: &mut Rng, f: &Format, n: usize, k: usize) -> QTensor {
@@ -457,7 +459,10 @@ fn products(rng: &mut Rng, m: usize, n: usize, k: usize, threads: usize) -> usiz
         let with_bias = rng.next() & 1 == 0;
         let b = with_bias.then_some(&bias[..]);
         if gemm::explain(m, &plain, &Options { compute, ..Options::default() }).is_err() {
-            assert!(matches!(compute, Compute::Int8 { group: Some(_) }), "{f} {compute}");
+            assert!(
+                matches!(compute, Compute::Int8 { group } if group.is_some() || !f.element.has_integers()),
+                "{f} {compute}"
+            );
             continue;
         }
         let mut want = match compute {
@@ -589,6 +594,9 @@ fn quantised_pairs_stay_inside_their_buffers() {
         let [m, n, k] = [rng.pick(&EDGES), rng.pick(&EDGES), rng.pick(&EDGES)];
         let (mut fa, mut fb) = (any_format(&mut rng), any_format(&mut rng));
         if i % 2 == 0 {
+            while !fa.element.is_linear() || !fb.element.is_linear() {
+                (fa, fb) = (any_format(&mut rng), any_format(&mut rng));
+            }
             (fa.group, fb.group) = (None, None);
         }
         let (a, b) = (tensor(&mut rng, &fa, m, k), tensor(&mut rng, &fb, n, k));
@@ -679,6 +687,7 @@ fn quantising_stays_inside_its_buffers() {
                 ScaleType::F32 => ScalesMut::F32(scales.slice_mut()),
                 ScaleType::F16 => ScalesMut::F16(scales.slice_mut()),
                 ScaleType::BF16 => ScalesMut::BF16(scales.slice_mut()),
+                ScaleType::E8M0 => ScalesMut::E8M0(scales.bytes_mut()),
             },
             zeros: zeros.bytes_mut(),
             bounds: bounds.slice_mut(),
@@ -689,6 +698,7 @@ fn quantising_stays_inside_its_buffers() {
         match &q.scales {
             Scales::F32(v) => assert_eq!(scales.slice::<f32>(), v),
             Scales::F16(v) | Scales::BF16(v) => assert_eq!(scales.slice::<u16>(), v),
+            Scales::E8M0(v) => assert_eq!(scales.bytes(), v),
         }
         if let Zeros::Int(z) = &q.zeros {
             assert_eq!(zeros.bytes(), z);

@@ -45,6 +45,7 @@ impl Memory {
             ScaleType::F32 => ScalesRef::F32(self.scales.f32s()?),
             ScaleType::F16 => ScalesRef::F16(self.scales.bits16()?),
             ScaleType::BF16 => ScalesRef::BF16(self.scales.bits16()?),
+            ScaleType::E8M0 => ScalesRef::E8M0(self.scales.u8s()?),
         };
         let zeros = match &self.zeros {
             None => ZerosRef::None,
@@ -57,16 +58,23 @@ impl Memory {
     }
 }
 
-type Row = (&'static str, u8, i32, i32, u16, bool, Vec<&'static str>);
-
-fn row(e: &'static Element) -> Row {
+/// Name, bits, lowest and highest code, levels, zero points, computes; group length, scale types, whether codes are
+/// integers, whether a group may be NaN, the rounding of integer products.
+fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, PyTuple>> {
     let (low, high) = e.values();
-    (e.name, e.bits, low, high, e.levels, e.zero == ZeroKind::PerGroup, e.computes.to_vec())
+    let computes = PyTuple::new(py, e.computes)?;
+    let scales = PyTuple::new(py, e.scales.iter().map(|s| s.name()))?;
+    let zeros = e.zero == ZeroKind::PerGroup;
+    (e.name, e.bits, low, high, e.levels, zeros, computes, e.group, scales, e.is_linear(), e.nan, e.rounding())
+        .into_pyobject(py)
 }
 
-fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, PyTuple>> {
-    let (name, bits, low, high, levels, zeros, computes) = row(e);
-    (name, bits, low, high, levels, zeros, PyTuple::new(py, computes)?).into_pyobject(py)
+/// What each stored code is worth before zero point and stored scale.
+#[pyfunction]
+#[pyo3(signature = (name, /))]
+fn code_values(name: &str) -> PyResult<Vec<f32>> {
+    let e = Format::parse(name).map_err(to_py)?.element;
+    Ok((0..e.levels).map(|u| e.number(u as u8) * e.unit).collect())
 }
 
 #[pyfunction]
@@ -118,6 +126,7 @@ fn quantize(
             ScaleType::F32 => ScalesMut::F32(scales.f32s_mut()?),
             ScaleType::F16 => ScalesMut::F16(scales.bits16_mut()?),
             ScaleType::BF16 => ScalesMut::BF16(scales.bits16_mut()?),
+            ScaleType::E8M0 => ScalesMut::E8M0(scales.u8s_mut()?),
         },
         zeros: match &mut zeros {
             None => &mut [],
@@ -172,6 +181,7 @@ fn check(parts: Parts<'_>) -> PyResult<()> {
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(parse_format, m)?)?;
     m.add_function(wrap_pyfunction!(format_table, m)?)?;
+    m.add_function(wrap_pyfunction!(code_values, m)?)?;
     m.add_function(wrap_pyfunction!(quantize, m)?)?;
     m.add_function(wrap_pyfunction!(dequantize, m)?)?;
     m.add_function(wrap_pyfunction!(decode_codes, m)?)?;

@@ -1,5 +1,5 @@
-//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16>]`.
-use super::{table, Element, Format, ScaleType};
+//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16>][_<rceil|ceil|even>]`.
+use super::{table, Element, Format, ScaleMode, ScaleType};
 use crate::{Error, Result};
 
 fn fail<T>(text: String) -> Result<T> {
@@ -17,14 +17,22 @@ fn quote(s: &str) -> String {
 }
 
 pub(super) fn parse(name: &str) -> Result<Format> {
-    let mut parts = name.split('_');
-    let first = parts.next().unwrap_or("");
-    let Some(element) = Element::find(first) else {
-        return unknown(name, first);
+    // Names of elements may hold underscores: the longest that fits.
+    let fits = |e: &&Element| name.strip_prefix(e.name).is_some_and(|r| r.is_empty() || r.starts_with('_'));
+    let Some(element) = table().filter(fits).max_by_key(|e| e.name.len()) else {
+        return unknown(name);
     };
-    let (mut group, mut scale) = (None, None);
-    for part in parts {
-        if let Some(digits) = part.strip_prefix('g') {
+    let (mut group, mut scale, mut mode) = (None, None, None);
+    for part in name[element.name.len()..].split('_').skip(1) {
+        if mode.is_some() {
+            return fail(format!("format {}: {} after the scale mode", quote(name), quote(part)));
+        }
+        mode = ScaleMode::ALL.into_iter().find(|m| m.name() == part);
+        if mode.is_some() {
+            if element.mantissa.is_none() {
+                return fail(format!("format {}: {} has no scale mode {}", quote(name), element.name, quote(part)));
+            }
+        } else if let Some(digits) = part.strip_prefix('g') {
             if group.is_some() || scale.is_some() {
                 return fail(format!("format {}: one group length, before the scale type", quote(name)));
             }
@@ -38,14 +46,16 @@ pub(super) fn parse(name: &str) -> Result<Format> {
                 return fail(format!("format {}: scale type {} is none of f32, f16, bf16", quote(name), quote(t)));
             }
         } else {
+            let modes = if element.mantissa.is_some() { " and a scale mode" } else { "" };
             return fail(format!(
-                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16>",
+                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16>{modes}",
                 quote(name),
                 quote(part)
             ));
         }
     }
-    Format::with(element, group, scale)
+    let format = Format::with(element, group, scale)?;
+    Ok(Format { mode: mode.unwrap_or(ScaleMode::Floor), ..format })
 }
 
 fn group_length(name: &str, digits: &str) -> Result<u32> {
@@ -64,7 +74,11 @@ fn group_length(name: &str, digits: &str) -> Result<u32> {
     }
 }
 
-fn unknown(name: &str, first: &str) -> Result<Format> {
+/// Names that a message lists at most.
+const KNOWN: usize = 24;
+
+fn unknown(name: &str) -> Result<Format> {
+    let first = name.split("_g").next().unwrap_or("");
     let mut near: Vec<(usize, &str)> = if first.len() <= 16 {
         table().map(|e| (distance(first, e.name), e.name)).filter(|(d, _)| *d <= 2).collect()
     } else {
@@ -77,7 +91,10 @@ fn unknown(name: &str, first: &str) -> Result<Format> {
         near.iter().take(4).map(|(_, n)| *n).collect()
     };
     let lead = if near.is_empty() { "known are" } else { "did you mean" };
-    fail(format!("format {}: unknown element {}; {lead} {}", quote(name), quote(first), names.join(", ")))
+    let more = names.len().saturating_sub(KNOWN);
+    let rest = if more > 0 { format!(" and {more} more") } else { String::new() };
+    let names = names[..names.len() - more].join(", ");
+    fail(format!("format {}: unknown element {}; {lead} {names}{rest}", quote(name), quote(first)))
 }
 
 /// Edit distance.

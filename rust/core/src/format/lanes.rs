@@ -420,6 +420,80 @@ per_level! {
     affine_float = affine_float_body(u: &[u8], s: f32, t: f32, out: &mut [f32]) -> ()
 }
 
+/// Codes of 16 numbers in steps of the scale: places among the sorted values of a table.
+#[inline(always)]
+fn places(t: &[f32; LANES], cuts: &[i32]) -> [i32; LANES] {
+    let mut keys = [0i32; LANES];
+    for j in 0..LANES {
+        keys[j] = super::book::key(t[j]);
+    }
+    super::book::place(&keys, cuts)
+}
+
+#[inline(always)]
+fn book_encode_body(x: &[f32], s: f32, cuts: &[i32], order: &[u8], sorted: &[f32], out: &mut [u8]) -> f32 {
+    let mut worst = 0;
+    for (x, out) in x.chunks(LANES).zip(out.chunks_mut(LANES)) {
+        let full = if let Ok(x) = <&[f32; LANES]>::try_from(x) { *x } else { padded(x) };
+        let mut t = full;
+        for t in &mut t {
+            *t /= s;
+        }
+        let at = places(&t, cuts);
+        for (j, (o, &x)) in out.iter_mut().zip(x).enumerate() {
+            let i = at[j] as usize;
+            *o = order[i];
+            worst = worst.max((x - sorted[i] * s).abs().to_bits());
+        }
+    }
+    f32::from_bits(worst)
+}
+per_level! {
+    /// Codes of the nearest values of a table; returns the largest `fl(|w - decoded|)`.
+    book_encode =
+        book_encode_body(x: &[f32], s: f32, cuts: &[i32], order: &[u8], sorted: &[f32], out: &mut [u8]) -> f32
+}
+
+#[inline(always)]
+fn book_cost_body(x: &[f32], inv: f32, cuts: &[i32], sorted: &[f32]) -> f32 {
+    let mut sum = [0.0f32; LANES];
+    for x in x.chunks(LANES) {
+        let full = if let Ok(x) = <&[f32; LANES]>::try_from(x) { *x } else { padded(x) };
+        let mut t = full;
+        for t in &mut t {
+            *t *= inv;
+        }
+        let at = places(&t, cuts);
+        for j in 0..x.len() {
+            let d = t[j] - sorted[at[j] as usize];
+            sum[j] += d * d;
+        }
+    }
+    let mut half = LANES / 2;
+    while half > 0 {
+        for j in 0..half {
+            sum[j] += sum[j + half];
+        }
+        half /= 2;
+    }
+    sum[0]
+}
+per_level! {
+    /// As [`cost`] for the values of a table.
+    book_cost = book_cost_body(x: &[f32], inv: f32, cuts: &[i32], sorted: &[f32]) -> f32
+}
+
+#[inline(always)]
+fn book_decode_body(u: &[u8], values: &[f32; 256], s: f32, out: &mut [f32]) {
+    for (o, &u) in out.iter_mut().zip(u) {
+        *o = values[usize::from(u)] * s;
+    }
+}
+per_level! {
+    /// `out = fl(values[u] * s)`.
+    book_decode = book_decode_body(u: &[u8], values: &[f32; 256], s: f32, out: &mut [f32]) -> ()
+}
+
 #[inline(always)]
 fn pack_body(bits: u8, codes: &[u8], out: &mut [u8]) {
     crate::bits::pack_inline(bits, codes, out);

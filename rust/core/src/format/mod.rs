@@ -3,19 +3,36 @@
 //! A family of elements is one file: a `static` array of rows and a [`Codec`] that fits, encodes and decodes a group.
 //! The row is listed in [`FAMILIES`]; names, tests and tables follow.
 use std::fmt;
+use std::sync::LazyLock;
 
 use crate::error::Result;
 
 mod bipolar;
+mod block;
+mod book;
+mod codebook;
+mod float;
 mod grammar;
 mod int;
 pub mod lanes;
 mod ternary;
 
+pub use block::{from_byte as e8m0, to_byte as e8m0_byte, ScaleMode};
+pub use book::{Book, Tie};
 pub use lanes::Level;
 
 /// The families of the table, in the order of listing.
-static FAMILIES: [&[Element]; 4] = [&int::INT, &int::UINT, &bipolar::ROWS, &ternary::ROWS];
+static FAMILIES: [&[Element]; 9] = [
+    &int::INT,
+    &int::UINT,
+    &bipolar::ROWS,
+    &ternary::ROWS,
+    &float::ROWS,
+    &float::POW2,
+    &codebook::ROWS,
+    &block::BFP,
+    &block::MX,
+];
 
 /// The rows of the format table.
 pub fn table() -> impl Iterator<Item = &'static Element> {
@@ -31,18 +48,21 @@ pub enum ScaleType {
     F16,
     /// bfloat16.
     BF16,
+    /// A power of two as one byte `e`: `2^(e - 127)`; 255 is NaN.
+    E8M0,
 }
 
 impl ScaleType {
-    /// All of them.
+    /// The types that any element may have unless it says otherwise.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
 
-    /// Name in the grammar: `f32`, `f16`, `bf16`.
+    /// Name in the grammar: `f32`, `f16`, `bf16`; `e8m0` is never written there.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::BF16 => "bf16",
+            Self::E8M0 => "e8m0",
         }
     }
 
@@ -51,15 +71,17 @@ impl ScaleType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
+            Self::E8M0 => 1,
         }
     }
 
-    /// The nearest value of the type, ties to even; infinite on overflow.
+    /// The nearest value of the type, ties to even; infinite on overflow. Of E8M0 the next lower one, within its range.
     pub fn round(self, s: f32) -> f32 {
         match self {
             Self::F32 => s,
             Self::F16 => half::f16::from_f32(s).to_f32(),
             Self::BF16 => half::bf16::from_f32(s).to_f32(),
+            Self::E8M0 => block::power(block::floor_log2(s)),
         }
     }
 
@@ -69,6 +91,7 @@ impl ScaleType {
             Self::F32 => f32::from_bits(1),
             Self::F16 => half::f16::from_bits(1).to_f32(),
             Self::BF16 => f32::from_bits(1 << 16),
+            Self::E8M0 => block::power(-127),
         }
     }
 
@@ -78,12 +101,13 @@ impl ScaleType {
             Self::F32 => s.next_down(),
             Self::F16 => half::f16::from_bits(half::f16::from_f32(s).to_bits() - 1).to_f32(),
             Self::BF16 => f32::from_bits(s.to_bits() - (1 << 16)),
+            Self::E8M0 => s / 2.0,
         }
     }
 }
 
 /// How a stored code `u` becomes the number that the scale multiplies.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy)]
 pub enum ValueMap {
     /// `mul*u - sub`: plain integers. With a zero point `z` per group the value is `mul*u - z` (then `sub` is 0).
     Affine {
@@ -92,6 +116,8 @@ pub enum ValueMap {
         /// What code 0 is worth, negated.
         sub: i32,
     },
+    /// `table[u]`: codebooks and small floats.
+    Table(&'static LazyLock<Book>),
 }
 
 /// Whether groups carry a zero point.
@@ -138,22 +164,27 @@ pub trait Codec: fmt::Debug + Sync {
         true
     }
 
-    /// Codes of `x`, not below `lowest`, at a scale and zero point; returns the largest `fl(|w - decoded|)`.
-    fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero, lowest: u8, out: &mut [u8]) -> f32;
+    /// Codes of `x`, not below `lowest`, at a scale and zero point; returns the largest `fl(|w - decoded|)`. Elements with
+    /// a table take the nearest value.
+    fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, _z: Zero, _lowest: u8, out: &mut [u8]) -> f32 {
+        e.book().map_or(0.0, |b| b.encode(level, x, s, out))
+    }
 
     /// Squared error of `x` at a scale, in squares of the scale, about: it ranks candidates.
-    fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero) -> f32;
+    fn cost(&self, e: &Element, level: Level, x: &[f32], s: f32, _z: Zero) -> f32 {
+        e.book().map_or(0.0, |b| b.cost(level, x, s))
+    }
 
     /// Multiples of the `rtn` scale that the `mse` search tries.
     fn shrinks(&self, e: &Element) -> &'static [f32];
 
     /// Numbers of the codes `u`.
     fn decode(&self, e: &Element, level: Level, u: &[u8], s: f32, z: Zero, out: &mut [f32]) {
-        let ValueMap::Affine { mul, sub } = e.map;
-        match z {
-            Zero::None => lanes::affine(level, u, mul, sub, s, out),
-            Zero::Int(z) => lanes::affine(level, u, mul, i32::from(z), s, out),
-            Zero::Float(z) => lanes::affine_float(level, u, s, -(s * z), out),
+        match (e.map, z) {
+            (ValueMap::Table(book), _) => lanes::book_decode(level, u, book.of_bytes(), s, out),
+            (ValueMap::Affine { mul, sub }, Zero::None) => lanes::affine(level, u, mul, sub, s, out),
+            (ValueMap::Affine { mul, .. }, Zero::Int(z)) => lanes::affine(level, u, mul, i32::from(z), s, out),
+            (ValueMap::Affine { .. }, Zero::Float(z)) => lanes::affine_float(level, u, s, -(s * z), out),
         }
     }
 }
@@ -175,9 +206,24 @@ pub struct Element {
     pub lowest: u8,
     /// Arithmetic of the inner product that products with this element may use.
     pub computes: &'static [&'static str],
+    /// Group length that is left out of names; `None` is one group per row.
+    pub group: Option<u32>,
+    /// Types that scales may have.
+    pub scales: &'static [ScaleType],
+    /// A power of two that multiplies every stored scale.
+    pub unit: f32,
+    /// Whether a group may be NaN, and has to be where a weight is not finite.
+    pub nan: bool,
+    /// Mantissa bits of elements whose formats name how they pick the power of two (see [`ScaleMode`]).
+    pub mantissa: Option<u32>,
     /// Fits, encodes and decodes.
     pub codec: &'static dyn Codec,
 }
+
+/// The computes of elements whose values are integers, exactly or about.
+const INTEGER: &[&str] = &["f32", "bf16", "int8", "int8_g32", "int8_g128"];
+/// The computes of the others.
+const FLOAT: &[&str] = &["f32", "bf16"];
 
 impl Element {
     const fn affine(
@@ -196,9 +242,24 @@ impl Element {
             zero: ZeroKind::None,
             levels,
             lowest,
-            computes: &["f32", "bf16", "int8", "int8_g32", "int8_g128"],
+            computes: INTEGER,
+            group: None,
+            scales: &ScaleType::ALL,
+            unit: 1.0,
+            nan: false,
+            mantissa: None,
             codec,
         }
+    }
+
+    const fn table(
+        name: &'static str,
+        bits: u8,
+        book: &'static LazyLock<Book>,
+        computes: &'static [&'static str],
+        codec: &'static dyn Codec,
+    ) -> Self {
+        Self { map: ValueMap::Table(book), computes, ..Self::affine(name, bits, 1, 0, 1 << bits, 0, codec) }
     }
 
     /// The row of that name.
@@ -206,20 +267,93 @@ impl Element {
         table().find(|e| e.name == name)
     }
 
-    fn sub(&self) -> i32 {
-        let ValueMap::Affine { sub, .. } = self.map;
-        sub
+    /// The table of values, of elements that have one.
+    pub fn book(&self) -> Option<&'static Book> {
+        match self.map {
+            ValueMap::Affine { .. } => None,
+            ValueMap::Table(book) => Some(book),
+        }
     }
 
-    /// The value of a code, before zero point and scale.
+    fn sub(&self) -> i32 {
+        match self.map {
+            ValueMap::Affine { sub, .. } => sub,
+            ValueMap::Table(_) => 0,
+        }
+    }
+
+    /// The integer that stands for a code in products of integers and in lists of codes: before zero point and scale,
+    /// what the code is worth; for elements with a table, the code itself.
     pub fn value(&self, u: u8) -> i32 {
-        let ValueMap::Affine { mul, sub } = self.map;
-        mul * i32::from(u) - sub
+        match self.map {
+            ValueMap::Affine { mul, sub } => mul * i32::from(u) - sub,
+            ValueMap::Table(_) => i32::from(u),
+        }
+    }
+
+    /// What a code is worth before zero point and scale.
+    pub fn number(&self, u: u8) -> f32 {
+        match self.map {
+            ValueMap::Affine { .. } => self.value(u) as f32,
+            ValueMap::Table(book) => book.of_bytes()[usize::from(u)],
+        }
+    }
+
+    /// The integer that stands for a code in integer products, worth [`Self::step`] each.
+    pub fn integer(&self, u: u8) -> i32 {
+        match self.map {
+            ValueMap::Affine { .. } => self.value(u),
+            ValueMap::Table(book) => i32::from(book.integers()[usize::from(u) % book.integers().len()]),
+        }
+    }
+
+    /// What the integer 1 is worth in integer products.
+    pub fn step(&self) -> f32 {
+        self.book().map_or(1.0, Book::unit)
+    }
+
+    /// How far an integer of integer products may be from the value it stands for; 0 where it is exact or there are none.
+    pub fn rounding(&self) -> f32 {
+        let far = |u: u8| (f64::from(self.number(u)) - f64::from(self.integer(u)) * f64::from(self.step())).abs();
+        if self.has_integers() {
+            (0..self.levels).map(|u| far(u as u8)).fold(0.0, f64::max) as f32
+        } else {
+            0.0
+        }
+    }
+
+    /// Whether codes are the integers that the scales multiply.
+    pub fn is_linear(&self) -> bool {
+        matches!(self.map, ValueMap::Affine { .. })
+    }
+
+    /// Whether products may be computed in integers.
+    pub fn has_integers(&self) -> bool {
+        self.computes.contains(&"int8")
+    }
+
+    /// The largest finite magnitude of a number.
+    pub fn top(&self) -> f32 {
+        match self.map {
+            ValueMap::Affine { .. } => self.number((self.levels - 1) as u8).abs(),
+            ValueMap::Table(book) => book.top(),
+        }
+    }
+
+    /// The code of 0, or nearest to it.
+    pub fn zero_code(&self) -> u8 {
+        match self.map {
+            ValueMap::Affine { sub, .. } => sub.clamp(0, 255) as u8,
+            ValueMap::Table(book) => book.zero().unwrap_or(0),
+        }
     }
 
     /// The code of a value, if there is one.
     pub fn code(&self, value: i32) -> Option<u8> {
-        let ValueMap::Affine { mul, sub } = self.map;
+        let (mul, sub) = match self.map {
+            ValueMap::Affine { mul, sub } => (mul, sub),
+            ValueMap::Table(_) => (1, 0),
+        };
         let u = value.checked_add(sub)?;
         (u % mul == 0 && (0..i32::from(self.levels)).contains(&(u / mul))).then_some((u / mul) as u8)
     }
@@ -230,7 +364,7 @@ impl Element {
     }
 }
 
-/// A matrix format: element, group length along K, scale type.
+/// A matrix format: element, group length along K, scale type, how a power of two is picked.
 #[derive(Debug, Clone, Copy)]
 pub struct Format {
     /// The table row.
@@ -239,11 +373,14 @@ pub struct Format {
     pub group: Option<u32>,
     /// Type of the stored scales.
     pub scale: ScaleType,
+    /// How the power of two is picked; [`ScaleMode::Floor`] where scales are not powers of two.
+    pub mode: ScaleMode,
 }
 
 impl PartialEq for Format {
     fn eq(&self, other: &Self) -> bool {
-        (self.element.name, self.group, self.scale) == (other.element.name, other.group, other.scale)
+        let parts = |f: &Self| (f.element.name, f.group, f.scale, f.mode);
+        parts(self) == parts(other)
     }
 }
 
@@ -251,7 +388,7 @@ impl Eq for Format {}
 
 impl std::hash::Hash for Format {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.element.name, self.group, self.scale).hash(state);
+        (self.element.name, self.group, self.scale, self.mode).hash(state);
     }
 }
 
@@ -259,11 +396,14 @@ impl fmt::Display for Format {
     /// The name that parses back to this format; defaults are left out.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.element.name)?;
-        if let Some(g) = self.group {
+        if let Some(g) = self.group.filter(|_| self.group != self.element.group) {
             write!(f, "_g{g}")?;
         }
-        if self.scale != Self::default_scale(self.group) {
+        if self.scale != Self::default_scale(self.element, self.group) {
             write!(f, "_s{}", self.scale.name())?;
+        }
+        if self.mode != ScaleMode::Floor {
+            write!(f, "_{}", self.mode.name())?;
         }
         Ok(())
     }
@@ -281,18 +421,26 @@ impl Format {
     /// The shortest group.
     pub const MIN_GROUP: u32 = 8;
 
-    /// A format from its parts; `scale` defaults to f16 when grouped, f32 when there is one scale per row.
+    /// A format from its parts; `group` and `scale` default to the element's own. Scales are f16 when grouped and f32
+    /// when there is one per row, where the element leaves the choice.
     ///
     /// # Errors
-    /// [`crate::Error::Format`] if the group is shorter than [`Self::MIN_GROUP`].
+    /// [`crate::Error::Format`] if the group is shorter than [`Self::MIN_GROUP`], or the element has no such scales.
     pub fn with(element: &'static Element, group: Option<u32>, scale: Option<ScaleType>) -> Result<Self> {
+        let fail = |text| Err(crate::Error::Format(text));
         if let Some(g) = group.filter(|&g| g < Self::MIN_GROUP) {
-            return Err(crate::Error::Format(format!("group length {g} is below {}", Self::MIN_GROUP)));
+            return fail(format!("group length {g} is below {}", Self::MIN_GROUP));
         }
-        Ok(Self { element, group, scale: scale.unwrap_or(Self::default_scale(group)) })
+        if let Some(s) = scale.filter(|s| !element.scales.contains(s)) {
+            let own = element.scales.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");
+            return fail(format!("{} has scales of type {own}, not {}", element.name, s.name()));
+        }
+        let group = group.or(element.group);
+        let scale = scale.unwrap_or(Self::default_scale(element, group));
+        Ok(Self { element, group, scale, mode: ScaleMode::Floor })
     }
 
-    /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16>]`.
+    /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16>][_<mode>]`.
     ///
     /// # Errors
     /// [`crate::Error::Format`] naming the part that does not parse.
@@ -300,12 +448,33 @@ impl Format {
         grammar::parse(name)
     }
 
-    fn default_scale(group: Option<u32>) -> ScaleType {
-        if group.is_some() {
-            ScaleType::F16
-        } else {
-            ScaleType::F32
+    fn default_scale(element: &Element, group: Option<u32>) -> ScaleType {
+        match (element.scales, group) {
+            ([only], _) => *only,
+            (_, Some(_)) => ScaleType::F16,
+            (_, None) => ScaleType::F32,
         }
+    }
+
+    /// The stored scale of a group for the scale that its element asks for (the largest magnitude where scales are powers
+    /// of two): rounded, not 0. The error is a scale that overflows.
+    pub(crate) fn round_scale(&self, scale: f32) -> std::result::Result<f32, f32> {
+        let e = self.element;
+        let top = e.top() * e.unit;
+        let mut s = match (self.scale, e.mantissa) {
+            (ScaleType::E8M0, m) => self.mode.scale(scale, top, m.unwrap_or(0)),
+            (kind, _) => kind.round(scale),
+        };
+        if !s.is_finite() {
+            return Err(scale);
+        }
+        if s == 0.0 {
+            return Ok(self.scale.smallest());
+        }
+        while !(s * top).is_finite() {
+            s = self.scale.next_down(s);
+        }
+        Ok(s)
     }
 
     /// Number of groups in a row of `cols` elements.

@@ -15,8 +15,10 @@ pub unsafe trait Unpack: 'static {
     const BITS: usize;
     /// Planes that the bits are spread over.
     const PLANES: usize;
-    /// Whether codes are below 128, which is cheaper where the dot product saturates.
-    const NARROW: bool = Self::BITS < 8;
+    /// Whether codes of integer products are bytes looked up in a table.
+    const TABLE: bool = false;
+    /// Whether what is multiplied is below 128, which is cheaper where the dot product saturates.
+    const NARROW: bool = Self::BITS < 8 && !Self::TABLE;
     /// Register `r` of the block at `p`: 64 codes, one per byte.
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
 }
@@ -82,6 +84,68 @@ unsafe impl Unpack for Bytes7 {
     }
 }
 
+macro_rules! looked_up {
+    ($($name:ident: $codes:ident;)*) => { $(
+        /// Codes that stand for the bytes of a table.
+        #[derive(Debug)]
+        pub struct $name;
+        // SAFETY: as that of the codes.
+        unsafe impl Unpack for $name {
+            const BITS: usize = $codes::BITS;
+            const PLANES: usize = $codes::PLANES;
+            const TABLE: bool = true;
+            #[inline(always)]
+            unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+                // SAFETY: the caller's block.
+                unsafe { $codes::reg::<S>(p, r) }
+            }
+        }
+    )* };
+}
+looked_up! {
+    T4: U4;
+    T6: U6;
+}
+
+/// The 64 bytes of a table, 16 in each register.
+#[inline(always)]
+unsafe fn byte_table<S: Simd>(p: *const u8) -> [S::I; 4] {
+    // SAFETY: the caller's table.
+    unsafe { [S::repeat16(p), S::repeat16(p.add(16)), S::repeat16(p.add(32)), S::repeat16(p.add(48))] }
+}
+
+/// The bytes of the codes `u`, which are below 64, or below 16 where `SMALL`.
+#[inline(always)]
+unsafe fn look_up<S: Simd, const SMALL: bool>(t: &[S::I; 4], u: S::I) -> S::I {
+    // SAFETY: the caller's features.
+    unsafe {
+        if SMALL {
+            return S::shuffle(t[0], u);
+        }
+        let i = S::and(u, S::splat8(15));
+        let low = S::pick(u, 16, S::shuffle(t[0], i), S::shuffle(t[1], i));
+        let high = S::pick(u, 16, S::shuffle(t[2], i), S::shuffle(t[3], i));
+        S::pick(u, 32, low, high)
+    }
+}
+
+/// Replaces codes of at most six bits, in `n` KiB, by `table[u] - sub` (wrapping).
+///
+/// # Safety
+/// `bytes` has the codes, `table` 64 bytes; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn look_up_all<S: Simd>(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let sub = S::splat8(sub);
+        let t = byte_table::<S>(table);
+        for i in 0..16 * n {
+            let p = bytes.add(64 * i);
+            S::store(p, S::sub8(look_up::<S, false>(&t, S::load(p)), sub));
+        }
+    }
+}
+
 /// Repeats a body for the 16 registers of a block with a constant index, so that shifts and offsets fold.
 macro_rules! regs {
     ($r:ident => $body:block) => {
@@ -102,6 +166,7 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
     w: *const u8,
     panel_stride: usize,
     x: *const i8,
+    table: &[S::I; 4],
     r0: usize,
     len: usize,
 ) {
@@ -113,9 +178,10 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
                 let t = R / (16 / PARTS);
                 for p in 0..NP {
                     let u = U::reg::<S>(w.add(p * panel_stride), R);
+                    let u = if U::TABLE { look_up::<S, false>(table, u) } else { u };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
-                        acc[p][m][t] = S::dot7(acc[p][m][t], u, q);
+                        acc[p][m][t] = if U::TABLE { S::dot(acc[p][m][t], u, q) } else { S::dot7(acc[p][m][t], u, q) };
                     }
                 }
             });
@@ -135,6 +201,7 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
                     } else {
                         S::and(S::shr(v, t * U::BITS), S::splat8(mask))
                     };
+                    let u = if U::TABLE { look_up::<S, true>(table, u) } else { u };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
                         acc[p][m][t] =
@@ -148,7 +215,7 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
 
 /// Bits by which the masked sums of part `t` are too large.
 const fn scaled<S: Simd, U: Unpack>(t: usize) -> usize {
-    if S::WIDE_DOT && U::BITS < 8 && U::PLANES == 1 {
+    if S::WIDE_DOT && U::BITS < 8 && U::PLANES == 1 && !U::TABLE {
         t * U::BITS
     } else {
         0
@@ -219,6 +286,7 @@ pub unsafe fn grouped<
         let ones = [1.0; MR];
         let (act_scales, act_step) =
             if a.act.scales.is_null() { (ones.as_ptr(), 0) } else { (a.act.scales, a.act.rows) };
+        let table = if U::TABLE { byte_table::<S>(a.table) } else { [S::splat(0); 4] };
         let per = 16 / PARTS;
         let mut f = [[S::splatf(0.0); MR]; NP];
         for p in 0..NP {
@@ -268,11 +336,11 @@ pub unsafe fn grouped<
             let small = if SEG == 0 { a.seg_registers } else { SEG };
             if SEG == 0 && small < 16 {
                 for i in (0..16).step_by(small) {
-                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, small);
+                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, i, small);
                     flush!(0, 1);
                 }
             } else if SEG == 0 || SEG >= per {
-                dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, per);
+                dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, per);
                 if SEG != 0 && SEG < 16 {
                     for t in (0..PARTS).step_by(SEG / per) {
                         flush!(t, t + SEG / per);
@@ -280,7 +348,7 @@ pub unsafe fn grouped<
                 }
             } else {
                 for i in (0..per).step_by(SEG) {
-                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, i, SEG);
+                    dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, i, SEG);
                     flush!(0, 1);
                 }
             }
@@ -324,12 +392,13 @@ unsafe fn fetch<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, blo
 pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
     // SAFETY: as the contract says.
     unsafe {
+        let table = if U::TABLE { byte_table::<S>(a.table) } else { [S::splat(0); 4] };
         let mut acc = [[[S::splat(0); PARTS]; MR]; NP];
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
             fetch::<S, NP>(w, a.panel_stride, 128 * U::BITS, a.prefetch, a.blocks - b);
-            dots::<S, U, false, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, 0, 16 / PARTS);
+            dots::<S, U, false, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, 16 / PARTS);
         }
         for p in 0..NP {
             for m in 0..MR {
@@ -349,17 +418,32 @@ pub const W_MUL1: u8 = 0;
 pub const W_MUL2: u8 = 1;
 /// `w = fma(u, s, -fl(s*z))`.
 pub const W_FLOAT: u8 = 2;
+/// `w = fl(values[u] * s)`, 16 values.
+pub const W_TABLE16: u8 = 3;
+/// The same with 64 values.
+pub const W_TABLE64: u8 = 4;
+/// The same with 256 values.
+pub const W_TABLE256: u8 = 5;
 
 /// The decoded weights of one lane-byte: byte `j` of every lane of `w`.
 ///
 /// # Safety
-/// The CPU has the features of `S`.
+/// `values` has as many entries as the mode says; the CPU has the features of `S`.
 #[inline(always)]
-pub(crate) unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(w: S::I, j: usize, z: S::F, s: S::F) -> S::F {
-    // SAFETY: the caller's features.
+pub(crate) unsafe fn weight<S: Simd, const W: u8, const ROUND: bool>(
+    w: S::I,
+    j: usize,
+    z: S::F,
+    s: S::F,
+    values: *const f32,
+) -> S::F {
+    // SAFETY: the caller's features; the table has as many values as the mode says.
     unsafe {
         let v = S::magic(w, j);
         let v = match W {
+            W_TABLE16 => S::mulf(S::lut16(S::loadf(values), S::shr32(w, 8 * j)), s),
+            W_TABLE64 => S::mulf(S::lut64(values, S::shr32(w, 8 * j)), s),
+            W_TABLE256 => S::mulf(S::gather(values, S::and(S::shr32(w, 8 * j), S::splat(255))), s),
             // z already carries 2^23, so the difference is the exact integer.
             W_MUL1 => S::mulf(S::subf(v, z), s),
             W_MUL2 => {
@@ -401,7 +485,9 @@ pub(crate) unsafe fn group<S: Simd, const W: u8>(a: &F32Args, panel: usize, g: u
     unsafe {
         let at = panel * a.scale_stride + g * 16;
         let s = scales::<S>(a.scales, at);
-        let z = if W == W_FLOAT {
+        let z = if W >= W_TABLE16 {
+            S::splatf(0.0)
+        } else if W == W_FLOAT {
             S::from_bits(S::xor_sign(S::bits(S::mulf(s, S::loadf(a.fzeros.add(at))))))
         } else {
             let base = if W == W_MUL1 { 8_388_608.0 } else { 0.0 };
@@ -443,7 +529,7 @@ pub unsafe fn gemv<S: Simd, const W: u8, const ROUND: bool, const NP: usize, con
                     for p in 0..NP {
                         let w = S::load(a.bytes.add(p * a.byte_stride + b * 1024 + 64 * r));
                         for j in 0..4 {
-                            let w = weight::<S, W, ROUND>(w, j, z[p], s[p]);
+                            let w = weight::<S, W, ROUND>(w, j, z[p], s[p], a.values);
                             for m in 0..MR {
                                 let x = S::splatf(*a.x.offset(m as isize * a.x_stride).add(b * 64 + 4 * r + j));
                                 f[p][m] = S::fma(x, w, f[p][m]);
@@ -462,7 +548,7 @@ pub unsafe fn gemv<S: Simd, const W: u8, const ROUND: bool, const NP: usize, con
 }
 
 /// As [`gemv`] for codes of 1, 2 or 4 bits read straight from their plane: the code, still among its neighbours' bits,
-/// indexes a table of 16 values that repeats every `2^BITS`.
+/// indexes the table of 16 values, which repeats every `2^BITS`.
 ///
 /// # Safety
 /// `a.bytes` and `a.byte_stride` describe the packed codes; otherwise as [`gemv`].
@@ -479,12 +565,7 @@ pub unsafe fn gemv_table<
 ) {
     // SAFETY: as the contract says.
     unsafe {
-        let mut table = [0.0f32; 16];
-        for (i, t) in table.iter_mut().enumerate() {
-            let u = i as i32 & ((1 << BITS) - 1);
-            *t = (a.mul * u - if ZEROS { 0 } else { a.sub }) as f32;
-        }
-        let table = S::loadf(table.as_ptr());
+        let table = S::loadf(a.values);
         let mut f = [[S::splatf(0.0); MR]; NP];
         for p in 0..NP {
             for m in 0..MR {
@@ -566,7 +647,7 @@ pub unsafe fn expand<S: Simd, const W: u8, const ROUND: bool>(a: &F32Args, out: 
                 for r in r0..r0 + step {
                     let w = S::load(a.bytes.add(b * 1024 + 64 * r));
                     for j in 0..4 {
-                        S::storef(out.add((b * 64 + 4 * r + j) * 16), weight::<S, W, ROUND>(w, j, z, s));
+                        S::storef(out.add((b * 64 + 4 * r + j) * 16), weight::<S, W, ROUND>(w, j, z, s, a.values));
                     }
                 }
             }

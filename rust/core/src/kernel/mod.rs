@@ -82,6 +82,8 @@ pub struct Grp {
     pub dbl: i32,
     /// Bytes to prefetch ahead in the codes, 0 for none.
     pub prefetch: usize,
+    /// The byte of each code, 64 entries, for kernels that look it up.
+    pub table: *const u8,
 }
 
 /// Arguments of the ungrouped integer kernels.
@@ -101,6 +103,8 @@ pub struct Raw {
     pub ldc: usize,
     /// Bytes to prefetch ahead in the codes, 0 for none.
     pub prefetch: usize,
+    /// The byte of each code, 64 entries, for kernels that look it up.
+    pub table: *const u8,
 }
 
 /// Arguments of the float kernels that decode as they go.
@@ -126,10 +130,10 @@ pub struct F32Args {
     pub zeros: *const u8,
     /// Float zeros or null.
     pub fzeros: *const f32,
-    /// Distance of neighbouring values.
-    pub mul: i32,
     /// Constant zero.
     pub sub: i32,
+    /// What each code is worth before a stored zero is subtracted: 64 or 256 entries.
+    pub values: *const f32,
     /// Bytes to prefetch ahead in packed codes, 0 for none.
     pub prefetch: usize,
     /// Activations in padded places: row m at `m*x_stride`.
@@ -178,6 +182,12 @@ pub struct Kernels {
     pub max_mr: usize,
     /// `unpack[bits]`.
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
+    /// See [`generic::look_up_all`].
+    pub look_up: unsafe fn(*mut u8, usize, *const u8, u8),
+    /// Fused grouped kernel for codes that are looked up, by (bits, registers of a segment, rows).
+    pub grouped_table: fn(usize, usize, usize) -> Option<(GroupedFn, usize)>,
+    /// Fused ungrouped kernel for codes that are looked up, by (bits, rows).
+    pub raw_table: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Fused grouped kernel by (bits, stored zeros, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, bool, usize, usize) -> Option<(GroupedFn, usize)>,
     /// Grouped kernel over bytes, one panel, by (codes below 128, stored zeros, registers of a segment, rows).
@@ -235,6 +245,7 @@ macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)?)),*],
+        lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal])),*],
         bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
@@ -244,6 +255,11 @@ macro_rules! instantiate {
             unsafe fn unpack<U: Unpack>(src: *const u8, dst: *mut u8, n: usize, dbl: u8, sub: u8) {
                 // SAFETY: the caller's contract is that of the generic kernel.
                 unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub) }
+            }
+            $(#[$feature])*
+            unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
+                // SAFETY: as above.
+                unsafe { generic::look_up_all::<$v>(bytes, n, table, sub) }
             }
             $(#[$feature])*
             unsafe fn grouped<U: Unpack, const Z: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
@@ -346,6 +362,27 @@ macro_rules! instantiate {
                     _ => None,
                 }
             }
+            #[allow(unused_variables)]
+            fn raw_table(bits: usize, mr: usize) -> Option<(RawFn, usize)> {
+                match (bits, mr) {
+                    $( ($lb, 1) => Some((raw::<$l, $ln1, 1, 2> as RawFn, $ln1)),
+                       ($lb, 2) => Some((raw::<$l, $ln2, 2, 2> as RawFn, $ln2)),
+                       ($lb, 4) => Some((raw::<$l, $ln4, 4, 2> as RawFn, $ln4)), )*
+                    _ => None,
+                }
+            }
+            #[allow(unused_variables)]
+            fn grouped_table(bits: usize, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
+                match (bits, seg, mr) {
+                    $( ($lb, 16, 1) => Some((grouped::<$l, false, 16, $ln1, 1, 2> as GroupedFn, $ln1)),
+                       ($lb, 16, 2) => Some((grouped::<$l, false, 16, $ln2, 2, 2>, $ln2)),
+                       ($lb, 16, 4) => Some((grouped::<$l, false, 16, $ln4, 4, 2>, $ln4)),
+                       ($lb, 8, 1) => Some((grouped::<$l, false, 8, $ln1, 1, 2>, $ln1)),
+                       ($lb, 8, 2) => Some((grouped::<$l, false, 8, $ln2, 2, 2>, $ln2)),
+                       ($lb, 8, 4) => Some((grouped::<$l, false, 8, $ln4, 4, 2>, $ln4)), )*
+                    _ => None,
+                }
+            }
             fn raw_bytes(narrow: bool, mr: usize) -> RawFn {
                 macro_rules! rows { ($by:ident) => { match mr {
                     1 => raw::<$by, 1, 1, 4> as RawFn,
@@ -369,6 +406,10 @@ macro_rules! instantiate {
                     (W_MUL1, true) => rows!(W_MUL1, true),
                     (W_MUL2, false) => rows!(W_MUL2, false),
                     (W_MUL2, true) => rows!(W_MUL2, true),
+                    (W_TABLE16 | W_TABLE64, false) => rows!(W_TABLE64, false),
+                    (W_TABLE16 | W_TABLE64, true) => rows!(W_TABLE64, true),
+                    (W_TABLE256, false) => rows!(W_TABLE256, false),
+                    (W_TABLE256, true) => rows!(W_TABLE256, true),
                     (_, false) => rows!(W_FLOAT, false),
                     (_, true) => rows!(W_FLOAT, true),
                 }
@@ -403,6 +444,12 @@ macro_rules! instantiate {
                     (W_MUL1, true) => expand::<W_MUL1, true>,
                     (W_MUL2, false) => expand::<W_MUL2, false>,
                     (W_MUL2, true) => expand::<W_MUL2, true>,
+                    (W_TABLE16, false) => expand::<W_TABLE16, false>,
+                    (W_TABLE16, true) => expand::<W_TABLE16, true>,
+                    (W_TABLE64, false) => expand::<W_TABLE64, false>,
+                    (W_TABLE64, true) => expand::<W_TABLE64, true>,
+                    (W_TABLE256, false) => expand::<W_TABLE256, false>,
+                    (W_TABLE256, true) => expand::<W_TABLE256, true>,
                     (_, false) => expand::<W_FLOAT, false>,
                     (_, true) => expand::<W_FLOAT, true>,
                 }
@@ -420,6 +467,9 @@ macro_rules! instantiate {
                     unpack::<U8>, unpack::<U1>, unpack::<U2>, unpack::<U3>, unpack::<U4>,
                     unpack::<U5>, unpack::<U6>, unpack::<U7>, unpack::<U8>,
                 ],
+                look_up,
+                grouped_table,
+                raw_table,
                 grouped: grouped_fused,
                 grouped_bytes,
                 raw: raw_fused,
@@ -445,5 +495,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
+    fused [], lut [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
 );

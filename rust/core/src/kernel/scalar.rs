@@ -85,6 +85,20 @@ unsafe impl Simd for Scalar {
         shr32(a: I, n: usize) -> I = a.map(|v| (v as u32 >> n) as i32);
         sar(a: I, n: usize) -> I = a.map(|v| v >> n);
         lut16(table: F, lane: I) -> F = lane.map(|v| table[(v & 15) as usize]);
+        lut64(table: *const f32, lane: I) -> F = lane.map(|v| *table.add((v & 63) as usize));
+        gather(table: *const f32, lane: I) -> F = lane.map(|v| *table.add(v as usize));
+        repeat16(p: *const u8) -> I = {
+            let b = p.cast::<[u8; 16]>().read_unaligned();
+            lanes(std::array::from_fn(|i| b[i % 16]))
+        };
+        shuffle(table: I, u: I) -> I = {
+            let (t, u) = (bytes(table), bytes(u));
+            lanes(std::array::from_fn(|i| t[i / 16 * 16 + (u[i] & 15) as usize]))
+        };
+        pick(u: I, bit: u8, a: I, b: I) -> I = {
+            let (u, a, b) = (bytes(u), bytes(a), bytes(b));
+            lanes(std::array::from_fn(|i| if u[i] & bit == 0 { a[i] } else { b[i] }))
+        };
         xor_sign(a: I) -> I = a.map(|v| v ^ i32::MIN);
         any_gt(a: F, b: F) -> bool = a.iter().zip(b).any(|(x, y)| *x > y);
         prefetch(_p: *const u8) -> () = ();

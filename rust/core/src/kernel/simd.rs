@@ -74,6 +74,16 @@ pub unsafe trait Simd: 'static {
     unsafe fn sar(a: Self::I, n: usize) -> Self::I;
     /// `table[lane & 15]` for every lane.
     unsafe fn lut16(table: Self::F, lane: Self::I) -> Self::F;
+    /// `table[lane & 63]` for every lane; 64 readable floats.
+    unsafe fn lut64(table: *const f32, lane: Self::I) -> Self::F;
+    /// `table[lane]` for every lane, each within the table.
+    unsafe fn gather(table: *const f32, lane: Self::I) -> Self::F;
+    /// 16 bytes, four times.
+    unsafe fn repeat16(p: *const u8) -> Self::I;
+    /// `table[u]` for every byte below 16 of `u`, within each 16 bytes.
+    unsafe fn shuffle(table: Self::I, u: Self::I) -> Self::I;
+    /// The byte of `b` where the byte of `u` has the bit (16 or 32), else that of `a`.
+    unsafe fn pick(u: Self::I, bit: u8, a: Self::I, b: Self::I) -> Self::I;
     /// Flips bit 31 of every lane.
     unsafe fn xor_sign(a: Self::I) -> Self::I;
     /// Whether any lane of `a` is above its lane of `b`.

@@ -5,7 +5,7 @@
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2};
+use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -346,14 +346,14 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
                     for half in 0..2 {
                         // Integers of up to eight bits need no rounding.
                         let lo = V::bits(if UNIT {
-                            weight::<V, W, false>(w, 2 * half, z, s)
+                            weight::<V, W, false>(w, 2 * half, z, s, a.values)
                         } else {
-                            weight::<V, W, true>(w, 2 * half, z, s)
+                            weight::<V, W, true>(w, 2 * half, z, s, a.values)
                         });
                         let hi = V::bits(if UNIT {
-                            weight::<V, W, false>(w, 2 * half + 1, z, s)
+                            weight::<V, W, false>(w, 2 * half + 1, z, s, a.values)
                         } else {
-                            weight::<V, W, true>(w, 2 * half + 1, z, s)
+                            weight::<V, W, true>(w, 2 * half + 1, z, s, a.values)
                         });
                         let pair = V::or(V::shr32_16(lo), V::and(hi, high));
                         V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
@@ -378,8 +378,8 @@ unsafe fn decode_table(a: &F32Args, out: *mut u8) {
     unsafe {
         let stored = !a.zeros.is_null();
         let words: [u16; 32] = std::array::from_fn(|i| {
-            let v = if stored { i as i32 - 16 } else { a.mul * i as i32 - a.sub };
-            ((v as f32).to_bits() >> 16) as u16
+            let v = if stored { i as f32 - 16.0 } else { *a.values.add(i) };
+            (v.to_bits() >> 16) as u16
         });
         let table = _mm512_loadu_si512(words.as_ptr().cast());
         // Bytes 0 and 1 of each dword to its words, and bytes 2 and 3.
@@ -416,6 +416,9 @@ pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     match mode {
         W_MUL1 => decode_entry::<W_MUL1, false>,
         W_MUL2 => decode_entry::<W_MUL2, false>,
+        W_TABLE16 => decode_entry::<W_TABLE16, false>,
+        W_TABLE64 => decode_entry::<W_TABLE64, false>,
+        W_TABLE256 => decode_entry::<W_TABLE256, false>,
         _ => decode_entry::<W_FLOAT, false>,
     }
 }

@@ -156,6 +156,26 @@ macro_rules! common {
                 [_mm256_sra_epi32(a[0], n), _mm256_sra_epi32(a[1], n)]
             };
             lut16(table: F, lane: I) -> F = [lut(table, lane[0]), lut(table, lane[1])];
+            lut64(table: *const f32, lane: I) -> F = {
+                let mask = _mm256_set1_epi32(63);
+                [
+                    _mm256_i32gather_ps::<4>(table, _mm256_and_si256(lane[0], mask)),
+                    _mm256_i32gather_ps::<4>(table, _mm256_and_si256(lane[1], mask)),
+                ]
+            };
+            gather(table: *const f32, lane: I) -> F =
+                [_mm256_i32gather_ps::<4>(table, lane[0]), _mm256_i32gather_ps::<4>(table, lane[1])];
+            repeat16(p: *const u8) -> I = [_mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())); 2];
+            shuffle(table: I, u: I) -> I = both!(_mm256_shuffle_epi8, table, u);
+            pick(u: I, bit: u8, a: I, b: I) -> I = {
+                // The bit, moved to the top of its byte.
+                let m = if bit == 16 {
+                    [_mm256_slli_epi16::<3>(u[0]), _mm256_slli_epi16::<3>(u[1])]
+                } else {
+                    [_mm256_slli_epi16::<2>(u[0]), _mm256_slli_epi16::<2>(u[1])]
+                };
+                both!(_mm256_blendv_epi8, a, b, m)
+            };
             xor_sign(a: I) -> I = {
                 let sign = _mm256_set1_epi32(i32::MIN);
                 [_mm256_xor_si256(a[0], sign), _mm256_xor_si256(a[1], sign)]

@@ -105,6 +105,17 @@ macro_rules! common {
             shr32(a: I, n: usize) -> I = _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32));
             sar(a: I, n: usize) -> I = _mm512_sra_epi32(a, _mm_cvtsi32_si128(n as i32));
             lut16(table: F, lane: I) -> F = _mm512_permutexvar_ps(lane, table);
+            lut64(table: *const f32, lane: I) -> F = {
+                // No closures: they would be compiled without the features.
+                let a = _mm512_permutex2var_ps(_mm512_loadu_ps(table), lane, _mm512_loadu_ps(table.add(16)));
+                let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
+                _mm512_mask_blend_ps(_mm512_test_epi32_mask(lane, _mm512_set1_epi32(32)), a, b)
+            };
+            gather(table: *const f32, lane: I) -> F = _mm512_i32gather_ps::<4>(lane, table);
+            repeat16(p: *const u8) -> I = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
+            shuffle(table: I, u: I) -> I = _mm512_shuffle_epi8(table, u);
+            pick(u: I, bit: u8, a: I, b: I) -> I =
+                _mm512_mask_blend_epi8(_mm512_test_epi8_mask(u, _mm512_set1_epi8(bit as i8)), a, b);
             xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
