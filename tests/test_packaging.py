@@ -56,6 +56,8 @@ def test_wheel_contents(installed: metadata.Distribution) -> None:
     assert licences >= {"LICENSE-APACHE", "LICENSE-MIT"}
     tops = {n.split("/")[0] for n in names}
     assert all(t == "nibblas" or t.endswith(".dist-info") for t in tops), tops
+    for name in ("gemm.cu", "hopper.cu", "include/nibblas/base.cuh"):
+        assert f"nibblas/kernels/{name}" in names
     strange = [n for n in names if n.endswith((".rs", ".toml", ".c", ".o", ".a"))]
     assert not strange
 

@@ -204,6 +204,15 @@ def _kind(x: object) -> str:
     return type(x).__name__
 
 
+def _on_device(x: object) -> bool:
+    """Whether an operand lies in the memory of a CUDA device."""
+    if isinstance(x, np.ndarray) or not hasattr(type(x), "__cuda_array_interface__"):
+        return False
+    from .cuda import is_device_array
+
+    return is_device_array(x)
+
+
 def _import(x: Any) -> NDArray[Any]:
     """Return somebody's array as a NumPy array, without a copy where possible."""
     if isinstance(x, QTensor):
@@ -435,6 +444,10 @@ def _one(
     """Multiply a dense operand with a QTensor, which stands on the right or on the left."""
     if not isinstance(compute, str):
         raise TypeError(f"compute must be a string, got {_kind(compute)}")
+    if q._storage.device != "cpu" or _on_device(other):
+        from . import cuda
+
+        return cuda.product(other, q, right, compute, out, dtype, bias, threads)
     x, result = _operand(other, compute)
     _check_inner(x.shape, q, right)
     if dtype is not None:
@@ -474,7 +487,7 @@ def _both(
     dtype: DTypeLike | None,
     bias: ArrayLike | None,
     threads: SupportsIndex | None,
-) -> NDArray[Any]:
+) -> Any:
     """Multiply two QTensors as integers."""
     if not isinstance(compute, str):
         raise TypeError(f"compute must be a string, got {_kind(compute)}")
@@ -482,6 +495,10 @@ def _both(
     _check_inner(b.shape, a, False)
     raw = dtype is not None and np.dtype(dtype).kind in "iub"
     left, right = a._storage, b._storage
+    if left.device != "cpu" or right.device != "cpu":
+        from . import cuda
+
+        return cuda.product_both(a, b, compute, out, dtype, bias)
     _core.check_compute(compute, right.format)
     if raw:
         result = np.dtype(dtype).newbyteorder("=")

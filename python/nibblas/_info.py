@@ -35,7 +35,20 @@ def _version(name: str) -> str | None:
 def _cuda() -> dict[str, Any]:
     if util.find_spec("cupy") is None:
         return {"available": False, "reason": "CuPy is not installed"}
-    return {"available": False, "reason": "this version has no CUDA kernels"}
+    from .cuda import require
+
+    try:
+        cupy, index = require("cuda")
+    except (ImportError, RuntimeError) as e:
+        return {"available": False, "reason": str(e)}
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
+    return {
+        "available": True,
+        "reason": None,
+        "device": f"cuda:{index}",
+        "name": name,
+        "cupy": cupy.__version__,
+    }
 
 
 def info() -> dict[str, Any]:

@@ -92,7 +92,18 @@ class _Storage:
     Once packed they may be dropped: the panels hold the same bits and give them back.
     """
 
-    __slots__ = ("_arrays", "_shapes", "bounds", "cols", "format", "nbytes", "packed", "rows")
+    __slots__ = (
+        "_arrays",
+        "_shapes",
+        "bounds",
+        "cols",
+        "copies",
+        "device",
+        "format",
+        "nbytes",
+        "packed",
+        "rows",
+    )
 
     def __init__(
         self,
@@ -113,6 +124,13 @@ class _Storage:
         self.nbytes = sum(a.nbytes for a in arrays if a is not None)
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
+        self.device = "cpu"
+        # Panels on CUDA devices that met this tensor, by the device's number.
+        self.copies: dict[int, Any] = {}
+
+    def like(self, part: _Storage) -> _Storage:
+        """Return a part of the matrix where the matrix is."""
+        return part
 
     def _array(self, index: int) -> NDArray[Any] | None:
         arrays, kind = self._arrays, self._shapes[index]
@@ -317,8 +335,8 @@ class QTensor:
 
     @property
     def device(self) -> str:
-        """Where the data is: ``"cpu"``."""
-        return "cpu"
+        """Where products are computed: ``"cpu"`` or ``"cuda:<n>"``."""
+        return self._storage.device
 
     @property
     def T(self) -> QTensor:
@@ -416,7 +434,14 @@ class QTensor:
         Parameters
         ----------
         device : str
-            ``"cpu"``.
+            ``"cpu"``, ``"cuda"`` (the current device) or ``"cuda:<n>"``. On a device, products
+            take CuPy arrays; :meth:`codes`, :attr:`scales` and :meth:`dequantize` still give NumPy
+            arrays, from the portable bytes that stay on the host.
+
+        Returns
+        -------
+        QTensor
+            The tensor itself where it is there already.
 
         Raises
         ------
@@ -425,18 +450,16 @@ class QTensor:
         ValueError
             For any other name.
         """
-        if device == "cpu":
+        s = self._storage
+        if device == s.device:
             return self
+        if device == "cpu":
+            host = _Storage(s.format, s.rows, s.cols, s.codes, s.scales, s.zeros, s.bounds)
+            return QTensor._wrap(host, self._transposed)
         if isinstance(device, str) and device.split(":")[0] == "cuda":
-            try:
-                import cupy
-            except ImportError:
-                raise ImportError(
-                    f"device {device!r} needs CuPy: pip install cupy-cuda12x"
-                ) from None
-            if not cupy.cuda.is_available():
-                raise RuntimeError(f"device {device!r}: CuPy finds no usable CUDA device")
-            raise RuntimeError(f"device {device!r}: this version has no CUDA kernels")
+            from . import cuda
+
+            return QTensor._wrap(cuda.place(s, device), self._transposed)
         raise ValueError(f"unknown device {device!r}: expected 'cpu' or 'cuda:<n>'")
 
     def __len__(self) -> int:
@@ -488,7 +511,7 @@ class QTensor:
         assert codes is not None
         assert scales is not None
         part = _Storage(s.format, rows, cols, codes, scales, zeros, bounds)
-        return QTensor._wrap(part, self._transposed)
+        return QTensor._wrap(s.like(part), self._transposed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         s = self._storage

@@ -1,0 +1,323 @@
+"""Race on a GPU: ``python benches/gpu.py [--quick] [--only TEXT] [--out FOLDER]``.
+
+Every row is checked against float64 (or, for integer products, the CPU's bits) before it is timed.
+Times are medians of CUDA-graph replays over copies of the weights that together exceed the L2
+cache several times, so that weights come from memory; launch gaps inside the graph are in every
+number, for every contender alike. ``x`` is cuBLAS float16 (``cupy.matmul``) over the contender, in
+the same process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import cupy
+
+import nibblas as nb
+from nibblas.cuda._product import Storage
+from nibblas.qtensor import _Storage
+
+BYTES = 320 << 20
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192)]
+
+
+def random_storage(fmt: str, n: int, k: int, seed: int = 0) -> _Storage:
+    """Random codes and scales, without the time that quantising takes."""
+    rng = np.random.default_rng(seed)
+    f = nb.Format(fmt)
+    if f.element.levels == 1 << f.bits:
+        codes = np.frombuffer(rng.bytes(n * f.row_bytes(k)), np.uint8).reshape(n, -1)
+    else:
+        codes = nb.quantize(rng.normal(size=(n, k)).astype(np.float32), fmt)._storage.codes
+    scales = rng.uniform(0.5, 1.5, (n, f.groups(k))).astype(np.float32) / 64
+    zeros = None
+    if f.has_zeros:
+        zeros = rng.integers(0, f.element.levels, scales.shape).astype(np.uint8)
+    typed = scales.astype(np.float16) if f.scale == "f16" else scales
+    return _Storage(f, n, k, codes, typed, zeros, None)
+
+
+def copies(storage: Storage) -> list[nb.QTensor]:
+    """Copies of a tensor that together exceed the cache."""
+    out = [storage]
+    for _ in range(max(1, -(-BYTES // max(storage.panels.nbytes, 1)) - 1)):
+        if len(out) == 64:
+            break
+        twin = copy.copy(storage.panels)
+        twin.planes = [p.copy() for p in twin.planes]
+        twin.scales = twin.scales.copy()
+        other = object.__new__(Storage)
+        for name in (*_Storage.__slots__, *Storage.__slots__):
+            setattr(other, name, getattr(storage, name))
+        other.panels = twin
+        out.append(other)
+    return [nb.QTensor._wrap(s) for s in out]
+
+
+def microseconds(calls: list[Callable[[], Any]], least: float = 3000.0, rounds: int = 7) -> float:
+    """Median time of one call, the calls taking turns inside a captured graph."""
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for c in calls:
+            c()
+        stream.synchronize()
+
+        def graph(turns: int) -> Any:
+            stream.begin_capture()
+            for _ in range(turns):
+                for c in calls:
+                    c()
+            return stream.end_capture()
+
+        def once(g: Any) -> float:
+            a, b = cupy.cuda.Event(), cupy.cuda.Event()
+            a.record(stream)
+            g.launch(stream)
+            b.record(stream)
+            b.synchronize()
+            return float(cupy.cuda.get_elapsed_time(a, b)) * 1000
+
+        g = graph(1)
+        once(g)
+        t = max(once(g), 1.0)
+        turns = int(min(max(1, least / t), max(1, 400 // len(calls))))
+        g = graph(turns)
+        once(g)
+        times = [once(g) for _ in range(rounds)]
+    return statistics.median(times) / (turns * len(calls))
+
+
+def products(tensors: list[nb.QTensor], x: Any, compute: str, y: Any) -> list[Callable[[], Any]]:
+    return [lambda q=q: nb.matmul(x, q.T, compute=compute, out=y) for q in tensors]
+
+
+def check(storage: _Storage, device: nb.QTensor, x: Any, compute: str) -> float:
+    """Largest error of some rows over the largest value; raises where it is too large."""
+    rows = slice(max(storage.rows - 96, 0), storage.rows)
+    part = nb.QTensor._wrap(storage)[rows]
+    got = nb.matmul(x, device.T, compute=compute, dtype=np.float32)[:, rows].get()
+    host = x.get().astype(np.float32) if x.dtype.itemsize == 2 else x.get()
+    if compute == "int8":
+        want = nb.matmul(host, part.T, compute="int8", dtype=np.float32)
+        if got.tobytes() != want.tobytes():
+            raise AssertionError(f"{storage.format}: integer result differs from the CPU's")
+        return 0.0
+    exact = host.astype(np.float64) @ part.dequantize().astype(np.float64).T
+    error = float(np.linalg.norm(got - exact) / np.linalg.norm(exact))
+    if not error < 1e-3:
+        raise AssertionError(f"{storage.format}: relative error {error}")
+    return error
+
+
+def random_half(n: int, k: int) -> Any:
+    return cupy.random.standard_normal((n, k), dtype=np.float32).astype(np.float16)
+
+
+def torch_time(calls: list[Callable[[], Any]], least: float = 3000.0) -> float:
+    """As :func:`microseconds`, for PyTorch's calls."""
+    import torch
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for c in calls:
+            c()
+    torch.cuda.synchronize()
+
+    def graph(turns: int) -> Any:
+        g = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(g, stream=stream):
+            for _ in range(turns):
+                for c in calls:
+                    c()
+        return g
+
+    def once(g: Any) -> float:
+        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        a.record()
+        g.replay()
+        b.record()
+        torch.cuda.synchronize()
+        return float(a.elapsed_time(b)) * 1000
+
+    g = graph(1)
+    once(g)
+    turns = int(min(max(1, least / max(once(g), 1.0)), max(1, 400 // len(calls))))
+    g = graph(turns)
+    once(g)
+    return statistics.median([once(g) for _ in range(7)]) / (turns * len(calls))
+
+
+def cublas(n: int, k: int, m: int) -> float:
+    """Float16 through cuBLAS: PyTorch's, since CuPy does not let its calls be captured."""
+    count = max(2, -(-BYTES // (2 * n * k)))
+    try:
+        import torch
+    except ImportError:
+        w = [
+            cupy.random.standard_normal((n, k), dtype=np.float32).astype(np.float16)
+            for _ in range(count)
+        ]
+        x = cupy.random.standard_normal((m, k), dtype=np.float32).astype(np.float16)
+        y = cupy.empty((m, n), np.float16)
+        calls = [lambda w=w: cupy.matmul(x, w.T, out=y) for w in w]
+        for c in calls:
+            c()
+        a, b = cupy.cuda.Event(), cupy.cuda.Event()
+        a.record()
+        for _ in range(20):
+            for c in calls:
+                c()
+        b.record()
+        b.synchronize()
+        return float(cupy.cuda.get_elapsed_time(a, b)) * 1000 / (20 * count)
+    xt = torch.randn(m, k, device="cuda", dtype=torch.float16)
+    yt = torch.empty(m, n, device="cuda", dtype=torch.float16)
+    wt = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(count)]
+    us = torch_time([lambda w=w: torch.matmul(xt, w.T, out=yt) for w in wt])
+    del wt
+    torch.cuda.empty_cache()
+    return us
+
+
+def torch_peers(n: int, k: int, m: int) -> dict[str, float]:
+    """What PyTorch has: cuBLAS int8 without scales, and tinygemm in bfloat16 with groups of 128."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+
+    time = torch_time
+    found: dict[str, float] = {}
+    count = max(2, -(-BYTES // (n * k)))
+    x = torch.randint(-127, 128, (max(m, 24), k), device="cuda", dtype=torch.int8)
+    w8 = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in range(count)]
+    try:
+        found["torch _int_mm"] = time([lambda w=w: torch._int_mm(x, w.T) for w in w8])
+    except RuntimeError as e:
+        print(f"torch _int_mm: {str(e).splitlines()[0]}", file=sys.stderr)
+    del w8
+    if m <= 16:
+        xb = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        count = max(2, -(-BYTES // (n * k // 2)))
+        sz = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
+        packs = []
+        for _ in range(count):
+            codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+            packs.append(torch._convert_weight_to_int4pack(codes, 8))
+        try:
+            found["torch tinygemm int4_g128"] = time(
+                [lambda p=p: torch._weight_int4pack_mm(xb, p, 128, sz) for p in packs]
+            )
+        except RuntimeError as e:
+            print(f"tinygemm: {str(e).splitlines()[0]}", file=sys.stderr)
+    torch.cuda.empty_cache()
+    return found
+
+
+def rows(quick: bool) -> list[tuple[str, str, int, int, int]]:
+    """Return (format, compute, N, K, M) of every row."""
+    ms = [1, 16, 64, 1024] if quick else [1, 8, 16, 32, 64, 128, 1024, 4096]
+    out = []
+    for n, k in SHAPES:
+        for m in ms:
+            for fmt, compute in (("int4_g128", "f32"), ("int4_g128", "int8"), ("int8", "int8")):
+                out.append((fmt, compute, n, k, m))
+            if m <= 16:
+                for fmt in ("int2_g128", "bipolar1_g128", "int3_g128", "int8"):
+                    out.append((fmt, "f32", n, k, m))
+            if m >= 1024:
+                out.append(("int4", "int8", n, k, m))
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--no-torch", action="store_true", help="leave PyTorch's kernels out")
+    options = parser.parse_args()
+    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    name = properties["name"].decode()
+    table: list[dict[str, Any]] = []
+    base: dict[tuple[int, int, int], float] = {}
+    held: tuple[str, int, int] | None = None
+    tensors: list[nb.QTensor] = []
+    storage: _Storage | None = None
+    wanted = [
+        r for r in rows(options.quick) if options.only in f"{r[0]} {r[1]} {r[2]}x{r[3]} M={r[4]}"
+    ]
+    wanted.sort(key=lambda r: (r[2], r[3], r[0]))
+    print(f"{name}, CuPy {cupy.__version__}")
+    for fmt, compute, n, k, m in wanted:
+        if (n, k, m) not in base:
+            tensors = []
+            held = None
+            cupy.get_default_memory_pool().free_all_blocks()
+            base[n, k, m] = cublas(n, k, m)
+            entry = {"row": "cublas f16", "n": n, "k": k, "m": m, "us": base[n, k, m], "x": 1.0}
+            table.append(entry)
+            if not options.no_torch:
+                cupy.get_default_memory_pool().free_all_blocks()
+                for peer, us in torch_peers(n, k, m).items():
+                    table.append(
+                        {"row": peer, "n": n, "k": k, "m": m, "us": us, "x": base[n, k, m] / us}
+                    )
+        if held != (fmt, n, k):
+            tensors = []
+            cupy.get_default_memory_pool().free_all_blocks()
+            storage = random_storage(fmt, n, k)
+            tensors = copies(Storage(storage, cupy.cuda.Device().id))
+            held = (fmt, n, k)
+        assert storage is not None
+        x, y = random_half(m, k), cupy.empty((m, n), np.float16)
+        error = check(storage, tensors[0], x[:300], compute)
+        us = microseconds(products(tensors, x, compute, y))
+        nbytes = tensors[0]._storage.panels.nbytes + x.nbytes + y.nbytes
+        table.append(
+            {
+                "row": f"nibblas {fmt} {compute}",
+                "n": n,
+                "k": k,
+                "m": m,
+                "us": us,
+                "x": base[n, k, m] / us,
+                "gb_s": nbytes / us / 1000,
+                "tops": 2.0 * m * n * k / us / 1e6,
+                "error": error,
+            }
+        )
+        r = table[-1]
+        print(
+            f"{r['row']:28s} {n:6d}x{k:<6d} M={m:<5d} {us:9.2f} us  {r['x']:5.2f}x  "
+            f"{r['gb_s']:7.0f} GB/s {r['tops']:7.1f} T/s  err {error:.1e}",
+            flush=True,
+        )
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        stem = name.lower().replace(" ", "-")
+        record = {"device": name, "cupy": cupy.__version__, "rows": table}
+        (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        lines = [f"# {name}", "", "| row | N x K | M | us | x cuBLAS f16 | GB/s | T/s |"]
+        lines.append("|---|---|---|---|---|---|---|")
+        for r in sorted(table, key=lambda r: (r["n"], r["k"], r["m"], r["row"])):
+            lines.append(
+                f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {r['x']:.2f} | "
+                f"{r.get('gb_s', 0):.0f} | {r.get('tops', 0):.0f} |"
+            )
+        (options.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

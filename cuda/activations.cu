@@ -1,0 +1,108 @@
+// Activations as the products read them: rows of whole chunks of 128 places, aligned, groups padded as the weights' are.
+#include <nibblas/base.cuh>
+
+struct Args {
+    const void *x;
+    void *out;
+    float *scale; // int8: of each row, NaN where it has a NaN or an infinity
+    const float *parts_in; // combine: sums of the three parts of float32 rows
+    const float *bias;
+    void *y;
+    i64 x_row, x_col; // elements
+    i64 y_row, y_col;
+    int m, n, k, places, group, padded;
+    int kind, out_kind, y_kind;
+};
+
+// Index along K of a place, or -1.
+DEVICE int natural(const Args &a, int place) {
+    const int group = place / a.padded, off = place - group * a.padded;
+    const i64 k = (i64)group * a.group + off;
+    return off < a.group && k < a.k ? (int)k : -1;
+}
+
+// Converts and places. float32 becomes three rows of bfloat16 that add up to it: 3m, 3m+1, 3m+2.
+extern "C" __global__ void place(const Args a) {
+    const int m = blockIdx.y;
+    for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < a.places; p += gridDim.x * blockDim.x) {
+        const int k = natural(a, p);
+        u16 *out = (u16 *)a.out;
+        if (a.out_kind == KIND_F32) {
+            const float x = k < 0 ? 0.0f : load_float(a.x, m * a.x_row + k * a.x_col, a.kind);
+            const float high = __uint_as_float(__float_as_uint(x) & 0xffff0000u);
+            const bool finite = (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u;
+            const float rest = finite ? __fsub_rn(x, high) : 0.0f;
+            const float middle = __uint_as_float(__float_as_uint(rest) & 0xffff0000u);
+            const float low = __fsub_rn(rest, middle);
+            u16 top = (u16)(__float_as_uint(high) >> 16);
+            if (x != x) top = 0x7fc0u;
+            out[(i64)(3 * m) * a.places + p] = top;
+            out[(i64)(3 * m + 1) * a.places + p] = (u16)(__float_as_uint(middle) >> 16);
+            out[(i64)(3 * m + 2) * a.places + p] = bf16_of_f32(low);
+        } else {
+            // Same type in and out: bits.
+            out[(i64)m * a.places + p] = k < 0 ? 0 : ((const u16 *)a.x)[m * a.x_row + k * a.x_col];
+        }
+    }
+}
+
+// y = the sum of three parts, and the bias.
+extern "C" __global__ void combine(const Args a) {
+    const int m = blockIdx.y;
+    for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < a.n; n += gridDim.x * blockDim.x) {
+        const float *p = a.parts_in + (i64)(3 * m) * a.n + n;
+        float v = __fadd_rn(p[0], __fadd_rn(p[a.n], p[2 * (i64)a.n]));
+        if (a.bias) v = __fadd_rn(v, a.bias[n]);
+        store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
+    }
+}
+
+DEVICE u32 warp_max(u32 v) {
+    u32 r;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
+    return r;
+}
+
+// s = absmax/127, q = clip(rint(x/s), -127, 127): one IEEE division each, ties to even; 0 where s is 0. int8 is taken as
+// codes with scale 1. A block per row.
+extern "C" __global__ void quantise(const Args a) {
+    __shared__ u32 tops[32];
+    const i64 m = blockIdx.x;
+    u8 *out = (u8 *)a.out + m * a.places;
+    const bool codes = a.kind == KIND_I8;
+    float s = 1.0f;
+    bool bad = false;
+    if (!codes) {
+        u32 top = 0;
+        for (int k = threadIdx.x; k < a.k; k += blockDim.x)
+            top = max(top, __float_as_uint(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)) & 0x7fffffffu);
+        top = warp_max(top);
+        if ((threadIdx.x & 31) == 0) tops[threadIdx.x >> 5] = top;
+        __syncthreads();
+        top = 0;
+        for (int w = 0; w < blockDim.x / 32; w++) top = max(top, tops[w]);
+        bad = top >= 0x7f800000u;
+        s = __fdiv_rn(__uint_as_float(top), 127.0f);
+    }
+    if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : s;
+    // Sixteen places at a time, written in the order of byte_order.
+    for (int p = 4 * threadIdx.x; p < a.places; p += 4 * blockDim.x) {
+        const int run = p & ~15, t = (p & 15) >> 2;
+        u32 word = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int k = natural(a, run + 2 * t + (i >> 1) + (i & 1) * 8);
+            int q = 0;
+            if (k >= 0) {
+                if (codes)
+                    q = ((const i8 *)a.x)[m * a.x_row + k * a.x_col];
+                else if (!bad && s != 0.0f) {
+                    const float r = rintf(__fdiv_rn(load_float(a.x, m * a.x_row + k * a.x_col, a.kind), s));
+                    q = (int)fminf(fmaxf(r, -127.0f), 127.0f);
+                }
+            }
+            word |= (u32)(q & 255) << (8 * i);
+        }
+        *(u32 *)(out + p) = word;
+    }
+}

@@ -1,0 +1,136 @@
+// Products of bipolar matrices from their bit planes, for sm_90a: counts of common ones (b1 wgmma, and + popc).
+//
+// A code of b bits stands for 2u - (2^b - 1). With a = 2^p - 1 for W and c = 2^q - 1 for X, sums over k:
+//
+//   sum (2u - a)(2v - c) = 4 sum uv - 2c sum u - 2a sum v + K a c,      sum uv = sum_ij 2^(i+j) popc(u_i & v_j)
+//
+// The sums of u and v are one number per row, made once. Pairs of planes with the highest i + j come first and the counts
+// are doubled from one i + j to the next, so all pairs share one set of accumulators.
+//
+// Set on the command line: T (rows of X of a block), WG, STAGES.
+#include <nibblas/base.cuh>
+#include <nibblas/bulk.cuh>
+#include <nibblas/wgmma.cuh>
+
+constexpr int T = NB_T, WG = NB_WG, STAGES = NB_STAGES;
+constexpr int R = 64 * WG, THREADS = 128 * WG;
+constexpr int SLOT = (R + T) * 128; // 1024 k
+constexpr int C = T / 2;
+
+struct Args {
+    const int *w_sums, *x_sums;
+    const float *w_scales, *x_scales, *bias;
+    void *y;
+    i64 y_row, y_col;
+    int m, n, k, chunks;
+    int w_rows, x_rows; // of a plane
+    int p, q;           // planes of W and X
+    int y_kind;         // -1: int32, the sums themselves
+    int m_blocks, n_blocks;
+};
+
+// Blocks in bands of eight rows of blocks, so that what is in the cache is used.
+DEVICE void tile_of(int i, const Args &a, int &m0, int &n0) {
+    const int band = 8, per = band * a.m_blocks;
+    const int first = i / per * band, high = min(band, a.n_blocks - first), in = i % per;
+    n0 = (first + in % high) * R;
+    m0 = in / high * T;
+}
+
+extern __shared__ __align__(1024) char dynamic[];
+
+extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
+    bits(const __grid_constant__ Args a, const __grid_constant__ Map map_w, const __grid_constant__ Map map_x) {
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    __shared__ u64 ready[STAGES], empty[STAGES];
+    char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
+    if (tid == 0) {
+#pragma unroll
+        for (int i = 0; i < STAGES; i++) {
+            barrier_init(shared_address(&ready[i]), 1);
+            barrier_init(shared_address(&empty[i]), 4 * WG);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    const int tiles = a.m_blocks * a.n_blocks, levels = a.p + a.q - 1;
+    int stage = 0, phase = 0;
+
+    if (warp == 4 * WG) {
+        if (lane == 0)
+            for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+                int m0, n0;
+                tile_of(tile, a, m0, n0);
+                for (int level = levels - 1; level >= 0; level--)
+                    for (int i = max(0, level - a.q + 1); i <= min(a.p - 1, level); i++)
+                        for (int chunk = 0; chunk < a.chunks; chunk++) {
+                            const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+                            barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+                            barrier_expect(bar, SLOT);
+                            copy_box(to, &map_w, bar, chunk * 128, i * a.w_rows + n0);
+                            copy_box(to + R * 128, &map_x, bar, chunk * 128, (level - i) * a.x_rows + m0);
+                            if (++stage == STAGES) {
+                                stage = 0;
+                                phase ^= 1;
+                            }
+                        }
+            }
+        return;
+    }
+
+    const int g = lane >> 2, t = lane & 3;
+    int acc[C];
+#pragma unroll
+    for (int i = 0; i < C; i++) acc[i] = 0;
+    int held = -1;
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        int m0, n0;
+        tile_of(tile, a, m0, n0);
+        int add = 0;
+        for (int level = levels - 1; level >= 0; level--) {
+            const int pairs = min(a.p - 1, level) - max(0, level - a.q + 1) + 1;
+            for (int step = 0; step < pairs * a.chunks; step++) {
+                barrier_wait(shared_address(&ready[stage]), phase);
+                const u32 at = shared_address(shared + stage * SLOT);
+                const u64 w = describe(at + (warp >> 2) * 8192), x = describe(at + R * 128);
+                wgmma_fence();
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    BitWgmma<T>::multiply(acc, w + 2 * k, x + 2 * k, add);
+                    add = 1;
+                }
+                wgmma_commit();
+                wgmma_wait<1>();
+                if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
+                held = stage;
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
+                }
+            }
+            wgmma_wait<0>();
+            pin(acc);
+            if (level) {
+#pragma unroll
+                for (int i = 0; i < C; i++) acc[i] *= 2;
+            }
+            pin(acc);
+        }
+        const int top_w = (1 << a.p) - 1, top_x = (1 << a.q) - 1;
+        const int constant = a.k * top_w * top_x;
+#pragma unroll
+        for (int i = 0; i < C; i++) {
+            const int n = n0 + warp * 16 + g + (i & 2) * 4, m = m0 + (i >> 2) * 8 + 2 * t + (i & 1);
+            if (n >= a.n || m >= a.m) continue;
+            const int d = 4 * acc[i] - 2 * top_x * a.w_sums[n] - 2 * top_w * a.x_sums[m] + constant;
+            const i64 to = m * a.y_row + n * a.y_col;
+            if (a.y_kind < 0) {
+                ((int *)a.y)[to] = d;
+            } else {
+                float v = __fmul_rn(__fmaf_rn((float)d, a.w_scales[n], 0.0f), a.x_scales[m]);
+                if (a.bias) v = __fadd_rn(v, a.bias[n]);
+                store_float(a.y, to, a.y_kind, v);
+            }
+        }
+    }
+}

@@ -1,0 +1,464 @@
+// Y = X W^T with tensor cores (mma.sync), for any number of rows of X; made for few.
+//
+// A block of threads owns R = 16*WN*WR rows of W and T = 8*NT rows of X. Its warps lie WR along the rows of W and WK along
+// K: a warp takes every WK-th chunk of 128 k. Packed codes lie in the order of the lanes, so a warp copies its own and waits
+// for nobody; X goes through shared memory.
+//
+// The grid is persistent: the work, (rows of W / R) * (chunks of K) units, is cut into one equal span per block. Where a
+// span ends inside a row of units, its sums go to a workspace and the last block to arrive adds them, in the order of K.
+//
+// Set on the command line, as NB_ACT and so on:
+//   GROUPED  scales per chunk: 0 one group per row; 1, 2, 4: groups of a multiple of 128, 64, 32
+//   ZERO     0 none, 1 integer, 2 float zero points
+//            (float zero points of int8 products want GROUPED, as one group if need be)
+//   PARK     int8 with groups and WK > 1: the integer sums of all groups wait in shared memory, so that the float sum
+//            still runs over the groups in order
+#include <nibblas/base.cuh>
+#include <nibblas/decode.cuh>
+#include <nibblas/mma.cuh>
+#include <nibblas/scheduler.cuh>
+
+constexpr int ACT = NB_ACT, BITS = NB_BITS, NT = NB_NT, WN = NB_WN, WR = NB_WR, WK = NB_WK, STAGES = NB_STAGES;
+constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, SC16 = NB_SC16, PARK = NB_PARK;
+
+constexpr int R = 16 * WN * WR, T = 8 * NT, THREADS = 32 * WR * WK;
+constexpr bool INT = ACT == ACT_S8;
+constexpr int XB = INT ? 1 : 2;
+constexpr int X_ROW = 128 * XB;
+constexpr int X_STAGE = T * X_ROW;
+constexpr int W_STAGE = WN * 256 * BITS;
+constexpr int SB = SC16 ? 2 : 4;
+constexpr int ZB = ZERO == 1 ? 1 : ZERO == 2 ? 4 : 0;
+constexpr int S_STAGE = GROUPED ? GROUPED * WN * 16 * SB : 0;
+constexpr int Z_STAGE = GROUPED ? GROUPED * WN * 16 * ZB : 0;
+constexpr int SETS = Sets<ACT, BITS>::value;
+
+template <bool I> struct Number {
+    typedef float type;
+};
+template <> struct Number<true> {
+    typedef int type;
+};
+typedef Number<INT>::type Sum;
+
+DEVICE float scale_at(const void *p, int i) {
+    return SC16 ? f32_of_f16(((const u16 *)p)[i]) : ((const float *)p)[i];
+}
+DEVICE int int_zero_at(const void *p, int i) { return ((const u8 *)p)[i]; }
+DEVICE float float_zero_at(const void *p, int i) { return ((const float *)p)[i]; }
+
+DEVICE void finish(const Args &a, int m, int n, float v) {
+    if (INT) v = __fmul_rn(v, a.row_scale[m]);
+    if (a.bias) v = __fadd_rn(v, a.bias[n]);
+    store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
+}
+
+// A sum of one whole row of W, without groups, on its way out.
+DEVICE float scaled(const Args &a, int n, Sum d) {
+    float s = scale_at(a.scales, n);
+    // The integer contract starts from +0.
+    return INT ? __fmaf_rn((float)d, s, 0.0f) : __fmul_rn((float)d, s);
+}
+
+extern __shared__ __align__(128) char shared[];
+
+extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int wr = warp % WR, wk = warp / WR;
+    const int g = lane >> 2, t = lane & 3;
+    const int m0 = blockIdx.y * T;
+    const int tiles = a.n_padded / 16;
+
+    // The rings of this warp, and of the warps that share a chunk of X.
+    char *w_ring = shared + warp * STAGES * W_STAGE;
+    char *x_ring = shared + WR * WK * STAGES * W_STAGE + wk * STAGES * X_STAGE;
+    char *s_ring = shared + WR * WK * STAGES * W_STAGE + WK * STAGES * X_STAGE + warp * STAGES * (S_STAGE + Z_STAGE);
+    char *rest = shared + WR * WK * STAGES * (W_STAGE + S_STAGE + Z_STAGE) + WK * STAGES * X_STAGE;
+    const u32 x_base = shared_address(x_ring);
+
+    const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
+    const int columns = min(T, a.m - m0);
+    Place<WK> load, here;
+    load.start(begin, end, a.chunks);
+    here.start(begin, end, a.chunks);
+
+    auto issue = [&](int stage) {
+        if (!load.done() && load.chunk + wk < load.stop) {
+            const int chunk = load.chunk + wk;
+            const int tile0 = load.row_block * (WN * WR) + wr * WN;
+            const u32 to = shared_address(w_ring + stage * W_STAGE);
+#pragma unroll
+            for (int i = 0; i < WN; i++) {
+                const int tile = min(tile0 + i, tiles - 1);
+                const i64 at = ((i64)(tile >> 2) * a.chunks + chunk) * 4 + (tile & 3);
+                int below = 0;
+#pragma unroll
+                for (int p = 0; p < Planes<BITS>::count; p++) {
+                    const int pb = Planes<BITS>::bits(p);
+                    const char *from = a.planes[p] + at * (256 * pb);
+                    const u32 dst = to + (i * BITS + below) * 256;
+                    if (pb == 1) {
+                        copy8(dst + lane * 8, from + lane * 8);
+                    } else {
+#pragma unroll
+                        for (int v = 0; v < pb / 2; v++) copy16(dst + v * 512 + lane * 16, from + v * 512 + lane * 16);
+                    }
+                    below += pb;
+                }
+            }
+            if (GROUPED) {
+                const int group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
+                const int row0 = min(tile0, tiles - WN) * 16;
+                const u32 st = shared_address(s_ring + stage * (S_STAGE + Z_STAGE));
+                constexpr int per = WN * SB, total = GROUPED * per; // pieces of 16 bytes
+#pragma unroll
+                for (int j = 0; j < (total + 31) / 32; j++) {
+                    const int i = j * 32 + lane;
+                    const int q = min(group0 + i / per, a.groups - 1);
+                    if (i < total)
+                        copy16(st + i * 16, (const char *)a.scales + ((i64)q * a.n_padded + row0) * SB + (i % per) * 16);
+                }
+                if (ZERO) {
+                    constexpr int zper = WN * (ZB ? ZB : 1), ztotal = GROUPED * zper;
+#pragma unroll
+                    for (int j = 0; j < (ztotal + 31) / 32; j++) {
+                        const int i = j * 32 + lane;
+                        const int q = min(group0 + i / zper, a.groups - 1);
+                        if (i < ztotal)
+                            copy16(st + S_STAGE + i * 16,
+                                   (const char *)a.zeros + ((i64)q * a.n_padded + row0) * ZB + (i % zper) * 16);
+                    }
+                }
+            }
+            // X: T rows of X_ROW bytes, its 16-byte pieces exchanged so that no two rows of a matrix share banks.
+            constexpr int pieces = T * (X_ROW / 16);
+            const u32 xt = x_base + stage * X_STAGE;
+#pragma unroll
+            for (int j = 0; j < (pieces + 32 * WR - 1) / (32 * WR); j++) {
+                const int i = (j * WR + wr) * 32 + lane;
+                if (pieces % (32 * WR) == 0 || i < pieces) {
+                    const int row = i / (X_ROW / 16), piece = i % (X_ROW / 16);
+                    const int byte = chunk * X_ROW + piece * 16;
+                    const int m = m0 + row;
+                    int valid = a.k_bytes - byte;
+                    valid = m < a.m ? min(max(valid, 0), 16) : 0;
+                    const char *from = valid > 0 ? a.x + m * a.ldx + byte : a.x;
+                    copy16(xt + row * X_ROW + ((piece ^ (row & 7)) * 16), from, valid);
+                }
+            }
+        }
+        commit();
+        if (!load.done()) load.next(a.chunks);
+    };
+
+    Sum acc[WN][NT][SETS][4];   // of the group at hand
+    Sum ones[NT][4];            // sums of X over the same stretch
+    float total[GROUPED && !PARK ? WN : 1][GROUPED && !PARK ? NT : 1][4];
+    auto clear = [&]() {
+#pragma unroll
+        for (int i = 0; i < WN; i++)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int s = 0; s < SETS; s++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) acc[i][j][s][e] = 0;
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) ones[j][e] = 0;
+    };
+    auto clear_total = [&]() {
+        if (GROUPED && !PARK) {
+#pragma unroll
+            for (int i = 0; i < WN; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) total[i][j][e] = 0.0f;
+        }
+    };
+    // sum over the stretch of x * (mul*u - z), or of x * mul*u where z is a float
+    auto difference = [&](int i, int j, int e, int z) -> Sum {
+        const int row = e >> 1;
+        if (INT) {
+            const int sub = ZERO == 1 ? z : a.sub;
+            return (Sum)(a.mul * (int)acc[i][j][0][e] - (ZERO == 2 ? 0 : sub * (int)ones[j][e]));
+        } else {
+            float v = (float)acc[i][j][0][e] * (inverse_unit<ACT, BITS>() / (1 << excess<ACT, BITS>(row, 0)));
+            if (SETS == 2)
+                v = __fmaf_rn((float)acc[i][j][SETS - 1][e], inverse_unit<ACT, BITS>() / (1 << excess<ACT, BITS>(row, 1)), v);
+            const float mul = (float)a.mul;
+            const float sub = (ZERO == 1 ? (float)z : (float)a.sub) + mul * offset<ACT, BITS>();
+            return (Sum)__fmaf_rn(-sub, (float)ones[j][e], mul * v);
+        }
+    };
+    // Adds the sums of group `q` of the chunk in stage `stage`.
+    auto flush = [&](int stage, int q, int group) {
+        const char *s_at = s_ring + stage * (S_STAGE + Z_STAGE) + q * WN * 16 * SB;
+        const char *z_at = s_ring + stage * (S_STAGE + Z_STAGE) + S_STAGE + q * WN * 16 * ZB;
+#pragma unroll
+        for (int i = 0; i < WN; i++)
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const int at = i * 16 + row * 8 + g;
+                const float s = scale_at(s_at, at);
+                const int z = ZERO == 1 ? int_zero_at(z_at, at) : 0;
+                const float zf = ZERO == 2 ? float_zero_at(z_at, at) : 0.0f;
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int e = row * 2 + c;
+                        const Sum d = difference(i, j, e, z);
+                        if (PARK) {
+                            int *park = (int *)rest + ((i64)group * T + j * 8 + 2 * t + c) * R + wr * WN * 16 + at;
+                            if (GROUPED > 1 || a.chunks_per_group == 1)
+                                *park = (int)d;
+                            else
+                                atomicAdd(park, (int)d);
+                        } else {
+                            float &y = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+                            if (ZERO == 2 && INT) {
+                                y = __fmaf_rn((float)d, s, y);
+                                y = __fmaf_rn((float)ones[j][e], -__fmul_rn(s, zf), y);
+                            } else if (ZERO == 2) {
+                                y = __fmaf_rn(s, __fmaf_rn(-zf, (float)ones[j][e], (float)d), y);
+                            } else {
+                                y = __fmaf_rn((float)d, s, y);
+                            }
+                        }
+                    }
+            }
+        clear();
+    };
+
+    // What leaves a warp at the end of a run of chunks: float sums, or integers without groups.
+    auto leave = [&](int row_block, int from, int to) {
+        const bool whole = from == 0 && to == a.chunks;
+        const Share share(a, row_block, R * T);
+        float *mine = share.slot(blockIdx.x, a);
+        auto value = [&](int i, int j, int e) -> float {
+            if (GROUPED) return total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+            const int n = min((row_block * WN * WR + wr * WN + i) * 16 + (e >> 1) * 8 + g, a.n - 1);
+            const int z = ZERO == 1 ? int_zero_at(a.zeros, n) : 0;
+            Sum d = difference(i, j, e, z);
+            if (INT) return __int_as_float((int)d);
+            if (ZERO == 2) d = (Sum)__fmaf_rn(-float_zero_at(a.zeros, n), (float)ones[j][e], (float)d);
+            return scaled(a, n, d);
+        };
+        auto add = [&](float p, float q) -> float {
+            return INT && !GROUPED ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q;
+        };
+        auto out = [&](int row, int col, float v) {
+            const int n = row_block * R + row, m = m0 + col;
+            if (n >= a.n || m >= a.m) return;
+            if (INT && !GROUPED) v = scaled(a, n, (Sum)__float_as_int(v));
+            finish(a, m, n, v);
+        };
+        if (WK > 1) {
+            float *red = (float *)rest;
+#pragma unroll
+            for (int i = 0; i < WN; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int row = (wr * WN + i) * 16 + (e >> 1) * 8 + g, col = j * 8 + 2 * t + (e & 1);
+                        if (col < columns) red[(wk * T + col) * R + row] = value(i, j, e);
+                    }
+            __syncthreads();
+            for (int q = tid; q < R * columns; q += THREADS) {
+                float v = red[q];
+#pragma unroll
+                for (int w = 1; w < WK; w++) v = add(v, red[w * R * T + q]);
+                if (whole)
+                    out(q % R, q / R, v);
+                else
+                    mine[q] = v;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < WN; i++)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int row = (wr * WN + i) * 16 + (e >> 1) * 8 + g, col = j * 8 + 2 * t + (e & 1);
+                        const float v = value(i, j, e);
+                        if (whole)
+                            out(row, col, v);
+                        else if (col < columns)
+                            mine[col * R + row] = v;
+                    }
+        }
+        if (!whole && share.complete<THREADS>(a, row_block)) {
+            for (int q = 4 * tid; q < R * columns; q += 4 * THREADS) {
+                float4 v = __ldcg((const float4 *)(share.slot(share.first, a) + q));
+#pragma unroll 4
+                for (int b = share.first + 1; b <= share.last; b++) {
+                    const float4 p = __ldcg((const float4 *)(share.slots + (i64)(2 * b) * share.size + q));
+                    v.x = add(v.x, p.x);
+                    v.y = add(v.y, p.y);
+                    v.z = add(v.z, p.z);
+                    v.w = add(v.w, p.w);
+                }
+                out(q % R, q / R, v.x);
+                out(q % R + 1, q / R, v.y);
+                out(q % R + 2, q / R, v.z);
+                out(q % R + 3, q / R, v.w);
+            }
+        }
+        if (WK > 1) __syncthreads();
+    };
+    auto leave_parked = [&](int row_block) {
+        __syncthreads();
+        const int *park = (const int *)rest;
+        for (int q = tid; q < R * columns; q += THREADS) {
+            const int n = row_block * R + q % R, m = m0 + q / R;
+            if (n < a.n && m < a.m) {
+                float c = 0.0f;
+                for (int k = 0; k < a.groups; k++)
+                    c = __fmaf_rn((float)park[(i64)k * R * T + q], scale_at(a.scales, k * a.n_padded + n), c);
+                finish(a, m, n, c);
+            }
+        }
+        __syncthreads();
+    };
+    auto clear_park = [&]() {
+        if (PARK && GROUPED == 1 && a.chunks_per_group > 1) {
+            for (int q = tid; q < a.groups * R * T; q += THREADS) ((int *)rest)[q] = 0;
+            __syncthreads();
+        }
+    };
+
+#pragma unroll
+    for (int s = 0; s < STAGES - 1; s++) issue(s);
+    clear();
+    clear_total();
+    clear_park();
+    int stage = 0;
+    while (!here.done()) {
+        wait_pending<STAGES - 2>();
+        if (WR > 1)
+            __syncthreads();
+        else
+            __syncwarp();
+        issue(stage == 0 ? STAGES - 1 : stage - 1);
+        const int chunk = here.chunk + wk;
+        if (chunk < here.stop) {
+            Words<BITS> words[WN];
+            const u32 xs = x_base + stage * X_STAGE;
+#pragma unroll
+            for (int block = 0; block < 4; block++) {
+                // Words of this block, as they are first needed.
+#pragma unroll
+                for (int i = 0; i < WN; i++) {
+                    const char *from = w_ring + stage * W_STAGE + i * BITS * 256;
+#pragma unroll
+                    for (int p = 0; p < Planes<BITS>::count; p++) {
+                        const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
+                        if (pb == 1) {
+                            if (block == 0) {
+                                const uint2 v = *(const uint2 *)(from + below * 256 + lane * 8);
+                                words[i].w[2 * below] = v.x;
+                                words[i].w[2 * below + 1] = v.y;
+                            }
+                        } else if (block * pb % 8 == 0) {
+                            const int v4 = block * pb / 8;
+                            // 8 bits: a vector per block; 4: one per two; 2: one for all.
+                            const uint4 v = *(const uint4 *)(from + below * 256 + v4 * 512 + lane * 16);
+                            words[i].w[2 * below + v4 * 4] = v.x;
+                            words[i].w[2 * below + v4 * 4 + 1] = v.y;
+                            words[i].w[2 * below + v4 * 4 + 2] = v.z;
+                            words[i].w[2 * below + v4 * 4 + 3] = v.w;
+                        }
+                    }
+                }
+                u32 b[NT][4];
+                if (INT) {
+                    // One load covers two blocks; loading per block keeps fewer registers.
+#pragma unroll
+                    for (int j = 0; j < NT; j += 2) {
+                        const int row = (NT > 1 ? j * 8 + (lane >> 4) * 8 : 0) + (lane & 7);
+                        const int piece = block * 2 + ((lane >> 3) & 1);
+                        u32 r[4];
+                        load_matrices(r, xs + row * X_ROW + ((piece ^ (row & 7)) * 16));
+                        b[j][0] = r[0];
+                        b[j][1] = r[1];
+                        if (j + 1 < NT) {
+                            b[j + 1 < NT ? j + 1 : j][0] = r[2];
+                            b[j + 1 < NT ? j + 1 : j][1] = r[3];
+                        }
+                    }
+                } else {
+#pragma unroll
+                    for (int j = 0; j < NT; j++) {
+                        const int row = j * 8 + (lane & 7), piece = block * 4 + (lane >> 3);
+                        load_matrices(b[j], xs + row * X_ROW + ((piece ^ (row & 7)) * 16));
+                    }
+                }
+                const bool sums = ZERO || a.sub != 0 || ACT == ACT_BF16;
+                if (INT) {
+                    const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
+                    if (sums)
+#pragma unroll
+                        for (int j = 0; j < NT; j++) mma(ones[j], one, b[j][0], b[j][1], 0);
+#pragma unroll
+                    for (int i = 0; i < WN; i++) {
+                        u32 w[4];
+                        decode8<BITS>(words[i], block, w);
+#pragma unroll
+                        for (int j = 0; j < NT; j++) mma(acc[i][j][0], w, b[j][0], b[j][1], 0);
+                    }
+                } else {
+                    constexpr u32 pair = ACT == ACT_BF16 ? 0x3f803f80u : 0x3c003c00u;
+                    const u32 one[4] = {pair, pair, pair, pair};
+                    if (sums)
+#pragma unroll
+                        for (int j = 0; j < NT; j++) {
+                            mma(ones[j], one, b[j][0], b[j][1], ACT == ACT_BF16);
+                            mma(ones[j], one, b[j][2], b[j][3], ACT == ACT_BF16);
+                        }
+#pragma unroll
+                    for (int i = 0; i < WN; i++)
+#pragma unroll
+                        for (int step = 0; step < 2; step++) {
+                            u32 w[4];
+                            decode16<ACT, BITS>(words[i], block, step, w);
+#pragma unroll
+                            for (int j = 0; j < NT; j++)
+                                mma(acc[i][j][step % SETS], w, b[j][2 * step], b[j][2 * step + 1], ACT == ACT_BF16);
+                        }
+                }
+                if (GROUPED > 1 && (block + 1) % (4 / GROUPED) == 0) {
+                    const int q = block / (4 / GROUPED);
+                    const int group = chunk * GROUPED + q;
+                    if (group < a.groups)
+                        flush(stage, q, group);
+                    else
+                        clear();
+                }
+            }
+            if (GROUPED == 1) {
+                // Float sums and parked sums may be cut anywhere; the integers of a group must be whole.
+                const int group = chunk / a.chunks_per_group;
+                const bool whole = chunk % a.chunks_per_group == a.chunks_per_group - 1 || chunk == a.chunks - 1;
+                if (!INT || PARK || whole) flush(stage, 0, group);
+            }
+        }
+        if (here.last()) {
+            if (PARK) {
+                leave_parked(here.row_block);
+                clear_park();
+            } else {
+                leave(here.row_block, here.first, here.stop);
+            }
+            clear();
+            clear_total();
+        }
+        here.next(a.chunks);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+    wait_pending<0>();
+}

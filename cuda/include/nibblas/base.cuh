@@ -1,0 +1,68 @@
+// Types and the few instructions that C++ has no name for. No header of the toolkit is needed: NVRTC alone compiles this.
+#pragma once
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#define DEVICE __device__ __forceinline__
+
+// Element types of activations and results, as the host names them.
+enum Kind { KIND_F16 = 0, KIND_BF16 = 1, KIND_F32 = 2, KIND_F64 = 3, KIND_I8 = 4 };
+
+DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// Copies 16 bytes to shared memory past L1; bytes from `valid` on are zeros and not read.
+DEVICE void copy16(u32 to, const void *from, int valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");
+}
+DEVICE void copy16(u32 to, const void *from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void copy8(u32 to, const void *from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> DEVICE void wait_pending() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+DEVICE float f32_of_f16(u16 h) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
+    return f;
+}
+DEVICE u16 f16_of_f32(float f) {
+    u16 h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(f));
+    return h;
+}
+DEVICE float f32_of_bf16(u16 h) { return __uint_as_float((u32)h << 16); }
+// Ties to even; a NaN stays one.
+DEVICE u16 bf16_of_f32(float f) {
+    u32 b = __float_as_uint(f);
+    if ((b & 0x7fffffffu) > 0x7f800000u) return (u16)((b >> 16) | 0x40u);
+    return (u16)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+
+DEVICE float load_float(const void *p, i64 i, int kind) {
+    switch (kind) {
+    case KIND_F16: return f32_of_f16(((const u16 *)p)[i]);
+    case KIND_BF16: return f32_of_bf16(((const u16 *)p)[i]);
+    case KIND_F32: return ((const float *)p)[i];
+    case KIND_F64: return __double2float_rn(((const double *)p)[i]);
+    default: return (float)((const i8 *)p)[i];
+    }
+}
+DEVICE void store_float(void *p, i64 i, int kind, float v) {
+    switch (kind) {
+    case KIND_F16: ((u16 *)p)[i] = f16_of_f32(v); break;
+    case KIND_BF16: ((u16 *)p)[i] = bf16_of_f32(v); break;
+    case KIND_F32: ((float *)p)[i] = v; break;
+    default: ((double *)p)[i] = (double)v; break;
+    }
+}
+
+// Where code k of a 16-long run of int8 activations lies: the order in which a packed word yields its four bytes.
+DEVICE int byte_order(int k) { return ((k & 7) >> 1) * 4 + (k & 1) * 2 + (k >> 3); }

@@ -1,0 +1,95 @@
+// How a product is cut: every block of threads gets an equal span of units, a unit being R rows of W by one chunk of K (by
+// all of K where the sum must not be cut), in the order of rows, then chunks.
+#pragma once
+#include "base.cuh"
+
+struct Args {
+    const char *planes[3]; // packed codes
+    const void *scales;    // [groups][rows, padded to 64], f16 or f32
+    const void *zeros;     // the same, u8 or f32
+    const char *x;         // 16-byte aligned rows
+    const float *row_scale; // int8: of the rows of X
+    const float *bias;
+    void *y;
+    float *work;
+    int *counters;
+    i64 ldx;      // bytes between rows of X
+    i64 y_row, y_col; // elements
+    int m, n, n_padded, k_bytes; // k_bytes: bytes of a row of X that may be read
+    int chunks, groups, chunks_per_group;
+    int row_blocks, y_kind, mul, sub;
+    int per, rest, whole; // units of a block's span, blocks that have one more, and whether a unit is all of K
+};
+
+DEVICE int span_start(int block, const Args &a) {
+    return (block * a.per + min(block, a.rest)) * (a.whole ? a.chunks : 1);
+}
+// The block whose span holds a chunk.
+DEVICE int span_of(int at, const Args &a) {
+    const int u = a.whole ? at / a.chunks : at;
+    const int longer = a.rest * (a.per + 1);
+    return u < longer ? u / (a.per + 1) : a.rest + (u - longer) / a.per;
+}
+
+// Where a block is in its span. STEP chunks are taken at a time, never across rows.
+template <int STEP> struct Place {
+    int unit, end, row_block, chunk, stop, first;
+    DEVICE void start(int begin, int finish, int chunks) {
+        unit = begin;
+        end = finish;
+        enter(chunks);
+    }
+    DEVICE void enter(int chunks) {
+        if (unit >= end) return;
+        row_block = unit / chunks;
+        chunk = first = unit - row_block * chunks;
+        stop = min(end - row_block * chunks, chunks);
+    }
+    DEVICE bool done() const { return unit >= end; }
+    // Whether this is the last step of a run of chunks.
+    DEVICE bool last() const { return chunk + STEP >= stop; }
+    DEVICE void next(int chunks) {
+        chunk += STEP;
+        if (chunk >= stop) finish(chunks);
+    }
+    DEVICE void finish(int chunks) {
+        unit = row_block * chunks + stop;
+        enter(chunks);
+    }
+};
+
+// A barrier of some threads of the block.
+template <int THREADS> DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+
+// A run of chunks that is not all of K: its sums go to the workspace, and the last block to arrive adds those of all
+// blocks, in the order of K, which makes the result the same every time.
+struct Share {
+    int first, last, lo; // blocks that have a part
+    float *slots;
+    int size;
+    DEVICE Share(const Args &a, int row_block, int size_) : size(size_) {
+        lo = row_block * a.chunks;
+        first = span_of(lo, a);
+        last = span_of(lo + a.chunks - 1, a);
+        slots = a.work + (i64)blockIdx.y * 2 * gridDim.x * size;
+    }
+    // Two slots a block: for a run that began before the span's first whole row, and for the rest.
+    DEVICE float *slot(int block, const Args &a) const {
+        return slots + (i64)(2 * block + (block == first && span_start(block, a) < lo)) * size;
+    }
+    // Whether every part is there; to be called by the block's first THREADS threads, their part written.
+    template <int THREADS> DEVICE bool complete(const Args &a, int row_block) const {
+        __shared__ int arrived;
+        __threadfence();
+        meet<THREADS>();
+        if (threadIdx.x == 0) {
+            int *counter = a.counters + blockIdx.y * a.row_blocks + row_block;
+            arrived = atomicAdd(counter, 1);
+            if (arrived == last - first) *counter = 0; // as the next launch expects it
+        }
+        meet<THREADS>();
+        const bool all = arrived == last - first;
+        if (all) __threadfence();
+        return all;
+    }
+};

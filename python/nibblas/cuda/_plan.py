@@ -1,0 +1,279 @@
+"""Which kernel serves a product, and how it is cut: pure functions of the shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+__all__ = [
+    "Cut",
+    "HopperCut",
+    "Plan",
+    "Problem",
+    "build",
+    "build_hopper",
+    "choose",
+    "choose_hopper",
+    "has_hopper",
+    "padded_group",
+    "plan",
+    "plan_bits",
+]
+
+F16, BF16, S8 = 0, 1, 2
+CHUNK = 128
+
+
+def padded_group(group: int | None, cols: int) -> int:
+    """Return the places of a group in a packed row: 32, 64 or a multiple of 128."""
+    if group is None or group >= cols:
+        return max(-(-cols // CHUNK), 1) * CHUNK
+    for places in (32, 64):
+        if group <= places:
+            return places
+    return -(-group // CHUNK) * CHUNK
+
+
+class Plan(NamedTuple):
+    """One launch of a loop nest."""
+
+    nest: str
+    """``gemm`` or ``hopper``: the file and the function."""
+    defines: tuple[tuple[str, int], ...]
+    grid: tuple[int, int]
+    threads: int
+    shared: int
+    row_blocks: int
+    rows: int
+    """Weight rows of a block."""
+    tokens: int
+    """Activation rows of a block."""
+    units: int
+    """What the blocks share out."""
+    whole: bool
+    """Whether a unit is all of K."""
+
+    def __str__(self) -> str:
+        values = " ".join(f"{k}={v}" for k, v in self.defines)
+        return (
+            f"{self.nest} [{values}] grid {self.grid[0]}x{self.grid[1]}, {self.threads} threads, "
+            f"{self.shared} bytes of shared memory"
+        )
+
+
+class Problem(NamedTuple):
+    """What a launch of ``gemm.cu`` depends on."""
+
+    m: int
+    """Rows of activations."""
+    n_padded: int
+    """Rows of weights, a multiple of 64."""
+    chunks: int
+    """Runs of 128 places along K."""
+    groups: int
+    """Scales of a row."""
+    act: int
+    """0 float16, 1 bfloat16, 2 int8."""
+    bits: int
+    """Of a code."""
+    grouped: int
+    """Scales per chunk, 0 where a row has one."""
+    zero: int
+    """0 without zero points, 1 integers, 2 floats."""
+    sc16: bool
+    """Whether scales are float16."""
+    multiprocessors: int
+    shared_limit: int
+    mul: int = 1
+    """A code stands for ``mul*u - sub``."""
+    zero_top: int = 0
+    """The largest integer zero point."""
+    wgmma: bool = False
+    """Whether the device has wgmma."""
+
+    @property
+    def ordered(self) -> bool:
+        """Whether the float sum must run over the groups in order, so that K cannot be cut."""
+        return self.act == S8 and self.grouped > 0
+
+
+class Cut(NamedTuple):
+    """How a launch is cut."""
+
+    nt: int
+    """Activation rows of a warp, in eights."""
+    wn: int
+    """Weight rows of a warp, in sixteens."""
+    wr: int
+    """Warps along the weight rows."""
+    wk: int
+    """Warps along K."""
+    park: int = 0
+    """Whether the integer sums of all groups wait in shared memory."""
+    sets: int = 1
+    """Accumulators per output."""
+    resident: int = 1
+    """Blocks of a multiprocessor, if shared memory allows."""
+    stages: int = 4
+    """Chunks in flight, at most."""
+    whole: bool = False
+    """Whether a block takes all of K."""
+
+
+def choose(p: Problem) -> Cut:
+    """Return the cut for a problem."""
+    nt = 1 if p.m <= 8 else 2 if p.m <= 16 else 4 if p.m <= 32 else 8
+    if p.ordered:
+        wn = 2 if nt <= 2 else 1
+        if p.zero != 2 and nt <= 2 and p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024:
+            return Cut(nt, wn, 1, 4, park=1)
+        return Cut(nt, 2 if nt == 8 else 1, 4 if nt <= 2 else 8, 1)
+    if nt <= 2:
+        # All of K in a block saves the meeting of its parts, worth 3 us, where the rows alone keep
+        # the device busy; the wider a block, the less often activations are read.
+        sets = 2 if p.act == F16 else 1
+        most, n = p.multiprocessors, p.n_padded
+        if nt == 2 and n >= 192 * most:
+            return Cut(nt, 4, 2, 2, sets=sets, resident=2, stages=3, whole=True)
+        if n >= 96 * most:
+            return Cut(nt, 4, 1, 4, sets=sets, resident=2, whole=True)
+        if n >= 24 * most:
+            return Cut(nt, 2, 1, 8, sets=sets, resident=2 if nt == 1 else 1, whole=True)
+        return Cut(nt, 4, 1, 8, sets=1 if nt == 2 else sets, stages=3)
+    return Cut(nt, 2, 4, 2)
+
+
+def build(p: Problem, cut: Cut) -> Plan:
+    """Return the launch of a cut."""
+    nt, wn, wr, wk = cut.nt, cut.wn, cut.wr, cut.wk
+    rows, tokens, threads = 16 * wn * wr, 8 * nt, 32 * wr * wk
+    row_blocks = -(-p.n_padded // rows)
+    width = 1 if p.act == S8 else 2
+    scale_bytes = (2 if p.sc16 else 4) + (0, 1, 4)[p.zero]
+    stage = wr * wk * (wn * 256 * p.bits + p.grouped * wn * 16 * scale_bytes)
+    stage += wk * tokens * CHUNK * width
+    rest = wk * rows * tokens * 4 if wk > 1 else 0
+    if cut.park:
+        rest = p.groups * rows * tokens * 4
+    limit = (p.shared_limit + 1024) // cut.resident - 2048
+    stages = cut.stages
+    while stages > 2 and stages * stage + rest > limit:
+        stages -= 1
+    shared = stages * stage + rest
+    resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
+    m_blocks = -(-p.m // tokens)
+    whole = cut.whole or p.ordered
+    units = row_blocks if whole else row_blocks * p.chunks
+    # A span of fewer chunks than warps would leave warps without work.
+    blocks = units if whole else max(1, units // wk)
+    if not p.ordered:
+        blocks = min(blocks, max(1, p.multiprocessors * resident // m_blocks))
+    defines = (
+        ("ACT", p.act),
+        ("BITS", p.bits),
+        ("NT", nt),
+        ("WN", wn),
+        ("WR", wr),
+        ("WK", wk),
+        ("GROUPED", p.grouped),
+        ("ZERO", p.zero),
+        ("SC16", int(p.sc16)),
+        ("STAGES", stages),
+        ("PARK", cut.park),
+        ("SETS", cut.sets),
+    )
+    size = (blocks, m_blocks)
+    return Plan("gemm", defines, size, threads, shared, row_blocks, rows, tokens, units, whole)
+
+
+class HopperCut(NamedTuple):
+    """How a launch of ``hopper.cu`` is cut."""
+
+    t: int
+    """Activation rows of a block."""
+    wg: int
+    """Warpgroups, of 64 weight rows each."""
+    stages: int = 5
+    """Chunks of room, at most; two of them are in use."""
+    resident: int = 1
+    """Blocks of a multiprocessor, if shared memory allows."""
+    whole: bool = False
+    """Whether a block takes all of K."""
+
+
+def has_hopper(p: Problem) -> bool:
+    """Whether ``hopper.cu`` can decode the format to signed numbers of the activations' type."""
+    if not p.wgmma or p.zero == 2:
+        return False
+    if p.act == S8:
+        return p.zero_top < 128 and not (p.bits == 8 and (p.zero or p.mul == 2))
+    return p.act == F16 or p.bits == 8 or p.zero_top < 128
+
+
+def choose_hopper(p: Problem) -> HopperCut:
+    """Return the cut for a problem."""
+    if p.m <= 32:
+        return HopperCut(32, 2, resident=2)
+    if p.m <= 64:
+        return HopperCut(64, 2)
+    return HopperCut(128, 2)
+
+
+def build_hopper(p: Problem, cut: HopperCut) -> Plan:
+    """Return the launch of a cut."""
+    t, wg = cut.t, cut.wg
+    rows, threads = 64 * wg, 128 * wg + (128 if wg == 2 and t >= 128 else 32)
+    row_blocks = -(-p.n_padded // rows)
+    width = 1 if p.act == S8 else 2
+    scale_bytes = (2 if p.sc16 else 4) + (1 if p.zero else 0)
+    stage = t * CHUNK * width + rows * (16 * p.bits + p.grouped * scale_bytes)
+    stage = -(-stage // 1024) * 1024
+    limit = (p.shared_limit + 1024) // cut.resident - 2048
+    stages = max(3, min(cut.stages, (limit - 1024) // stage))
+    shared = stages * stage + 1024
+    resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
+    m_blocks = -(-p.m // t)
+    whole = cut.whole or p.ordered
+    units = row_blocks if whole else row_blocks * p.chunks
+    blocks = min(units, max(1, p.multiprocessors * resident // m_blocks))
+    defines = (
+        ("ACT", p.act),
+        ("BITS", p.bits),
+        ("T", t),
+        ("WG", wg),
+        ("GROUPED", p.grouped),
+        ("ZERO", p.zero),
+        ("SC16", int(p.sc16)),
+        ("STAGES", stages),
+        ("MUL", p.mul),
+    )
+    size = (blocks, m_blocks)
+    return Plan("hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole)
+
+
+def plan(p: Problem) -> Plan:
+    """Return the launch for a problem."""
+    if p.m > 16 and has_hopper(p):
+        return build_hopper(p, choose_hopper(p))
+    cut = choose(p)
+    made = build(p, cut)
+    # Wide codes and small devices: the widest cut may not fit.
+    while made.shared > p.shared_limit - 1024:
+        if cut.park:
+            cut = Cut(cut.nt, 1, 4, 1)
+        elif cut.wk > 1:
+            cut = cut._replace(wk=cut.wk // 2)
+        elif cut.wr > 1:
+            cut = cut._replace(wr=cut.wr // 2)
+        else:
+            cut = cut._replace(wn=cut.wn // 2)
+        made = build(p, cut)
+    return made
+
+
+def plan_bits(m: int, n: int) -> Plan:
+    """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights."""
+    wg, t, stages = 2, 256 if m > 512 and n > 512 else 128 if m > 64 else 64, 4
+    rows = 64 * wg
+    defines = (("T", t), ("WG", wg), ("STAGES", stages))
+    shared = stages * (rows + t) * 128 + 1024
+    return Plan("bits", defines, (0, 1), 128 * wg + 32, shared, 0, rows, t, 0, True)

@@ -1,0 +1,359 @@
+"""Products on a GPU: float paths against float64, integer paths bit for bit against the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nibblas as nb
+
+cupy = pytest.importorskip("cupy")
+try:
+    cupy.cuda.runtime.getDeviceCount()
+except cupy.cuda.runtime.CUDARuntimeError:
+    pytest.skip("no CUDA device", allow_module_level=True)
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+ELEMENTS = [e.name for e in nb.formats.table()]
+GROUPS = ["", "_g8", "_g32", "_g48", "_g64", "_g100", "_g128", "_g256"]
+BF16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def tensor(fmt: str, n: int, k: int, seed: int = 0, float_zeros: bool = False) -> nb.QTensor:
+    """Codes over the whole legal range, scales over many powers of two."""
+    rng = np.random.default_rng(seed)
+    f = nb.Format(fmt)
+    e = f.element
+    step = (e.maximum - e.minimum) // (e.levels - 1)
+    codes = e.minimum + step * rng.integers(0, e.levels, (n, k))
+    scales = np.exp2(rng.uniform(-12, -3, (n, f.groups(k)))).astype(np.float32)
+    zeros: Any = None
+    if f.has_zeros:
+        zeros = rng.integers(0, e.levels, (n, f.groups(k)))
+        if float_zeros:
+            zeros = zeros + rng.normal(size=zeros.shape).astype(np.float32)
+    return nb.QTensor.from_parts(fmt, codes, scales, zeros)
+
+
+def activations(m: int, k: int, dtype: Any, seed: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(m, k)) * np.exp2(rng.uniform(-3, 3, (m, 1)))).astype(dtype)
+
+
+def check_float(y: Any, x: np.ndarray, q: nb.QTensor, bias: np.ndarray | None = None) -> None:
+    """Compare with float64 products of what the operands stand for."""
+    w = q.dequantize().astype(np.float64)
+    wide = x.astype(np.float64)
+    exact = wide @ w.T
+    # The tensor cores see u and a correction, which may be larger than the value.
+    size = np.abs(wide) @ (np.abs(w) + reach(q)).T
+    if bias is not None:
+        exact = exact + bias
+        size = size + np.abs(bias)
+    got = np.asarray(y.get()).astype(np.float64)
+    assert got.shape == exact.shape
+    eps = {2: 2.0**-11, 4: 2.0**-24, 8: 2.0**-24}[y.dtype.itemsize]
+    if y.dtype == BF16:
+        eps = 2.0**-8
+    bound = 1.01 * eps * np.abs(exact) + 2.0**-20 * size + 2.0**-24
+    worst = np.abs(got - exact) / bound
+    assert (worst <= 1).all(), f"{worst.max()} at {np.unravel_index(worst.argmax(), worst.shape)}"
+
+
+def reach(q: nb.QTensor) -> np.ndarray:
+    """Scale times the largest number in a register, per weight."""
+    f = q.format
+    scale = np.abs(np.asarray(q.scales, np.float64))
+    group = f.group or max(q.shape[1], 1)
+    return np.repeat(scale * 256, group, axis=1)[:, : q.shape[1]]
+
+
+def same_bits(got: Any, want: np.ndarray) -> None:
+    g = np.asarray(got.get())
+    assert g.dtype == want.dtype
+    assert g.shape == want.shape
+    a, b = g.astype(np.float32).view(np.uint32), want.astype(np.float32).view(np.uint32)
+    differ = (a != b) & ~(np.isnan(g.astype(np.float32)) & np.isnan(want.astype(np.float32)))
+    assert not differ.any(), (
+        f"{differ.sum()} of {differ.size} differ, first {np.argwhere(differ)[0]}"
+    )
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=["f16", "bf16", "f32"])
+def test_every_element(element: str, dtype: Any) -> None:
+    for i, (m, n, k, group) in enumerate(
+        [(1, 70, 200, ""), (5, 64, 256, "_g128"), (17, 100, 136, "_g32"), (70, 33, 520, "_g64")]
+    ):
+        q = tensor(element + group, n, k, i)
+        x = activations(m, k, dtype, i)
+        check_float(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32), x, q)
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_every_element_int8(element: str) -> None:
+    for i, (m, n, k, group) in enumerate(
+        [(1, 70, 200, ""), (5, 64, 256, "_g128"), (17, 100, 136, "_g32"), (70, 33, 520, "_g64")]
+    ):
+        q = tensor(element + group, n, k, i)
+        x = activations(m, k, np.float32, i)
+        want = nb.matmul(x, q.T, compute="int8")
+        same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("scale", ["", "_sf32", "_sbf16"])
+@pytest.mark.parametrize("compute", ["f32", "int8"])
+def test_groups_and_scales(group: str, scale: str, compute: str) -> None:
+    for element in ("int4", "uint3"):
+        for m, n, k in [(3, 65, 300), (20, 130, 1024), (40, 16, 777)]:
+            q = tensor(element + group + scale, n, k, m)
+            x = activations(m, k, np.float16, m)
+            y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute, dtype=np.float32)
+            if compute == "f32":
+                check_float(y, x, q)
+            else:
+                same_bits(y, nb.matmul(x, q.T, compute="int8", dtype=np.float32))
+
+
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 16, 17, 32, 33, 64, 65, 128, 200, 513])
+@pytest.mark.parametrize("fmt", ["int4_g128", "int4", "uint4_g64", "int8", "bipolar1"])
+def test_rows(m: int, fmt: str) -> None:
+    n, k = 320, 1152
+    q = tensor(fmt, n, k, m)
+    d = q.to("cuda:0")
+    x = activations(m, k, np.float16, m)
+    bias = np.random.default_rng(m).normal(size=n).astype(np.float32)
+    check_float(nb.matmul(cupy.asarray(x), d.T, bias=bias), x, q, bias)
+    same_bits(
+        nb.matmul(cupy.asarray(x), d.T, compute="int8", bias=bias),
+        nb.matmul(x, q.T, compute="int8", bias=bias),
+    )
+
+
+@pytest.mark.parametrize("compute", ["f32", "int8"])
+def test_wide_shapes(compute: str) -> None:
+    """More work than one span of a block: sums meet in the workspace."""
+    for m, n, k, fmt in [
+        (1, 4096, 4096, "int4_g128"),
+        (16, 1024, 14336, "int4_g128"),
+        (8, 64, 16384, "int2"),
+        (64, 2112, 3200, "int8_g64"),
+        (256, 512, 2048, "int4_g32"),
+        (130, 384, 4096, "int8"),
+    ]:
+        q = tensor(fmt, n, k, m)
+        x = activations(m, k, np.float16, m)
+        y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute, dtype=np.float32)
+        if compute == "f32":
+            check_float(y, x, q)
+            again = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32)
+            same_bits(again, y.get())
+        else:
+            same_bits(y, nb.matmul(x, q.T, compute="int8", dtype=np.float32))
+
+
+@pytest.mark.parametrize("group", ["", "_g32", "_g128"])
+def test_float_zero_points(group: str) -> None:
+    q = tensor("uint4" + group + "_sf32", 70, 384, float_zeros=True)
+    x = activations(9, 384, np.float32)
+    d = q.to("cuda:0")
+    check_float(nb.matmul(cupy.asarray(x), d.T), x, q)
+    same_bits(nb.matmul(cupy.asarray(x), d.T, compute="int8"), nb.matmul(x, q.T, compute="int8"))
+
+
+def test_subnormals_bit_for_bit() -> None:
+    """Scales, products and quotients below the normal range are kept."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(-7, 8, (48, 256))
+    for power in (-149, -140, -130, -126):
+        scales = np.exp2(rng.uniform(power, power + 3, (48, 2))).astype(np.float32)
+        q = nb.QTensor.from_parts("int4_g128_sf32", codes, scales)
+        for top in (0, -60, -126, -140):
+            x = (rng.normal(size=(4, 256)) * 2.0**top).astype(np.float32)
+            want = nb.matmul(x, q.T, compute="int8")
+            same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+
+
+def test_activation_edges() -> None:
+    """Rows of zeros, ties, underflow, NaN and infinities."""
+    rng = np.random.default_rng(6)
+    q = tensor("int4_g32", 40, 160)
+    x = rng.normal(size=(9, 160)).astype(np.float32)
+    x[0] = 0
+    x[1, 3] = np.nan
+    x[2, 5] = np.inf
+    x[3] = 1e-45
+    x[4] = np.arange(160) - 127 + 0.5
+    x[5] = -0.0
+    x[6, 7] = -np.inf
+    want = nb.matmul(x, q.T, compute="int8")
+    same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+    y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T).get()
+    assert not np.isfinite(y[[1, 2, 6]]).any()
+    assert np.isfinite(y[[0, 3, 4, 5, 7, 8]]).all()
+
+
+def test_int8_codes_given() -> None:
+    q = tensor("int4_g64", 50, 200)
+    x = np.random.default_rng(7).integers(-127, 128, (6, 200)).astype(np.int8)
+    same_bits(
+        nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"),
+        nb.matmul(x, q.T, compute="int8"),
+    )
+
+
+def test_operator_and_orientation() -> None:
+    q = tensor("int4_g32", 48, 96)
+    d = q.to("cuda:0")
+    x = activations(5, 96, np.float32)
+    c = cupy.asarray(x)
+    y = c @ d.T
+    assert isinstance(y, cupy.ndarray)
+    check_float(y, x, q)
+    check_float((d @ c.T).T, x, q)
+    check_float((c[0] @ d.T)[None], x[:1], q)
+    check_float((d @ c[0])[None], x[:1], q)
+    # A tensor of the host follows the array.
+    check_float(c @ q.T, x, q)
+    stack = c.reshape(1, 5, 96).repeat(3, axis=0)
+    assert (stack @ d.T).shape == (3, 5, 48)
+    left = d @ stack.swapaxes(1, 2)
+    assert left.shape == (3, 48, 5)
+    check_float(left[2].T, x, q)
+
+
+def test_views_and_out() -> None:
+    q = tensor("int4_g32", 48, 96)
+    d = q.to("cuda:0")
+    x = activations(12, 192, np.float16)
+    c = cupy.asarray(x)
+    for cut in (np.s_[::2, ::2], np.s_[::-1, 95::-1], np.s_[1:4, 3:99], np.s_[:, 96:]):
+        check_float(c[cut] @ d.T, x[cut], q)
+    check_float(cupy.asfortranarray(c[:, :96]) @ d.T, x[:, :96], q)
+    out = cupy.full((12, 48), np.nan, np.float16)
+    assert nb.matmul(c[:, :96], d.T, out=out) is out
+    check_float(out, x[:, :96], q)
+    wide = cupy.full((24, 96), np.nan, np.float32)
+    part = wide[::2, ::2]
+    assert nb.matmul(c[:, :96], d.T, out=part, dtype=np.float32) is part
+    check_float(part, x[:, :96], q)
+    assert np.isnan(wide.get()[1::2]).all()
+    square = tensor("int4_g32", 96, 96)
+    same = cupy.asarray(x[:, :96])
+    nb.matmul(same, square.to("cuda:0").T, out=same)
+    check_float(same, x[:, :96], square)
+    for dtype in (np.float16, BF16, np.float32, np.float64):
+        y = nb.matmul(c[:, :96], d.T, dtype=dtype)
+        assert y.dtype == dtype
+        check_float(y, x[:, :96], q)
+    assert (cupy.ones(96, np.int32) @ d.T).dtype == np.float32
+    check_float(nb.matmul(cupy.ones((1, 96), np.float64), d.T), np.ones((1, 96)), q)
+
+
+def test_empty_shapes() -> None:
+    d = tensor("int4_g32", 48, 96).to("cuda:0")
+    assert (cupy.ones((0, 96), np.float16) @ d.T).shape == (0, 48)
+    assert (cupy.ones((2, 0, 96), np.float16) @ d.T).shape == (2, 0, 48)
+    none = nb.QTensor.from_parts("int4", np.zeros((5, 0), np.int8), np.zeros((5, 0))).to("cuda:0")
+    y = nb.matmul(cupy.ones((3, 0), np.float16), none.T, bias=np.arange(5))
+    np.testing.assert_array_equal(y.get(), np.tile(np.arange(5), (3, 1)))
+    rowless = nb.QTensor.from_parts("int4", np.zeros((0, 8), np.int8), np.zeros((0, 1)))
+    assert (cupy.ones((3, 8), np.float16) @ rowless.to("cuda:0").T).shape == (3, 0)
+
+
+def test_streams_and_graphs() -> None:
+    q = tensor("int4_g128", 512, 2048)
+    d = q.to("cuda:0")
+    x = activations(4, 2048, np.float16)
+    c = cupy.asarray(x)
+    out = cupy.zeros((4, 512), np.float16)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        nb.matmul(c, d.T, out=out)
+        stream.begin_capture()
+        nb.matmul(c, d.T, out=out)
+        graph = stream.end_capture()
+        out.fill(0)
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+    check_float(out, x, q)
+    x2 = activations(4, 2048, np.float16, seed=9)
+    c.set(x2)
+    graph.launch(stream)
+    stream.synchronize()
+    check_float(out, x2, q)
+
+
+def test_batch_invariance() -> None:
+    """A row does not depend on the others, within one plan; integers never."""
+    d = tensor("int4_g128", 256, 1024).to("cuda:0")
+    x = activations(64, 1024, np.float16)
+    whole = nb.matmul(cupy.asarray(x), d.T, compute="int8").get()
+    for m in (1, 3, 17, 40):
+        part = nb.matmul(cupy.asarray(x[:m]), d.T, compute="int8").get()
+        np.testing.assert_array_equal(part, whole[:m])
+    x[1:8] = 7
+    a = (cupy.asarray(x[:1]) @ d.T).get()
+    b = (cupy.asarray(x[:8]) @ d.T).get()
+    np.testing.assert_array_equal(a[0], b[0])
+
+
+def test_places_that_do_not_fit() -> None:
+    q = tensor("int4_g32", 48, 96)
+    d = q.to("cuda:0")
+    assert d.device == "cuda:0"
+    assert d.to("cpu") == q
+    assert d[:16].device == "cuda:0"
+    with pytest.raises(TypeError, match="on cuda:0"):
+        np.ones((2, 96), np.float32) @ d.T
+    with pytest.raises(TypeError, match="arrays of the device"):
+        nb.matmul(cupy.ones((2, 96)), d.T, out=np.zeros((2, 48)))
+    with pytest.raises(ValueError, match="int8_g32"):
+        nb.matmul(cupy.ones((2, 96)), d.T, compute="int8_g32")
+    with pytest.raises(ValueError, match="mismatch in its core dimension"):
+        cupy.ones((2, 95)) @ d.T
+    with pytest.raises(ValueError, match="has shape"):
+        nb.matmul(cupy.ones((2, 96)), d.T, out=cupy.zeros((2, 47)))
+    with pytest.raises(RuntimeError, match="CUDA device"):
+        q.to("cuda:99")
+    long = nb.QTensor.from_parts("int8", np.zeros((1, 200_000), np.int8), np.ones((1, 1)))
+    with pytest.raises(ValueError, match="int32"):
+        nb.matmul(cupy.ones((1, 200_000)), long.T, compute="int8")
+
+
+def test_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    q = tensor("int4_g32", 48, 96)
+    x = torch.randn(5, 96, device="cuda", dtype=torch.float16)
+    y = nb.matmul(x, q.to("cuda:0").T)
+    assert isinstance(y, torch.Tensor)
+    check_float(cupy.from_dlpack(y), x.cpu().numpy(), q)
+
+
+def bipolar(bits: int, n: int, k: int, seed: int) -> nb.QTensor:
+    return tensor(f"bipolar{bits}", n, k, seed)
+
+
+@pytest.mark.parametrize("p", [1, 2, 3])
+@pytest.mark.parametrize("q", [1, 2, 4])
+def test_bit_planes(p: int, q: int) -> None:
+    for m, n, k in [(1, 70, 200), (100, 130, 1024), (65, 300, 2100), (600, 1000, 1500)]:
+        x, w = bipolar(q, m, k, 1), bipolar(p, n, k, 2)
+        a, b = x.to("cuda:0"), w.to("cuda:0")
+        want = x.codes().astype(np.int32) @ w.codes().astype(np.int32).T
+        np.testing.assert_array_equal(nb.matmul(a, b.T, dtype=np.int32).get(), want)
+        assert nb.matmul(a, b.T, dtype=np.int64).dtype == np.int64
+        bias = np.random.default_rng(3).normal(size=n).astype(np.float32)
+        same_bits(nb.matmul(a, b.T, bias=bias), nb.matmul(x, w.T, bias=bias))
+
+
+def test_two_tensors_as_integers() -> None:
+    for left, right in [("int4", "int4"), ("int8", "int4"), ("ternary", "uint3")]:
+        x, w = tensor(left, 30, 300, 1), tensor(right, 70, 300, 2)
+        same_bits(nb.matmul(x.to("cuda:0"), w.to("cuda:0").T), nb.matmul(x, w.T))
+    with pytest.raises(ValueError, match="one scale per row"):
+        nb.matmul(tensor("int4_g32", 4, 64).to("cuda:0"), tensor("int4", 4, 64).T)
