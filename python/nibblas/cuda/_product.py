@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .._api import _check_inner, _float_dtype, _kind, _raise_cast
-from ..qtensor import QTensor, _Storage
+from ..formats import Format
+from ..qtensor import QTensor, _powers, _Storage
 from ._launch import arch, device_properties, has_wgmma, kernel, tensor_map, workspace
 from ._plan import BF16, CHUNK, F16, S8, Problem, padded_group, plan, plan_bits
 
@@ -159,6 +160,7 @@ class Panels:
         import cupy
 
         fmt = host.format
+        _linear(fmt)
         self.device = device
         self.host = host
         self.held_planes: BitPlanes | None = None
@@ -174,8 +176,7 @@ class Panels:
             raise ValueError(f"a matrix of shape {(self.rows, self.cols)} is too large for CUDA")
         element = fmt.element
         self.bits = element.bits
-        self.mul = (element.maximum - element.minimum) // (element.levels - 1)
-        self.sub = -element.minimum
+        self.mul, self.sub = _linear(fmt)
         zeros = host.zeros
         self.zero = 0 if zeros is None else 2 if zeros.dtype.kind == "f" else 1
         whole = zeros is not None and self.zero == 1 and zeros.size > 0
@@ -235,9 +236,25 @@ class Panels:
         return sum(int(a.nbytes) for a in parts)
 
 
+def _linear(fmt: Format) -> tuple[int, int]:
+    """Return mul and sub of a format whose code u stands for mul*u - sub."""
+    values = fmt.element.values.astype(np.float64)
+    mul = values[1] - values[0] if len(values) > 1 else 0.0
+    if (
+        not fmt.element.linear
+        or mul not in (1.0, 2.0)
+        or (values != mul * np.arange(len(values)) + values[0]).any()
+        or values[0] != int(values[0])
+    ):
+        raise ValueError(f"{fmt} is not available on CUDA: its values are not evenly spaced")
+    return int(mul), -int(values[0])
+
+
 def _wide_scales(host: _Storage) -> NDArray[Any]:
     if host.format.scale == "bf16":
         return (host.scales.astype(np.uint32) << 16).view(np.float32)
+    if host.format.scale == "e8m0":
+        return _powers(host.scales)
     return host.scales
 
 
