@@ -24,6 +24,7 @@ UNSAFE_FILES = {
     "rust/core/src/isa.rs",
     "rust/core/src/matrix.rs",
     "rust/core/src/pack.rs",
+    "rust/core/src/pair.rs",
     "rust/core/src/pool.rs",
 }
 UNSAFE_FOLDERS = ("rust/core/src/kernel/", "rust/py/src/")

@@ -1,13 +1,20 @@
-//! A thread pool that survives `fork`.
+//! Threads that wait for work, and survive `fork`.
 //!
-//! A forked child inherits the memory of a pool but none of its threads, so the handle is keyed by process id: the child
-//! leaks the inherited one and builds its own. Nothing here holds a lock, so a fork can happen at any moment.
+//! A product may take a tenth of a millisecond, and waking a sleeping thread as long as half of that. So helpers look out
+//! for the next call for a moment before they sleep, and a caller that finishes first takes back what a helper has not
+//! begun. Each helper has a slot of its own: callers on several threads at once share the idle ones and wait for none.
+//!
+//! A forked child inherits the memory of the helpers but none of the threads, so the team is keyed by process id: the child
+//! leaks the inherited one and builds its own. Nothing here holds a lock while a call begins, so a fork can happen at any
+//! moment.
 use crate::error::{Error, Result};
-use rayon::{ThreadPool, ThreadPoolBuilder};
+use std::any::Any;
 use std::cell::Cell;
-use std::ptr::null_mut;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::ptr::{null_mut, without_provenance_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 /// More threads than this are never started; results do not depend on the number.
@@ -16,44 +23,212 @@ pub const MAX_THREADS: usize = 256;
 /// How often a long call asks its caller whether to stop.
 const POLL_EVERY: Duration = Duration::from_millis(40);
 
-struct Handle {
-    pid: u32,
-    threads: usize,
-    pool: ThreadPool,
-    /// The pool that this one replaced, which other threads may be using: kept for ever, and not lost.
-    _older: *mut Handle,
+/// How long an idle helper looks out for the next call before it sleeps.
+const LOOK_OUT: Duration = Duration::from_micros(100);
+
+/// What a caller asks of its helpers. It lies on the caller's stack, and the caller waits until `pending` is 0.
+struct Job<'a> {
+    work: &'a (dyn Fn() + Sync),
+    /// Helpers that have it.
+    pending: AtomicUsize,
+    caller: Thread,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
 }
 
-static CURRENT: AtomicPtr<Handle> = AtomicPtr::new(null_mut());
+type JobPtr = *mut Job<'static>;
 
-/// A pool of at least `threads` workers, or `None` when the system refuses to start them.
-fn pool(threads: usize) -> Option<&'static ThreadPool> {
-    let pid = std::process::id();
-    let old = CURRENT.load(Ordering::Acquire);
-    // SAFETY: handles are leaked when published, so the pointer is null or valid for ever.
-    if let Some(h) = unsafe { old.as_ref() } {
-        if h.pid == pid && h.threads >= threads {
-            return Some(&h.pool);
+/// A helper: what it is to do, null while it looks out, or one of the two marks.
+struct Slot {
+    job: AtomicPtr<Job<'static>>,
+    thread: OnceLock<Thread>,
+}
+
+/// The helper sleeps.
+fn asleep() -> JobPtr {
+    without_provenance_mut(1)
+}
+
+/// The helper works.
+fn busy() -> JobPtr {
+    without_provenance_mut(2)
+}
+
+impl Slot {
+    /// Waits for a job; `patient`: looks out before sleeping.
+    fn next(&self, patient: bool) -> JobPtr {
+        let offered = |p: JobPtr| !p.is_null() && p != asleep();
+        let begin = Instant::now();
+        loop {
+            for _ in 0..if patient { 64 } else { 1 } {
+                let p = self.job.load(Ordering::Acquire);
+                if offered(p) {
+                    return p;
+                }
+                std::hint::spin_loop();
+            }
+            if !patient || begin.elapsed() >= LOOK_OUT {
+                break;
+            }
+        }
+        if let Err(p) = self.job.compare_exchange(null_mut(), asleep(), Ordering::AcqRel, Ordering::Acquire) {
+            return p;
+        }
+        loop {
+            thread::park();
+            let p = self.job.load(Ordering::Acquire);
+            if p != asleep() {
+                return p;
+            }
         }
     }
-    let size = threads.next_power_of_two();
-    let pool = ThreadPoolBuilder::new().num_threads(size).thread_name(|i| format!("nibblas-{i}")).build().ok()?;
-    let new = Box::into_raw(Box::new(Handle { pid, threads: size, pool, _older: old }));
-    if CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_ok() {
-        // SAFETY: just leaked above.
-        return Some(unsafe { &(*new).pool });
+
+    /// The life of a helper.
+    fn serve(&self, patient: bool) -> ! {
+        HELPER.set(true);
+        loop {
+            let p = self.next(patient);
+            // The caller may have taken it back.
+            if p.is_null() || self.job.compare_exchange(p, busy(), Ordering::AcqRel, Ordering::Acquire).is_err() {
+                continue;
+            }
+            // SAFETY: the job is this helper's since the exchange, so its caller waits for `pending`.
+            let job = unsafe { &*p };
+            let caller = job.caller.clone();
+            if let Err(e) = catch_unwind(AssertUnwindSafe(job.work)) {
+                *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
+            }
+            self.job.store(null_mut(), Ordering::Release);
+            if job.pending.fetch_sub(1, Ordering::AcqRel) == 1 {
+                caller.unpark();
+            }
+        }
     }
-    // Another thread published first; ours is still private and may be freed.
-    // SAFETY: `new` came from Box::into_raw above and was never shared.
-    drop(unsafe { Box::from_raw(new) });
-    pool_published(threads)
 }
 
-fn pool_published(threads: usize) -> Option<&'static ThreadPool> {
-    // SAFETY: as in `pool`.
-    unsafe { CURRENT.load(Ordering::Acquire).as_ref() }
-        .filter(|h| h.pid == std::process::id() && h.threads >= threads)
-        .map(|h| &h.pool)
+thread_local! {
+    /// Whether this thread is a helper.
+    static HELPER: Cell<bool> = const { Cell::new(false) };
+}
+
+struct Team {
+    pid: u32,
+    slots: [OnceLock<&'static Slot>; MAX_THREADS],
+    count: AtomicUsize,
+    growing: AtomicBool,
+    /// The team of the process that this one was forked from: lost, and kept reachable.
+    _older: *mut Team,
+}
+
+static CURRENT: AtomicPtr<Team> = AtomicPtr::new(null_mut());
+
+/// This process's team.
+fn team() -> &'static Team {
+    let pid = std::process::id();
+    loop {
+        let old = CURRENT.load(Ordering::Acquire);
+        // SAFETY: teams are leaked when published, so the pointer is null or valid for ever.
+        if let Some(t) = unsafe { old.as_ref() } {
+            if t.pid == pid {
+                return t;
+            }
+        }
+        let new = Box::into_raw(Box::new(Team {
+            pid,
+            slots: [const { OnceLock::new() }; MAX_THREADS],
+            count: AtomicUsize::new(0),
+            growing: AtomicBool::new(false),
+            _older: old,
+        }));
+        if CURRENT.compare_exchange(old, new, Ordering::AcqRel, Ordering::Acquire).is_err() {
+            // SAFETY: `new` came from Box::into_raw above and was never shared.
+            drop(unsafe { Box::from_raw(new) });
+        }
+    }
+}
+
+impl Team {
+    /// Starts helpers up to `want`, or as many as the system allows. While another thread does so, there are as many as
+    /// there are.
+    fn grow(&self, want: usize) {
+        if self.count.load(Ordering::Acquire) >= want || self.growing.swap(true, Ordering::Acquire) {
+            return;
+        }
+        let cores = thread::available_parallelism().map_or(1, usize::from);
+        for i in self.count.load(Ordering::Acquire)..want {
+            let slot: &'static Slot =
+                Box::leak(Box::new(Slot { job: AtomicPtr::new(null_mut()), thread: OnceLock::new() }));
+            // Where threads outnumber cores, looking out takes time from those that work.
+            let patient = i + 1 < cores;
+            let Ok(handle) = thread::Builder::new().name(format!("nibblas-{i}")).spawn(move || slot.serve(patient))
+            else {
+                break;
+            };
+            let _ = slot.thread.set(handle.thread().clone());
+            let _ = self.slots[i].set(slot);
+            self.count.store(i + 1, Ordering::Release);
+        }
+        self.growing.store(false, Ordering::Release);
+    }
+
+    fn slots(&self) -> impl Iterator<Item = &'static Slot> + '_ {
+        self.slots[..self.count.load(Ordering::Acquire)].iter().filter_map(|s| s.get().copied())
+    }
+
+    /// Does `lead` on this thread and `work` on up to `helpers` others, those that are idle, and waits for them.
+    fn share(&self, helpers: usize, work: &(dyn Fn() + Sync), lead: impl FnOnce()) {
+        self.grow(helpers);
+        let job = Job { work, pending: AtomicUsize::new(0), caller: thread::current(), panic: Mutex::new(None) };
+        let p: JobPtr = (&raw const job).cast_mut().cast();
+        let mut given = 0;
+        for slot in self.slots() {
+            if given == helpers {
+                break;
+            }
+            let idle = slot.job.load(Ordering::Relaxed);
+            if !idle.is_null() && idle != asleep() {
+                continue;
+            }
+            job.pending.fetch_add(1, Ordering::Relaxed);
+            if slot.job.compare_exchange(idle, p, Ordering::AcqRel, Ordering::Relaxed).is_err() {
+                job.pending.fetch_sub(1, Ordering::Relaxed);
+                continue;
+            }
+            given += 1;
+            if let (true, Some(t)) = (idle == asleep(), slot.thread.get()) {
+                t.unpark();
+            }
+        }
+        // Waits even where `lead` panics: the job must outlive its helpers.
+        let waits = Waits(self, &job, p);
+        lead();
+        drop(waits);
+        let panic = job.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(e) = panic {
+            resume_unwind(e);
+        }
+    }
+}
+
+struct Waits<'a>(&'a Team, &'a Job<'a>, JobPtr);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        let Self(team, job, p) = *self;
+        for slot in team.slots() {
+            if slot.job.compare_exchange(p, null_mut(), Ordering::AcqRel, Ordering::Relaxed).is_ok() {
+                job.pending.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let mut looks = 0;
+        while job.pending.load(Ordering::Acquire) != 0 {
+            looks += 1;
+            if looks < 10_000 {
+                std::hint::spin_loop();
+            } else {
+                thread::park_timeout(Duration::from_millis(1));
+            }
+        }
+    }
 }
 
 thread_local! {
@@ -74,7 +249,7 @@ fn is_due() -> bool {
 /// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them, in no fixed order.
 ///
 /// `poll` is called from the caller's thread every 40 ms or so; when it answers true no further task starts and the
-/// function returns false. Runs on the caller alone when it is itself a worker of the pool, or no thread can be started.
+/// function returns false. Runs on the caller alone when it is itself a helper, or no other thread is to be had.
 pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)>, f: impl Fn(usize) + Sync) -> bool {
     let helpers = threads.min(tasks).min(MAX_THREADS).saturating_sub(1);
     let next = AtomicUsize::new(0);
@@ -102,15 +277,10 @@ pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)
             }
         }
     };
-    let pool = if helpers == 0 || rayon::current_thread_index().is_some() { None } else { pool(helpers) };
-    match pool {
-        None => lead(),
-        Some(p) => p.in_place_scope(|s| {
-            for _ in 0..helpers {
-                s.spawn(|_| work());
-            }
-            lead();
-        }),
+    if helpers == 0 || HELPER.get() {
+        lead();
+    } else {
+        team().share(helpers, &work, lead);
     }
     !stop.load(Ordering::Relaxed)
 }
@@ -165,6 +335,54 @@ mod tests {
             });
         });
         assert_eq!(n.load(Ordering::Relaxed), 64);
+    }
+
+    #[test]
+    fn callers_share_the_helpers() {
+        std::thread::scope(|s| {
+            for t in 0..16 {
+                s.spawn(move || {
+                    for round in 0..200 {
+                        let hits: Vec<AtomicUsize> = (0..=(t + round) % 40).map(|_| AtomicUsize::new(0)).collect();
+                        run(1 + t % 5, hits.len(), None, |i| {
+                            hits[i].fetch_add(1, Ordering::Relaxed);
+                        });
+                        assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn helpers_wake_from_sleep() {
+        for _ in 0..20 {
+            let threads = Mutex::new(std::collections::HashSet::new());
+            run(4, 64, None, |_| {
+                std::thread::sleep(Duration::from_micros(200));
+                threads.lock().unwrap().insert(std::thread::current().id());
+            });
+            assert!(threads.into_inner().unwrap().len() > 1);
+            std::thread::sleep(3 * LOOK_OUT);
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_helpers_live_on() {
+        for bad in [0, 63] {
+            let caught = catch_unwind(|| {
+                run(4, 64, None, |i| {
+                    std::thread::sleep(Duration::from_micros(50));
+                    assert!(i != bad, "task {bad}");
+                });
+            });
+            assert!(caught.is_err());
+        }
+        let n = AtomicUsize::new(0);
+        run(4, 1000, None, |_| {
+            n.fetch_add(1, Ordering::Relaxed);
+        });
+        assert_eq!(n.into_inner(), 1000);
     }
 
     #[test]
