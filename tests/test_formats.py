@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import statistics
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -20,7 +21,7 @@ def test_the_table_holds_what_it_should() -> None:
     want = {f"int{b}" for b in range(2, 9)} | {f"uint{b}" for b in range(2, 9)}
     want |= {f"bipolar{b}" for b in range(1, 9)} | {"ternary"}
     want |= {"nf4", "nf3", "fp4_bnb", "af4", "dyn8", "udyn8"} | {f"bfp{b}" for b in range(4, 9)}
-    want |= {"mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8"}
+    want |= {"nvfp4", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8"}
     want |= {"e2m1", "e3m2", "e2m3", "e4m3", "e5m2"} | {f"pow2_{b}" for b in range(3, 7)}
     assert want <= set(NAMES)
     assert len(NAMES) == len(set(NAMES))
@@ -99,7 +100,7 @@ def test_every_code_round_trips(f: nb.Format) -> None:
 
 
 # The maps of dyn8 and udyn8 lack -1; means and zero points move.
-LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8")
+LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8", "nvfp4")
 IDEMPOTENT = [
     f
     for e in ELEMENTS
@@ -357,13 +358,50 @@ def test_nf3_is_made_of_quantiles() -> None:
     np.testing.assert_allclose(nb.Format("nf3").element.values, want, rtol=2e-6, atol=1e-7)
 
 
+def test_nvfp4_follows_its_rule(rng: np.random.Generator, tmp_path: Path) -> None:
+    w = rng.standard_normal((9, 80)).astype(np.float32)
+    w[3, 16:32] = 0
+    w[4, :16] = 1e-6
+    q = nb.quantize(w, "nvfp4")
+    g = np.float32(np.abs(w).max() / np.float32(448 * 6))
+    assert q.tensor_scale == g
+    assert q.scales.dtype == ml_dtypes.float8_e4m3fn
+    top = np.abs(w).reshape(9, 5, 16).max(2)
+    want = (top / np.float32(6) / g).astype(ml_dtypes.float8_e4m3fn)
+    want[3, 1] = 1  # a group of zeros
+    want[4, 0] = 2.0**-9  # rounds to 0
+    np.testing.assert_array_equal(q.scales, want)
+    assert float(q.scales.max()) == 448
+    full = (want.astype(np.float32) * g).repeat(16, 1)
+    codes = np.clip(w / full, -6, 6).astype(ml_dtypes.float4_e2m1fn)
+    np.testing.assert_array_equal(q.codes(), codes.view(np.uint8))
+    np.testing.assert_array_equal(q.dequantize(), codes.astype(np.float32) * full)
+    assert q.bits_per_weight == pytest.approx(4.5 + 32 / w.size)
+    # The number of the tensor goes wherever the tensor goes.
+    part = q[2:5]
+    np.testing.assert_array_equal(part.dequantize(), q.dequantize()[2:5])
+    other = nb.QTensor.from_parts("nvfp4", q.codes(), q.scales, tensor_scale=1.0)
+    assert other != q
+    np.testing.assert_array_equal(other.scales, q.scales)
+    nb.save(tmp_path / "f", {"w": q, "t": q.T})
+    assert nb.load(tmp_path / "f")["w"] == q
+    assert pickle.loads(pickle.dumps(q)) == q
+    for bad in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="scale of the tensor"):
+            nb.QTensor.from_parts("nvfp4", q.codes(), q.scales, tensor_scale=bad)
+    with pytest.raises(ValueError, match="no scale of the tensor"):
+        nb.QTensor.from_parts("int4", q.codes() % 8, np.ones(9), tensor_scale=2.0)
+    with pytest.raises(ValueError, match=r"\[0, 448\]"):
+        nb.QTensor.from_parts("nvfp4", q.codes(), np.full((9, 5), 500.0))
+
+
 PUBLISHED = {
     "nf4_g32_sf32": 0.00759, "nf4_g64_sf32": 0.00847, "nf4_g128_sf32": 0.00915,
     "int4_g32_sf32": 0.00944, "int4_g64_sf32": 0.01158, "int4_g128_sf32": 0.01383,
     "e2m1_g32_sf32": 0.01028, "e2m1_g64_sf32": 0.01119, "e2m1_g128_sf32": 0.01191,
     "fp4_bnb_g32_sf32": 0.01306, "fp4_bnb_g64_sf32": 0.01489, "fp4_bnb_g128_sf32": 0.01657,
     "mxfp4": 0.01326, "mxfp4_rceil": 0.01340, "mxfp4_ceil": 0.02077, "mxfp4_even": 0.01253,
-    "mxint8": 6.8e-5,
+    "mxint8": 6.8e-5, "nvfp4": 0.00907,
 }  # fmt: skip
 
 

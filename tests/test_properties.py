@@ -96,7 +96,8 @@ def test_the_error_bound_of_the_weights(m, n, k, fmt, kind, seed):  # type: igno
 @given(**problems)
 def test_portable_parts_round_trip(m, n, k, fmt, kind, seed):  # type: ignore[no-untyped-def]
     _, q = make(m, n, k, fmt, kind, seed)
-    assert nb.QTensor.from_parts(fmt, q.codes(), q.scales, q.zeros) == q
+    parts = (fmt, q.codes(), q.scales, q.zeros)
+    assert nb.QTensor.from_parts(*parts, tensor_scale=q.tensor_scale) == q
     rows = slice(seed % n, None, 1 + seed % 3)
     np.testing.assert_array_equal(q[rows].dequantize(), q.dequantize()[rows])
 

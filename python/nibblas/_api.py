@@ -80,8 +80,9 @@ def quantize(
     scales: NDArray[Any] = np.empty((rows, groups), _SCALE_DTYPE[fmt.scale])
     zeros = np.empty((rows, groups), np.uint8) if fmt.has_zeros else None
     bounds = np.empty((rows, groups), np.float32)
-    _core.quantize(w, fmt, method, codes, scales, zeros, bounds, count)
-    return QTensor._wrap(_Storage(fmt, rows, cols, codes, scales, zeros, bounds), transposed)
+    tensor = _core.quantize(w, fmt, method, codes, scales, zeros, bounds, count)
+    storage = _Storage(fmt, rows, cols, codes, scales, zeros, bounds, tensor)
+    return QTensor._wrap(storage, transposed)
 
 
 def matmul(

@@ -50,7 +50,7 @@ _Row: TypeAlias = tuple[
     bool,
     float,
 ]
-_Parts: TypeAlias = tuple[str, int, int, NDArray[Any], NDArray[Any], NDArray[Any] | None]
+_Parts: TypeAlias = tuple[str, int, int, NDArray[Any], NDArray[Any], NDArray[Any] | None, float]
 
 @final
 class Packed:
@@ -83,7 +83,7 @@ def quantize(
     bounds: NDArray[Any],
     threads: int,
     /,
-) -> None: ...
+) -> float: ...
 def dequantize(parts: _Parts, out: NDArray[Any], threads: int, /) -> None: ...
 def decode_codes(parts: _Parts, out: NDArray[Any], threads: int, /) -> None: ...
 def encode(format: str, values: NDArray[Any], out: NDArray[Any], /) -> None: ...

@@ -45,6 +45,11 @@ class Element(NamedTuple):
     """How far an integer of integer products is from the value it stands for, before the scale."""
 
     @property
+    def tensor_scale(self) -> bool:
+        """Whether a float32 of the whole tensor multiplies every scale."""
+        return "e4m3" in self.scales
+
+    @property
     def values(self) -> NDArray[np.float32]:
         """What each stored code is worth before zero point and scale, in order of the codes."""
         return np.array(_core.code_values(self.name), np.float32)
@@ -111,7 +116,7 @@ class Format(str):
 
     @property
     def scale(self) -> str:
-        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"`` or ``"e8m0"``."""
+        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"``, ``"e8m0"`` or ``"e4m3"``."""
         return self._scale
 
     @property

@@ -1,7 +1,8 @@
 """Saving and loading matrices: safetensors files, written all or nothing, read with suspicion.
 
 A quantised matrix ``NAME`` is stored as the tensors ``NAME.codes`` (uint8, one packed row per row),
-``NAME.scales``, ``NAME.zeros`` where the format has zero points and ``NAME.bounds`` on request; the
+``NAME.scales``, ``NAME.zeros`` where the format has zero points, ``NAME.tensor_scale`` where it has
+a scale of the tensor, and ``NAME.bounds`` on request; the
 metadata entries ``NAME.format`` and ``NAME.shape`` say what they mean. Arrays are ordinary tensors,
 so other readers of safetensors see a legal file.
 """
@@ -56,7 +57,7 @@ _ML_DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _STORED = {name: code for code, name in (_NUMPY | _ML_DTYPES).items()}
-_SCALES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "e8m0": "U8"}
+_SCALES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "e8m0": "U8", "e4m3": "U8"}
 _SHAPE = re.compile(r"\[([0-9]{1,19}), ?([0-9]{1,19})\]")
 
 Spec = tuple[str, str, tuple[int, ...]]
@@ -144,6 +145,9 @@ class TensorFile:
         if fmt.has_zeros != ("zeros" in parts):
             word = "lacks" if fmt.has_zeros else "has no"
             raise self._fault(f"matrix {_show(name)}: {fmt} {word} zero points")
+        if fmt.element.tensor_scale != ("tensor_scale" in parts):
+            word = "lacks its" if fmt.element.tensor_scale else "has no"
+            raise self._fault(f"matrix {_show(name)}: {fmt} {word} tensor_scale")
         wanted = _part_specs(name, fmt, rows, cols)
         nbytes = 0
         for part in parts:
@@ -237,8 +241,9 @@ class TensorFile:
         rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
         fmt = str(entry.format)
         codes, scales, zeros = arrays["codes"], arrays["scales"], arrays.get("zeros")
+        tensor = float(arrays["tensor_scale"][0]) if "tensor_scale" in arrays else 1.0
         try:
-            return _rebuild(fmt, rows, cols, codes, scales, zeros, bounds, entry.transposed)
+            return _rebuild(fmt, rows, cols, codes, scales, zeros, bounds, entry.transposed, tensor)
         except ValueError as e:
             raise self._fault(f"matrix {_show(entry.name)}: {e}") from None
 
@@ -298,9 +303,11 @@ class TensorWriter:
         self.write(f"{name}.scales", s.scales)
         if s.zeros is not None:
             self.write(f"{name}.zeros", s.zeros)
+        if s.format.element.tensor_scale:
+            self.write(f"{name}.tensor_scale", np.array([s.tensor], np.float32))
 
 
-_PARTS = ("codes", "scales", "zeros", "bounds")
+_PARTS = ("codes", "scales", "zeros", "tensor_scale", "bounds")
 
 
 def _part_specs(
@@ -312,6 +319,7 @@ def _part_specs(
         "codes": (f"{name}.codes", ("U8",), (rows, fmt.row_bytes(cols))),
         "scales": (f"{name}.scales", (_SCALES[fmt.scale],), per_group),
         "zeros": (f"{name}.zeros", ("U8", "F32"), per_group),
+        "tensor_scale": (f"{name}.tensor_scale", ("F32",), (1,)),
         "bounds": (f"{name}.bounds", ("F32",), per_group),
     }
 
@@ -322,6 +330,7 @@ def matrix_specs(
     """Return the stored tensors of a matrix that is still to be quantised."""
     parts = _part_specs(name, fmt, rows, cols)
     chosen = ["codes", "scales"] + ["zeros"] * fmt.has_zeros
+    chosen += ["tensor_scale"] * fmt.element.tensor_scale
     return [
         (parts[p][0], parts[p][1][-1 if p == "zeros" and float_zeros else 0], parts[p][2])
         for p in chosen
@@ -446,6 +455,8 @@ def save(
             new = matrix_specs(name, s.format, s.rows, s.cols, float_zeros=float_zeros)
             metadata |= matrix_metadata(name, s.format, s.rows, s.cols, transposed=flipped)
             parts: list[NDArray[Any] | None] = [s.codes, s.scales, s.zeros]
+            if s.format.element.tensor_scale:
+                parts.append(np.array([s.tensor], np.float32))
             if bounds and s.bounds is not None:
                 new.append((f"{name}.bounds", "F32", s.bounds.shape))
                 parts.append(s.bounds)

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["QTensor"]
 
-_Parts: TypeAlias = tuple[str, int, int, NDArray[np.uint8], NDArray[Any], NDArray[Any] | None]
+_Parts: TypeAlias = tuple[
+    str, int, int, NDArray[np.uint8], NDArray[Any], NDArray[Any] | None, float
+]
 _Key: TypeAlias = slice | EllipsisType | NDArray[Any] | list[int]
 
 _SCALE_DTYPE: dict[str, type] = {
@@ -29,6 +31,7 @@ _SCALE_DTYPE: dict[str, type] = {
     "f16": np.float16,
     "bf16": np.uint16,
     "e8m0": np.uint8,
+    "e4m3": np.uint8,
 }
 _FLOAT32 = np.dtype(np.float32)
 
@@ -62,6 +65,28 @@ def _powers(e: NDArray[np.uint8]) -> NDArray[np.float32]:
     out: NDArray[np.float32] = np.ldexp(np.float32(1), e.astype(np.int32) - 127)
     out[e == 255] = np.nan
     return out
+
+
+_E4M3 = Format("e4m3").element.values
+_E4M3.setflags(write=False)
+
+
+def _e4m3_bytes(s: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return the bytes of the nearest numbers of e4m3, ties to even."""
+    if ((s < 0) | (s >= 464)).any():
+        raise ValueError("scales of type e4m3 lie in [0, 448]")
+    levels = _E4M3[:127].astype(np.float64)
+    middle = (levels[1:] + levels[:-1]) / 2
+    low, high = np.searchsorted(middle, s, "left"), np.searchsorted(middle, s, "right")
+    return np.where(low % 2 == 0, low, high).astype(np.uint8)
+
+
+def _tensor_scale(s: float) -> float:
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            return float(np.float32(s))
+    except (TypeError, ValueError):
+        raise TypeError(f"tensor_scale must be a number, got {type(s).__name__}") from None
 
 
 def _power_bytes(s: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -103,6 +128,7 @@ class _Storage:
         "nbytes",
         "packed",
         "rows",
+        "tensor",
     )
 
     def __init__(
@@ -114,14 +140,18 @@ class _Storage:
         scales: NDArray[Any],
         zeros: NDArray[Any] | None,
         bounds: NDArray[np.float32] | None,
+        tensor: float = 1.0,
     ) -> None:
         self.format = format
+        self.tensor = tensor
         self.rows = rows
         self.cols = cols
         arrays = (_freeze(codes), _freeze(scales), None if zeros is None else _freeze(zeros))
         self._arrays: tuple[NDArray[Any] | None, ...] | None = arrays
         self._shapes = tuple(None if a is None else (a.shape, a.dtype) for a in arrays)
         self.nbytes = sum(a.nbytes for a in arrays if a is not None)
+        if format.element.tensor_scale:
+            self.nbytes += 4
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
         self.device = "cpu"
@@ -158,7 +188,8 @@ class _Storage:
         return self._array(2)
 
     def parts(self) -> _Parts:
-        return self.format, self.rows, self.cols, self.codes, self.scales, self.zeros
+        arrays = self.codes, self.scales, self.zeros
+        return self.format, self.rows, self.cols, *arrays, self.tensor
 
     def arrays(self) -> tuple[NDArray[Any] | None, ...]:
         return self.codes, self.scales, self.zeros
@@ -236,6 +267,8 @@ class QTensor:
         scales: ArrayLike,
         zeros: ArrayLike | None = None,
         shape: tuple[int, int] | None = None,
+        *,
+        tensor_scale: float = 1.0,
     ) -> QTensor:
         """Build a tensor from somebody else's codes.
 
@@ -254,6 +287,8 @@ class QTensor:
             checkpoints have. 0 by default.
         shape : tuple of int, optional
             (N, K), where ``codes`` is flat; otherwise it must agree with ``codes``.
+        tensor_scale : float, default 1
+            What multiplies every scale, for formats that have such a number; rounded to float32.
 
         Returns
         -------
@@ -293,7 +328,8 @@ class QTensor:
         zero = _zeros(fmt, zeros, rows, groups)
         packed = np.zeros((rows, fmt.row_bytes(cols)), np.uint8)
         _core.encode(fmt, np.ascontiguousarray(values, np.int16), packed)
-        storage = _Storage(fmt, rows, cols, packed, scale, zero, None)
+        tensor = _tensor_scale(tensor_scale)
+        storage = _Storage(fmt, rows, cols, packed, scale, zero, None, tensor)
         _core.check(storage.parts())
         return cls._wrap(storage)
 
@@ -363,6 +399,9 @@ class QTensor:
         elif self._storage.format.scale == "e8m0":
             e8m0 = _small_dtype("float8_e8m0fnu")
             s = _powers(s) if e8m0 is None else s.view(e8m0)
+        elif self._storage.format.scale == "e4m3":
+            e4m3 = _small_dtype("float8_e4m3fn")
+            s = _E4M3[s] if e4m3 is None else s.view(e4m3)
         s.setflags(write=False)
         return self._orient(s)
 
@@ -371,6 +410,11 @@ class QTensor:
         """Zero points, shape (N, groups), read-only; None where the format has none."""
         z = self._storage.zeros
         return None if z is None else self._orient(z)
+
+    @property
+    def tensor_scale(self) -> float:
+        """What multiplies every scale; 1 but in formats that have such a number."""
+        return self._storage.tensor
 
     @property
     def error_bound(self) -> NDArray[np.float32] | None:
@@ -454,7 +498,8 @@ class QTensor:
         if device == s.device:
             return self
         if device == "cpu":
-            host = _Storage(s.format, s.rows, s.cols, s.codes, s.scales, s.zeros, s.bounds)
+            arrays = s.codes, s.scales, s.zeros
+            host = _Storage(s.format, s.rows, s.cols, *arrays, s.bounds, s.tensor)
             return QTensor._wrap(host, self._transposed)
         if isinstance(device, str) and device.split(":")[0] == "cuda":
             from . import cuda
@@ -481,7 +526,7 @@ class QTensor:
             return False
         if a is b:
             return True
-        return a.format == b.format and all(
+        return (a.format, a.tensor) == (b.format, b.tensor) and all(
             _same_bytes(p, q) for p, q in zip(a.arrays(), b.arrays(), strict=True)
         )
 
@@ -510,13 +555,13 @@ class QTensor:
         codes, scales, zeros, bounds = arrays
         assert codes is not None
         assert scales is not None
-        part = _Storage(s.format, rows, cols, codes, scales, zeros, bounds)
+        part = _Storage(s.format, rows, cols, codes, scales, zeros, bounds, s.tensor)
         return QTensor._wrap(s.like(part), self._transposed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         s = self._storage
         state = (str(s.format), s.rows, s.cols, s.codes, s.scales, s.zeros, s.bounds)
-        return _rebuild, (*state, self._transposed)
+        return _rebuild, (*state, self._transposed, s.tensor)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -580,10 +625,12 @@ def _rebuild(
     zeros: NDArray[Any] | None,
     bounds: NDArray[np.float32] | None,
     transposed: bool = False,
+    tensor_scale: float = 1.0,
 ) -> QTensor:
     """Build a tensor from the arrays of its portable layout, checked (pickles and files)."""
     rows, cols = _length(rows), _length(cols)
-    storage = _Storage(Format(format), rows, cols, codes, scales, zeros, bounds)
+    tensor = _tensor_scale(tensor_scale)
+    storage = _Storage(Format(format), rows, cols, codes, scales, zeros, bounds, tensor)
     _core.check(storage.parts())
     return QTensor._wrap(storage, transposed)
 
@@ -643,7 +690,11 @@ def _per_group(name: str, a: NDArray[Any], rows: int, groups: int) -> NDArray[An
 
 def _real(name: str, a: ArrayLike) -> NDArray[Any]:
     array = np.asarray(a)
-    if array.dtype.kind in "Vf" and array.dtype.name in ("bfloat16", "float8_e8m0fnu"):
+    if array.dtype.kind in "Vf" and array.dtype.name in (
+        "bfloat16",
+        "float8_e8m0fnu",
+        "float8_e4m3fn",
+    ):
         array = array.astype(np.float32)
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must be real numbers, got {array.dtype}")
@@ -659,6 +710,8 @@ def _scales(fmt: Format, scales: ArrayLike, rows: int, groups: int) -> NDArray[A
             raise ValueError("scales must be finite")
         if fmt.scale == "e8m0":
             return _power_bytes(wide)
+        if fmt.scale == "e4m3":
+            return _e4m3_bytes(wide)
         if fmt.scale == "bf16":
             bits = _to_bf16_bits(wide)
             if ((bits & 0x7F80) == 0x7F80).any():

@@ -122,9 +122,9 @@ def matmul_bound(x: NDArray[Any], q: QTensor, compute: str = "f32") -> NDArray[n
         rounding = q.format.element.rounding
         if rounding:
             # Values of a table that stand as integers: that far from them, on either side.
-            wide = np.abs(q.scales.astype(np.float64)).repeat(q.format.group or max(k, 1), -1)[
-                :, :k
-            ]
+            wide = np.abs(q.scales.astype(np.float64) * q.tensor_scale).repeat(
+                q.format.group or max(k, 1), -1
+            )[:, :k]
             bound += 1.001 * rounding * ((a + step[:, None]) @ wide.T)
     else:
         raise ValueError(f"no bound is published for compute={compute!r}")

@@ -862,7 +862,7 @@ struct LateScales {
 impl LateScales {
     fn new(w: &Packed) -> Option<Self> {
         let g = &w.geometry;
-        if matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP {
+        if matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP || w.tensor != 1.0 {
             return None;
         }
         let small = if w.has_zeros() { w.bits <= 4 && w.zero_max <= 16 } else { w.bits <= 5 };
@@ -1005,6 +1005,7 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
         fzeros,
         sub: w.sub,
         values: w.values.as_ptr(),
+        tensor: w.tensor,
         prefetch: 0,
         x: std::ptr::null(),
         x_stride: 0,

@@ -24,7 +24,7 @@ use crate::activation::Segments;
 use crate::bits;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::format::{e8m0_byte, Format, ScaleType, ValueMap, Zero};
+use crate::format::{e4m3_byte, e8m0_byte, Format, ScaleType, ValueMap, Zero};
 use crate::pool;
 use crate::qtensor::{QView, ScalesRef, ZerosRef};
 use crate::quantize::ScalesMut;
@@ -152,6 +152,8 @@ pub struct Packed {
     pub zero_max: u8,
     /// What the integer 1 is worth in integer products.
     pub step: f32,
+    /// What multiplies every scale in float products.
+    pub tensor: f32,
     /// The largest byte that a code becomes in integer products.
     pub byte_top: i32,
     /// What each code is worth, less a stored zero: 64 or 256 entries, repeated as needed.
@@ -256,6 +258,9 @@ impl Packed {
                 let byte = |s: u16| e8m0_byte(half::bf16::from_bits(s).to_f32() / unit);
                 self.restore_as("scales", src, out, byte)
             }
+            (PanelScales::F16(src), ScalesMut::E4M3(out)) if self.format.scale == ScaleType::E4M3 => {
+                self.restore_as("scales", src, out, |s| e4m3_byte(half::f16::from_bits(s).to_f32()))
+            }
             (_, out) => Err(Error::Shape(format!("a buffer of {} scales for {}", out.kind().name(), self.format))),
         }
     }
@@ -359,6 +364,11 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
         ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
         ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
+        ScalesRef::E4M3(_) => {
+            // float16 has every number of E4M3.
+            let wide: Vec<u16> = (0..q.rows * groups).map(|i| half::f16::from_f32(q.scales.get(i)).to_bits()).collect();
+            PanelScales::F16(panelise(&wide, q.rows, groups)?)
+        }
         ScalesRef::E8M0(_) => {
             // bfloat16 has every power of two of E8M0, and of the units too.
             let wide: Vec<u16> =
@@ -388,7 +398,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
     };
     let segments = SEGMENT_GROUPS.map(|act| Segments::new(&geometry, act).ok());
-    let step = e.step();
+    let (step, tensor) = (q.step(), q.tensor);
     let format = q.format;
     Ok(Packed {
         format,
@@ -399,6 +409,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         sub,
         zero_max,
         step,
+        tensor,
         byte_top,
         values,
         bytes,

@@ -279,7 +279,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     if !w.format.element.has_integers() {
         return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
     }
-    let (groups, step) = (a.groups(), a.format.element.step());
+    let (groups, step) = (a.groups(), a.step());
     let scales: Vec<f32> = (0..m * groups).map(|i| a.scale(i / groups, i % groups) * step).collect();
     let ungrouped = a.groups() <= 1 && w.geometry.groups <= 1 && !matches!(w.zeros, PanelZeros::Float(_));
     let w_scales: Vec<f32> = if ungrouped { (0..w.n).map(|n| panel_scale(w, n)).collect() } else { Vec::new() };

@@ -18,6 +18,8 @@ pub enum Scales {
     BF16(Vec<u16>),
     /// Powers of two, one byte each
     E8M0(Vec<u8>),
+    /// Positive small floats, one byte each
+    E4M3(Vec<u8>),
 }
 
 /// Borrowed scales.
@@ -31,6 +33,8 @@ pub enum ScalesRef<'a> {
     BF16(&'a [u16]),
     /// Powers of two, one byte each
     E8M0(&'a [u8]),
+    /// Positive small floats, one byte each
+    E4M3(&'a [u8]),
 }
 
 /// Owned zero points.
@@ -70,6 +74,8 @@ pub struct QView<'a> {
     pub scales: ScalesRef<'a>,
     /// `[rows][groups]`, or none.
     pub zeros: ZerosRef<'a>,
+    /// What multiplies every scale; 1 but for elements that have a scale of the tensor.
+    pub tensor: f32,
 }
 
 /// A matrix in the portable layout, owned.
@@ -87,6 +93,8 @@ pub struct QTensor {
     pub scales: Scales,
     /// Zero points.
     pub zeros: Zeros,
+    /// What multiplies every scale; 1 but for elements that have a scale of the tensor.
+    pub tensor: f32,
 }
 
 /// Rows that one task of a parallel pass takes: enough to be worth handing out, few enough to stop soon after a poll.
@@ -121,6 +129,7 @@ impl Scales {
             ScaleType::F16 => Self::F16(zeros_vec(len)?),
             ScaleType::BF16 => Self::BF16(zeros_vec(len)?),
             ScaleType::E8M0 => Self::E8M0(zeros_vec(len)?),
+            ScaleType::E4M3 => Self::E4M3(zeros_vec(len)?),
         })
     }
 
@@ -131,6 +140,7 @@ impl Scales {
             Self::F16(v) => ScalesRef::F16(v),
             Self::BF16(v) => ScalesRef::BF16(v),
             Self::E8M0(v) => ScalesRef::E8M0(v),
+            Self::E4M3(v) => ScalesRef::E4M3(v),
         }
     }
 
@@ -147,7 +157,7 @@ impl ScalesRef<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
-            Self::E8M0(v) => v.len(),
+            Self::E8M0(v) | Self::E4M3(v) => v.len(),
         }
     }
 
@@ -163,6 +173,7 @@ impl ScalesRef<'_> {
             Self::F16(_) => ScaleType::F16,
             Self::BF16(_) => ScaleType::BF16,
             Self::E8M0(_) => ScaleType::E8M0,
+            Self::E4M3(_) => ScaleType::E4M3,
         }
     }
 
@@ -177,6 +188,7 @@ impl ScalesRef<'_> {
             Self::F16(v) => half::f16::from_bits(v[i]).to_f32(),
             Self::BF16(v) => f32::from_bits(u32::from(v[i]) << 16),
             Self::E8M0(v) => crate::format::e8m0(v[i]),
+            Self::E4M3(v) => crate::format::e4m3(v[i]),
         }
     }
 }
@@ -208,7 +220,7 @@ impl<'a> QView<'a> {
         zeros: ZerosRef<'a>,
     ) -> Result<Self> {
         area(rows, cols)?;
-        let view = Self { format, rows, cols, codes, scales, zeros };
+        let view = Self { format, rows, cols, codes, scales, zeros, tensor: 1.0 };
         let want = rows * format.row_bytes(cols);
         if codes.len() != want {
             return Err(Error::Shape(format!(
@@ -219,6 +231,20 @@ impl<'a> QView<'a> {
         view.check_scales()?;
         view.check_codes()?;
         Ok(view)
+    }
+
+    /// The view with a scale of the tensor.
+    ///
+    /// # Errors
+    /// [`Error::Value`] where the format has none, or it is not positive and finite.
+    pub fn with_tensor_scale(self, scale: f32) -> Result<Self> {
+        if !self.format.element.tensor && scale.to_bits() != 1f32.to_bits() {
+            return Err(Error::Value(format!("{} has no scale of the tensor", self.format)));
+        }
+        if !(scale.is_finite() && scale > 0.0) {
+            return Err(Error::Value(format!("the scale of the tensor, {scale}, is not positive and finite")));
+        }
+        Ok(Self { tensor: scale, ..self })
     }
 
     fn check_scales(&self) -> Result<()> {
@@ -238,10 +264,12 @@ impl<'a> QView<'a> {
             Err(Error::Shape(format!("{format} needs {what} of shape ({rows}, {groups}), {count} in all, not {len}")))
         };
         check_len("scales", self.scales.len())?;
-        let legal = |s: f32| s.is_finite() || (format.element.nan && s.is_nan());
+        let negative = |s: f32| format.scale == ScaleType::E4M3 && s.is_sign_negative();
+        let legal = |s: f32| (s.is_finite() && !negative(s)) || (format.element.nan && s.is_nan());
         if let Some(i) = (0..count).find(|&i| !legal(self.scales.get(i))) {
             let s = self.scales.get(i);
-            return Err(Error::Value(format!("scale {s} at row {}, group {} is not finite", i / groups, i % groups)));
+            let fault = if negative(s) && s.is_finite() { "negative" } else { "not finite" };
+            return Err(Error::Value(format!("scale {s} at row {}, group {} is {fault}", i / groups, i % groups)));
         }
         let top = format.element.levels - 1;
         match (format.element.zero, self.zeros) {
@@ -332,6 +360,16 @@ impl<'a> QView<'a> {
         self.scales.get(n * self.groups() + g) * self.format.element.unit
     }
 
+    /// What multiplies the values of a group in decoding: [`Self::scale`] times the scale of the tensor, rounded.
+    pub fn full_scale(&self, n: usize, g: usize) -> f32 {
+        self.scale(n, g) * self.tensor
+    }
+
+    /// What the integer 1 is worth in integer products, before [`Self::scale`].
+    pub fn step(&self) -> f32 {
+        self.format.element.step() * self.tensor
+    }
+
     /// Zero point of group `g` of row `n`.
     pub fn zero(&self, n: usize, g: usize) -> Zero {
         let i = n * self.groups() + g;
@@ -390,7 +428,7 @@ impl<'a> QView<'a> {
             while !u.is_empty() {
                 let here = (g - k % g).min(u.len());
                 let (w, next) = part.split_at_mut(here);
-                e.codec.decode(e, level, &u[..here], self.scale(n, k / g), self.zero(n, k / g), w);
+                e.codec.decode(e, level, &u[..here], self.full_scale(n, k / g), self.zero(n, k / g), w);
                 (part, u, k) = (next, &u[here..], k + here);
             }
             rest = tail;
@@ -463,12 +501,14 @@ impl<'a> QView<'a> {
                 ScalesRef::F16(v) => Scales::F16(copy(v)?),
                 ScalesRef::BF16(v) => Scales::BF16(copy(v)?),
                 ScalesRef::E8M0(v) => Scales::E8M0(copy(v)?),
+                ScalesRef::E4M3(v) => Scales::E4M3(copy(v)?),
             },
             zeros: match self.zeros {
                 ZerosRef::None => Zeros::None,
                 ZerosRef::Int(v) => Zeros::Int(copy(v)?),
                 ZerosRef::Float(v) => Zeros::Float(copy(v)?),
             },
+            tensor: self.tensor,
         })
     }
 }
@@ -545,7 +585,7 @@ impl QTensor {
         let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
         pack_values(format, rows, cols, values, &mut codes)?;
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
-        Ok(Self { format, rows, cols, codes, scales, zeros })
+        Ok(Self { format, rows, cols, codes, scales, zeros, tensor: 1.0 })
     }
 
     /// Borrows the matrix.
@@ -557,6 +597,7 @@ impl QTensor {
             codes: &self.codes,
             scales: self.scales.view(),
             zeros: self.zeros.view(),
+            tensor: self.tensor,
         }
     }
 
@@ -576,6 +617,7 @@ impl PartialEq for QTensor {
     fn eq(&self, other: &Self) -> bool {
         self.format == other.format
             && (self.rows, self.cols) == (other.rows, other.cols)
+            && self.tensor.to_bits() == other.tensor.to_bits()
             && self.codes == other.codes
             && match (&self.scales, &other.scales) {
                 (Scales::F32(a), Scales::F32(b)) => same_bits(a, b),

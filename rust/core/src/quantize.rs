@@ -10,7 +10,7 @@
 //! itself included: it is never worse.
 use std::sync::Mutex;
 
-use crate::format::{e8m0_byte, lanes, Format, Level, ScaleType, Zero, ZeroKind};
+use crate::format::{e4m3_byte, e8m0_byte, lanes, Format, Level, ScaleType, Zero, ZeroKind};
 use crate::qtensor::{area, parallel, rows_per_task, zeros_vec};
 use crate::{Error, MatRef, QTensor, Result, Scales, Zeros};
 
@@ -43,6 +43,8 @@ pub enum ScalesMut<'a> {
     BF16(&'a mut [u16]),
     /// Powers of two, one byte each
     E8M0(&'a mut [u8]),
+    /// Positive small floats, one byte each
+    E4M3(&'a mut [u8]),
 }
 
 impl ScalesMut<'_> {
@@ -50,7 +52,7 @@ impl ScalesMut<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
-            Self::E8M0(v) => v.len(),
+            Self::E8M0(v) | Self::E4M3(v) => v.len(),
         }
     }
 
@@ -61,6 +63,7 @@ impl ScalesMut<'_> {
             Self::F16(_) => ScaleType::F16,
             Self::BF16(_) => ScaleType::BF16,
             Self::E8M0(_) => ScaleType::E8M0,
+            Self::E4M3(_) => ScaleType::E4M3,
         }
     }
 
@@ -70,6 +73,7 @@ impl ScalesMut<'_> {
             Self::F16(v) => v[i] = half::f16::from_f32(s).to_bits(),
             Self::BF16(v) => v[i] = half::bf16::from_f32(s).to_bits(),
             Self::E8M0(v) => v[i] = e8m0_byte(s),
+            Self::E4M3(v) => v[i] = e4m3_byte(s),
         }
     }
 
@@ -91,6 +95,10 @@ impl ScalesMut<'_> {
                 let (a, b) = v.split_at_mut(at);
                 (Self::E8M0(a), Self::E8M0(b))
             }
+            Self::E4M3(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::E4M3(a), Self::E4M3(b))
+            }
         }
     }
 }
@@ -106,6 +114,8 @@ pub struct Dest<'a> {
     pub zeros: &'a mut [u8],
     /// `[rows][groups]`, or empty when the bounds are not wanted.
     pub bounds: &'a mut [f32],
+    /// The scale of the tensor; needed where the format has one, else 1.
+    pub tensor: Option<&'a mut f32>,
 }
 
 impl Dest<'_> {
@@ -116,7 +126,8 @@ impl Dest<'_> {
             && self.scales.kind() == format.scale
             && self.scales.len() == count
             && self.zeros.len() == zeros
-            && (self.bounds.is_empty() || self.bounds.len() == count);
+            && (self.bounds.is_empty() || self.bounds.len() == count)
+            && (self.tensor.is_some() || !format.element.tensor);
         if fits {
             return Ok(());
         }
@@ -140,7 +151,8 @@ impl Dest<'_> {
         let (scales, scales2) = self.scales.split_at(rows * groups);
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
-        (Self { codes, scales, zeros, bounds }, Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2 })
+        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, tensor: None };
+        (Self { codes, scales, zeros, bounds, tensor: None }, rest)
     }
 }
 
@@ -157,6 +169,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     let mut scales = Scales::zeroed(format.scale, count)?;
     let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup { count } else { 0 })?;
     let mut bounds = zeros_vec(count)?;
+    let mut tensor = 1.0;
     let dest = Dest {
         codes: &mut codes,
         scales: match &mut scales {
@@ -164,13 +177,15 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
             Scales::F16(v) => ScalesMut::F16(v),
             Scales::BF16(v) => ScalesMut::BF16(v),
             Scales::E8M0(v) => ScalesMut::E8M0(v),
+            Scales::E4M3(v) => ScalesMut::E4M3(v),
         },
         zeros: &mut zeros,
         bounds: &mut bounds,
+        tensor: Some(&mut tensor),
     };
     quantize_into(x, format, method, threads, dest)?;
     let zeros = if format.element.zero == ZeroKind::PerGroup { Zeros::Int(zeros) } else { Zeros::None };
-    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros }, bounds })
+    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, tensor }, bounds })
 }
 
 /// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
@@ -207,11 +222,15 @@ pub fn quantize_at(
     method: Method,
     threads: usize,
     poll: Option<&(dyn Fn() -> bool + Sync)>,
-    dest: Dest,
+    mut dest: Dest,
 ) -> Result<()> {
     let (rows, cols) = (x.rows, x.cols);
     area(rows, cols)?;
     dest.check(format, rows, cols)?;
+    let tensor = if format.element.tensor { tensor_scale(level, x, format, threads)? } else { 1.0 };
+    if let Some(t) = dest.tensor.take() {
+        *t = tensor;
+    }
     if rows == 0 || cols == 0 {
         return Ok(());
     }
@@ -232,7 +251,7 @@ pub fn quantize_at(
         if lock().as_ref().is_some_and(|(t, _)| *t < task) {
             return;
         }
-        if let Err(e) = rows_of(level, x, format, method, row0, part) {
+        if let Err(e) = rows_of(level, x, format, method, tensor, row0, part) {
             let mut slot = lock();
             if slot.as_ref().is_none_or(|(t, _)| task < *t) {
                 *slot = Some((task, e));
@@ -243,7 +262,38 @@ pub fn quantize_at(
     first.map_or(finished, |(_, e)| Err(e))
 }
 
-fn rows_of(level: Level, x: &MatRef, format: &Format, method: Method, row0: usize, mut part: Dest) -> Result<()> {
+/// The scale of the tensor: the largest magnitude over the largest number that element and group scale make, at least
+/// `2^-126`; 1 where all is zero. Values that are not finite are left to be found later.
+fn tensor_scale(level: Level, x: &MatRef, format: &Format, threads: usize) -> Result<f32> {
+    let step = rows_per_task(x.rows.max(1), x.cols, threads);
+    let mut tops = zeros_vec::<u32>(x.rows.div_ceil(step))?;
+    parallel(threads, tops.iter_mut().collect(), None, |task, top| {
+        let mut row = vec![0.0; x.cols];
+        for n in task * step..x.rows.min((task + 1) * step) {
+            x.read_row(n, 0, &mut row);
+            let bits = lanes::absmax_bits(level, &row);
+            *top = (*top).max(if bits < 0x7f80_0000 { bits } else { 0 });
+        }
+    })?;
+    let top = f32::from_bits(tops.into_iter().max().unwrap_or(0));
+    let largest = format.scale.largest() * format.element.top();
+    let mut s = top / largest;
+    while !(s * largest).is_finite() {
+        s = s.next_down();
+    }
+    // Times the smallest group scale it must not vanish.
+    Ok(if top > 0.0 { s.max(f32::MIN_POSITIVE) } else { 1.0 })
+}
+
+fn rows_of(
+    level: Level,
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    tensor: f32,
+    row0: usize,
+    mut part: Dest,
+) -> Result<()> {
     let (e, cols) = (format.element, x.cols);
     let (row_bytes, groups, len) = (format.row_bytes(cols), format.groups(cols), format.group_len(cols));
     let mut codes = zeros_vec::<u8>(cols)?;
@@ -275,9 +325,10 @@ fn rows_of(level: Level, x: &MatRef, format: &Format, method: Method, row0: usiz
                 let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
                 return Err(Error::Value(format!("{} at row {row}, column {} is not finite", w[k], g * len + k)));
             }
-            let group = encode_group(level, format, method, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
-                Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
-            })?;
+            let group =
+                encode_group(level, format, method, tensor, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
+                    Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
+                })?;
             part.scales.set(at, group.scale);
             if let Zero::Int(z) = group.zero {
                 part.zeros[at] = z;
@@ -308,12 +359,13 @@ fn encode_group(
     level: Level,
     format: &Format,
     method: Method,
+    tensor: f32,
     x: &[f32],
     absmax: f32,
     out: &mut [u8],
     scratch: &mut Scratch,
 ) -> std::result::Result<Group, f32> {
-    let (e, unit) = (format.element, format.element.unit);
+    let (e, unit) = (format.element, format.element.unit * tensor);
     let codec = e.codec;
     if absmax == 0.0 && codec.has_zero() {
         let zero = codec.zero(e, 0.0, 1.0);
@@ -321,7 +373,7 @@ fn encode_group(
         return Ok(Group { scale: 1.0, zero, bound: upper(error) });
     }
     let fit = codec.fit(e, level, x, absmax);
-    let scale = format.round_scale(fit.scale)?;
+    let scale = format.round_scale(fit.scale / tensor)?;
     let zero = codec.zero(e, fit.low, scale);
     let error = codec.encode(e, level, x, scale * unit, zero, e.lowest, out);
     let group = Group { scale, zero, bound: upper(error) };
@@ -340,7 +392,7 @@ fn encode_group(
     let shrinks = codec.shrinks(e);
     let step = if shrinks.len() < 4 { 1 } else { step };
     for &f in shrinks.iter().step_by(step) {
-        let Ok(s) = format.round_scale(fit.scale * f) else {
+        let Ok(s) = format.round_scale(fit.scale / tensor * f) else {
             continue;
         };
         if s == scale {

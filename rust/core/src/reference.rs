@@ -159,7 +159,7 @@ impl Activations {
 /// ```
 ///
 /// from +0. Then `acc * fl(s_a * u)`, with `s_a` the activation scale of the row, 1 where activations are grouped, and `u`
-/// what the integer 1 of a table is worth, 1 for integer formats. The bias is added last. A poisoned row is NaN.
+/// what the integer 1 of a table is worth, times the scale of the tensor, 1 where there are none. The bias is added last. A poisoned row is NaN.
 ///
 /// # Panics
 /// If the columns differ, or the bias is shorter than the rows of `w`.
@@ -175,7 +175,7 @@ pub fn matmul_int8_ref(a: &Activations, w: &QView, bias: Option<&[f32]>) -> Vec<
             }
             let mut acc = row_by_row(a, w, &weights, m, n);
             let scale = if a.group.is_none() { a.scales[m] } else { 1.0 };
-            acc *= scale * w.format.element.step();
+            acc *= scale * w.step();
             y.push(bias.map_or(acc, |b| acc + b[n]));
         }
     }

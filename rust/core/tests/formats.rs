@@ -1,5 +1,5 @@
 //! The format table, the grammar of names, packing, quantising and decoding, against plain restatements of the rules.
-use nibblas_core::format::{e8m0_byte, table, Level, ScaleMode, Zero};
+use nibblas_core::format::{e4m3, e4m3_byte, e8m0_byte, table, Level, ScaleMode, Zero};
 use nibblas_core::quantize::{quantize, quantize_at, quantize_polled, Dest, Method, Quantized, ScalesMut};
 use nibblas_core::{
     Element, Error, Format, MatRef, QTensor, QView, Scalar, ScaleType, Scales, ScalesRef, Zeros, ZerosRef,
@@ -29,6 +29,7 @@ fn scales_of(kind: ScaleType, values: &[f32]) -> Scales {
         ScaleType::F16 => Scales::F16(values.iter().map(|&s| half::f16::from_f32(s).to_bits()).collect()),
         ScaleType::BF16 => Scales::BF16(values.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
         ScaleType::E8M0 => Scales::E8M0(values.iter().map(|&s| e8m0_byte(s)).collect()),
+        ScaleType::E4M3 => Scales::E4M3(values.iter().map(|&s| e4m3_byte(s)).collect()),
     }
 }
 
@@ -100,6 +101,7 @@ fn malformed_names_say_what_is_wrong() {
         ("mxfp4_rceil_g32", "after the scale mode"),
         ("mxfp5", "did you mean mxfp4"),
         ("mxfp4_se8m0", "none of f32"),
+        ("nvfp4_rceil", "has no scale mode"),
     ] {
         match Format::parse(name) {
             Err(Error::Format(text)) => assert!(text.contains(says), "{name:?}: {text}"),
@@ -114,10 +116,10 @@ fn malformed_names_say_what_is_wrong() {
 #[test]
 fn table_is_consistent() {
     let mut names: Vec<&str> = table().map(|e| e.name).collect();
-    assert_eq!(names.len(), 7 + 7 + 8 + 1 + 11 + 4 + 6 + 5 + 6);
+    assert_eq!(names.len(), 7 + 7 + 8 + 1 + 11 + 4 + 6 + 5 + 6 + 1);
     names.sort_unstable();
     names.dedup();
-    assert_eq!(names.len(), 55);
+    assert_eq!(names.len(), 56);
     for e in table() {
         assert!((1..=8).contains(&e.bits) && e.levels <= 1 << e.bits && u16::from(e.lowest) < e.levels, "{}", e.name);
         let mut values: Vec<i32> = (0..e.levels).map(|u| e.value(u as u8)).collect();
@@ -149,10 +151,11 @@ fn every_code_decodes_by_its_rule_and_encodes_back() {
         let u: Vec<u8> = (0..e.levels).map(|u| u as u8).filter(|&u| e.number(u).is_finite()).collect();
         let (mut w, mut back) = (vec![0.0; u.len()], vec![0; u.len()]);
         for &s in &scales {
-            if f.scale == ScaleType::E8M0 && s < 0.0 {
+            let s = if ScaleType::ALL.contains(&f.scale) { s } else { s.abs() };
+            let s = f.scale.round(s) * e.unit;
+            if !s.is_finite() || s == 0.0 {
                 continue;
             }
-            let s = f.scale.round(s) * e.unit;
             for &z in &zeros {
                 for level in Level::available() {
                     e.codec.decode(e, level, &u, s, z, &mut w);
@@ -230,7 +233,7 @@ fn nearest(e: &Element, t: f32) -> u8 {
 }
 
 /// The `rtn` rule of each family, one value at a time.
-fn rule(f: &Format, w: &[f32]) -> (f32, i32, Vec<i32>) {
+fn rule(f: &Format, tensor: f32, w: &[f32]) -> (f32, i32, Vec<i32>) {
     let e = f.element;
     let n = w.len();
     let absmax = w.iter().fold(0.0f32, |m, v| m.max(v.abs()));
@@ -249,6 +252,12 @@ fn rule(f: &Format, w: &[f32]) -> (f32, i32, Vec<i32>) {
     let mut s = match f.scale {
         ScaleType::E8M0 if absmax > 0.0 => shared(f, absmax),
         ScaleType::E8M0 => 1.0,
+        ScaleType::E4M3 => {
+            let t = raw / tensor;
+            let distance = |u: &u8| (f64::from(e4m3(*u)) - f64::from(t)).abs();
+            let order = |a: &u8, b: &u8| distance(a).total_cmp(&distance(b)).then((a % 2).cmp(&(b % 2)));
+            e4m3((0..127u8).min_by(order).unwrap())
+        }
         kind => kind.round(raw),
     };
     if s == 0.0 {
@@ -257,7 +266,8 @@ fn rule(f: &Format, w: &[f32]) -> (f32, i32, Vec<i32>) {
     if absmax == 0.0 && family != "bipolar" {
         s = 1.0;
     }
-    s *= e.unit;
+    let stored = s * e.unit;
+    s = stored * tensor;
     let z = if family == "uint" { (-low / s).round_ties_even().clamp(0.0, levels as f32) as i32 } else { 0 };
     let value = |w: f32| {
         let t = w / s;
@@ -269,7 +279,7 @@ fn rule(f: &Format, w: &[f32]) -> (f32, i32, Vec<i32>) {
             _ => (t.floor() as i32 | 1).clamp(-levels, levels),
         }
     };
-    (s, z, w.iter().map(|&w| value(w)).collect())
+    (stored, z, w.iter().map(|&w| value(w)).collect())
 }
 
 fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
@@ -279,10 +289,13 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
     let mut got = vec![0; rows * cols];
     v.codes_into(&mut got, 1).unwrap();
     let decoded = q.tensor.dequantize(2).unwrap();
+    let top = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+    let tensor = if f.element.tensor && top > 0.0 { (top / 2688.0).max(f32::MIN_POSITIVE) } else { 1.0 };
+    assert_eq!(v.tensor, tensor, "{f}");
     let len = f.group_len(cols);
     for n in 0..rows {
         for (g, w) in x[n * cols..(n + 1) * cols].chunks(len).enumerate() {
-            let (s, z, want) = rule(&f, w);
+            let (s, z, want) = rule(&f, v.tensor, w);
             assert_eq!(v.scale(n, g), s, "{f} row {n} group {g}");
             if let Zero::Int(got) = v.zero(n, g) {
                 assert_eq!(i32::from(got), z, "{f} row {n} group {g}");
@@ -294,7 +307,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
             let mut worst = 0.0f64;
             for (i, (&w, &d)) in w.iter().zip(&decoded[at..]).enumerate() {
                 let number = if f.element.is_linear() { (want[i] - z) as f32 } else { f.element.number(want[i] as u8) };
-                assert_eq!(d.to_bits(), (number * s).to_bits());
+                assert_eq!(d.to_bits(), (number * (s * v.tensor)).to_bits());
                 worst = worst.max((f64::from(w) - f64::from(d)).abs());
             }
             assert!(worst <= bound && bound <= worst * (1.0 + 1e-6) + 1e-44, "{f}: {worst} {bound}");
@@ -413,7 +426,7 @@ fn empty_shapes_give_empty_tensors() {
 fn quantising_the_decoded_matrix_gives_the_same_tensor() {
     for f in formats() {
         let name = f.element.name;
-        let not = name.starts_with("uint") || matches!(name, "bipolar1" | "ternary" | "dyn8" | "udyn8");
+        let not = name.starts_with("uint") || matches!(name, "bipolar1" | "ternary" | "dyn8" | "udyn8" | "nvfp4");
         if not || f.mode != ScaleMode::Floor {
             continue;
         }
@@ -487,12 +500,14 @@ fn levels_and_threads_give_the_same_bytes() {
                             Scales::F16(v) => ScalesMut::F16(v),
                             Scales::BF16(v) => ScalesMut::BF16(v),
                             Scales::E8M0(v) => ScalesMut::E8M0(v),
+                            Scales::E4M3(v) => ScalesMut::E4M3(v),
                         },
                         zeros: match &mut got.tensor.zeros {
                             Zeros::Int(z) => z,
                             _ => &mut none,
                         },
                         bounds: &mut got.bounds,
+                        tensor: Some(&mut got.tensor.tensor),
                     };
                     quantize_at(level, &m, &f, method, threads, None, dest).unwrap();
                     assert_eq!(got, want, "{f} {method:?} {level:?} {threads} threads");
@@ -641,7 +656,13 @@ fn quantising_stops_when_its_poll_says_so() {
     let (mut codes, mut scales) = (vec![0; n * f.row_bytes(k)], vec![0; n * f.groups(k)]);
     let mut run = |answer: bool| {
         codes.fill(0x5a);
-        let dest = Dest { codes: &mut codes, scales: ScalesMut::F16(&mut scales), zeros: &mut [], bounds: &mut [] };
+        let dest = Dest {
+            codes: &mut codes,
+            scales: ScalesMut::F16(&mut scales),
+            zeros: &mut [],
+            bounds: &mut [],
+            tensor: None,
+        };
         let done = quantize_polled(&x, &f, Method::Mse, 1, &|| answer, dest);
         (done, codes[codes.len() - k / 2..].iter().all(|&c| c == 0x5a))
     };

@@ -381,6 +381,7 @@ struct Parts {
     scales: Guarded,
     zeros: Guarded,
     float_zeros: bool,
+    tensor: f32,
 }
 
 impl Parts {
@@ -388,7 +389,7 @@ impl Parts {
         let scales = match &q.scales {
             Scales::F32(v) => Guarded::of(v, rng.aligned()),
             Scales::F16(v) | Scales::BF16(v) => Guarded::of(v, rng.aligned()),
-            Scales::E8M0(v) => Guarded::of(v, rng.place()),
+            Scales::E8M0(v) | Scales::E4M3(v) => Guarded::of(v, rng.place()),
         };
         let (zeros, float_zeros) = match &q.zeros {
             Zeros::None => (Guarded::copy(&[], At::End(0)), false),
@@ -396,7 +397,7 @@ impl Parts {
             Zeros::Float(v) => (Guarded::of(v, rng.aligned()), true),
         };
         let codes = Guarded::copy(&q.codes, rng.place());
-        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros }
+        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros, tensor: q.tensor }
     }
 
     fn view(&self) -> QView<'_> {
@@ -405,13 +406,15 @@ impl Parts {
             ScaleType::F16 => ScalesRef::F16(self.scales.slice()),
             ScaleType::BF16 => ScalesRef::BF16(self.scales.slice()),
             ScaleType::E8M0 => ScalesRef::E8M0(self.scales.bytes()),
+            ScaleType::E4M3 => ScalesRef::E4M3(self.scales.bytes()),
         };
         let zeros = match (self.format.element.zero, self.float_zeros) {
             (ZeroKind::None, _) => ZerosRef::None,
             (ZeroKind::PerGroup, false) => ZerosRef::Int(self.zeros.slice()),
             (ZeroKind::PerGroup, true) => ZerosRef::Float(self.zeros.slice()),
         };
-        QView::new(self.format, self.rows, self.cols, self.codes.bytes(), scales, zeros).unwrap()
+        let view = QView::new(self.format, self.rows, self.cols, self.codes.bytes(), scales, zeros).unwrap();
+        view.with_tensor_scale(self.tensor).unwrap()
     }
 }
 
@@ -681,6 +684,7 @@ fn quantising_stays_inside_its_buffers() {
         let mut scales = Guarded::new(count * f.scale.size(), rng.aligned());
         let mut zeros = Guarded::new(zeros, rng.place());
         let mut bounds = Guarded::new(count * 4, rng.aligned());
+        let mut scale = 0.0;
         let dest = Dest {
             codes: codes.bytes_mut(),
             scales: match f.scale {
@@ -688,9 +692,11 @@ fn quantising_stays_inside_its_buffers() {
                 ScaleType::F16 => ScalesMut::F16(scales.slice_mut()),
                 ScaleType::BF16 => ScalesMut::BF16(scales.slice_mut()),
                 ScaleType::E8M0 => ScalesMut::E8M0(scales.bytes_mut()),
+                ScaleType::E4M3 => ScalesMut::E4M3(scales.bytes_mut()),
             },
             zeros: zeros.bytes_mut(),
             bounds: bounds.slice_mut(),
+            tensor: Some(&mut scale),
         };
         quantize_into(&x.view(), &f, method, 1 + i % 3, dest).unwrap();
         let q = &want.tensor;
@@ -698,11 +704,12 @@ fn quantising_stays_inside_its_buffers() {
         match &q.scales {
             Scales::F32(v) => assert_eq!(scales.slice::<f32>(), v),
             Scales::F16(v) | Scales::BF16(v) => assert_eq!(scales.slice::<u16>(), v),
-            Scales::E8M0(v) => assert_eq!(scales.bytes(), v),
+            Scales::E8M0(v) | Scales::E4M3(v) => assert_eq!(scales.bytes(), v),
         }
         if let Zeros::Int(z) = &q.zeros {
             assert_eq!(zeros.bytes(), z);
         }
+        assert_eq!(scale, q.tensor);
         assert_eq!(bounds.slice::<f32>(), want.bounds);
         for g in [&codes, &scales, &zeros, &bounds] {
             assert!(g.surroundings_untouched());

@@ -1,7 +1,7 @@
 //! Properties of products over random formats, shapes, computes, levels, threads and strides.
 //!
 //! `NIBBLAS_PROPERTY_CASES` sets the cases of each property, 400 by default.
-use nibblas_core::format::e8m0_byte;
+use nibblas_core::format::{e4m3_byte, e8m0_byte};
 use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
 use nibblas_core::pair::{self, RawOut};
@@ -233,12 +233,14 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
             Scales::F16(v) => Scales::F16(v[span.clone()].to_vec()),
             Scales::BF16(v) => Scales::BF16(v[span.clone()].to_vec()),
             Scales::E8M0(v) => Scales::E8M0(v[span.clone()].to_vec()),
+            Scales::E4M3(v) => Scales::E4M3(v[span.clone()].to_vec()),
         },
         zeros: match &q.zeros {
             Zeros::None => Zeros::None,
             Zeros::Int(v) => Zeros::Int(v[span].to_vec()),
             Zeros::Float(v) => Zeros::Float(v[span].to_vec()),
         },
+        tensor: q.tensor,
     }
 }
 
@@ -255,6 +257,7 @@ fn integer_tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bo
         ScaleType::F16 => Scales::F16(scales.iter().map(|&s| half::f16::from_f32(s).to_bits()).collect()),
         ScaleType::BF16 => Scales::BF16(scales.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
         ScaleType::E8M0 => Scales::E8M0(scales.iter().map(|&s| e8m0_byte(s)).collect()),
+        ScaleType::E4M3 => Scales::E4M3(scales.iter().map(|&s| e4m3_byte(s)).collect()),
     };
     let zeros: Vec<u8> = (0..count).map(|_| rng.below(u64::from(e.levels)) as u8).collect();
     let zeros = match (e.zero, float_zeros) {

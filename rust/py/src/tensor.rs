@@ -10,9 +10,9 @@ use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
-/// `(format, rows, cols, codes, scales, zeros)`: a tensor's parts as Python holds them.
+/// `(format, rows, cols, codes, scales, zeros, scale of the tensor)`: a tensor's parts as Python holds them.
 #[derive(FromPyObject)]
-pub struct Parts<'py>(String, usize, usize, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>);
+pub struct Parts<'py>(String, usize, usize, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, f32);
 
 /// The memory of [`Parts`]; the arrays must outlive it.
 pub struct Memory {
@@ -22,6 +22,7 @@ pub struct Memory {
     codes: Nd,
     scales: Nd,
     zeros: Option<Nd>,
+    tensor: f32,
 }
 
 impl Parts<'_> {
@@ -34,6 +35,7 @@ impl Parts<'_> {
             codes: Nd::new(&self.3)?,
             scales: Nd::new(&self.4)?,
             zeros: self.5.as_ref().map(Nd::new).transpose()?,
+            tensor: self.6,
         })
     }
 }
@@ -46,6 +48,7 @@ impl Memory {
             ScaleType::F16 => ScalesRef::F16(self.scales.bits16()?),
             ScaleType::BF16 => ScalesRef::BF16(self.scales.bits16()?),
             ScaleType::E8M0 => ScalesRef::E8M0(self.scales.u8s()?),
+            ScaleType::E4M3 => ScalesRef::E4M3(self.scales.u8s()?),
         };
         let zeros = match &self.zeros {
             None => ZerosRef::None,
@@ -54,7 +57,9 @@ impl Memory {
                 Err(_) => ZerosRef::Float(z.f32s()?),
             },
         };
-        QView::new(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros).map_err(to_py)
+        QView::new(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros)
+            .and_then(|v| v.with_tensor_scale(self.tensor))
+            .map_err(to_py)
     }
 }
 
@@ -113,13 +118,14 @@ fn quantize(
     zeros: Option<&Bound<'_, PyAny>>,
     bounds: &Bound<'_, PyAny>,
     threads: usize,
-) -> PyResult<()> {
+) -> PyResult<f32> {
     let format = Format::parse(format).map_err(to_py)?;
     let method = method_of(method)?;
     let x = Nd::new(x)?;
     let (mut codes, mut scales, mut bounds) = (Nd::new(codes)?, Nd::new(scales)?, Nd::new(bounds)?);
     let mut zeros = zeros.map(Nd::new).transpose()?;
     let x = x.mat()?;
+    let mut tensor = 1.0;
     let dest = Dest {
         codes: codes.u8s_mut()?,
         scales: match format.scale {
@@ -127,14 +133,17 @@ fn quantize(
             ScaleType::F16 => ScalesMut::F16(scales.bits16_mut()?),
             ScaleType::BF16 => ScalesMut::BF16(scales.bits16_mut()?),
             ScaleType::E8M0 => ScalesMut::E8M0(scales.u8s_mut()?),
+            ScaleType::E4M3 => ScalesMut::E4M3(scales.u8s_mut()?),
         },
         zeros: match &mut zeros {
             None => &mut [],
             Some(z) => z.u8s_mut()?,
         },
         bounds: bounds.f32s_mut()?,
+        tensor: Some(&mut tensor),
     };
-    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))
+    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))?;
+    Ok(tensor)
 }
 
 #[pyfunction]

@@ -7,7 +7,11 @@
 //! * `mxfp4`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp8_e4m3`, `mxfp8_e5m2`: small floats times the scale.
 //! * `mxint8`: integers of 8 bits times `2^-6` and the scale. The code -128 is legal and never made.
 //!
-//! Groups are 16 (bfp) or 32 (MX) values unless the name says otherwise. With `emax` the exponent of the largest
+//! * `nvfp4`: `e2m1` times a scale of type E4M3 times a float32 `g` of the whole tensor. rtn: `g = absmax(tensor)/2688`, so
+//!   that the largest scale is 448; the scale of a group is `absmax/6/g`, rounded, at least `2^-9`. The scale that values
+//!   meet is `fl(scale * g)`; integer products apply `g` last.
+//!
+//! Groups are 16 (bfp, nvfp4) or 32 (MX) values unless the name says otherwise. With `emax` the exponent of the largest
 //! value of the element and `max` that value, the scale is, by the mode in the name of an MX format,
 //!
 //! ```text
@@ -20,7 +24,7 @@
 //! within the range of E8M0. Values are divided by it and rounded to the nearest, ties to even, the largest where
 //! they are beyond. A group of zeros has the scale 1. In MX formats a group with a value that is not finite has the scale
 //! NaN, and all of its numbers are NaN.
-use super::float::{E2M1, E2M3, E3M2, E4M3, E5M2};
+use super::float::{Float, E2M1, E2M3, E3M2, E4M3, E5M2};
 use super::lanes::{self, Grid};
 use super::{Codec, Element, Fit, Level, ScaleType, Zero, FLOAT, INTEGER};
 
@@ -81,7 +85,7 @@ pub(super) fn floor_log2(v: f32) -> i32 {
 
 /// `2^e`, `e` first brought into the range of E8M0.
 pub(super) fn power(e: i32) -> f32 {
-    from_byte((e.clamp(-127, 127) + 127) as u8)
+    e8m0((e.clamp(-127, 127) + 127) as u8)
 }
 
 fn power_f64(e: i32) -> f64 {
@@ -89,7 +93,7 @@ fn power_f64(e: i32) -> f64 {
 }
 
 /// The number of an E8M0 byte.
-pub fn from_byte(e: u8) -> f32 {
+pub fn e8m0(e: u8) -> f32 {
     match e {
         0 => f32::from_bits(0x0040_0000),
         255 => f32::NAN,
@@ -98,12 +102,34 @@ pub fn from_byte(e: u8) -> f32 {
 }
 
 /// The byte of a number that E8M0 has, or NaN.
-pub fn to_byte(s: f32) -> u8 {
+pub fn e8m0_byte(s: f32) -> u8 {
     if s.is_nan() {
         255
     } else {
         (floor_log2(s) + 127).clamp(0, 254) as u8
     }
+}
+
+/// The number of an E4M3 byte.
+pub fn e4m3(u: u8) -> f32 {
+    E4M3.of_bytes()[usize::from(u)]
+}
+
+/// The nearest number of E4M3 to one that is not negative, ties to even; infinite from 464 on, which lies half-way to
+/// what would be the next.
+pub(super) fn e4m3_round(s: f32) -> f32 {
+    if s >= 464.0 {
+        return f32::INFINITY;
+    }
+    let step = power(floor_log2(s.max(f32::MIN_POSITIVE)).max(-6) - 3);
+    (s / step).round_ties_even() * step
+}
+
+/// The byte of a number that E4M3 has, not negative.
+pub fn e4m3_byte(s: f32) -> u8 {
+    let step = floor_log2(s.max(f32::MIN_POSITIVE)).max(-6) - 3;
+    let whole = (s / power(step)) as i32;
+    (whole + 8 * (step + 9)) as u8
 }
 
 /// Integers of b bits, one power of two for all.
@@ -166,6 +192,14 @@ impl Codec for Shared {
 }
 
 #[allow(clippy::needless_pass_by_value)] // a reference to a constant would have to live as long as the row
+/// `nvfp4`.
+pub static NVFP4: [Element; 1] = [Element {
+    group: Some(16),
+    scales: &[ScaleType::E4M3],
+    tensor: true,
+    ..Element::table("nvfp4", 4, &E2M1, INTEGER, &Float)
+}];
+
 const fn mx(mantissa: u32, row: Element) -> Element {
     Element { group: Some(32), scales: &[ScaleType::E8M0], nan: true, mantissa: Some(mantissa), ..row }
 }

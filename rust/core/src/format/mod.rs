@@ -17,12 +17,12 @@ mod int;
 pub mod lanes;
 mod ternary;
 
-pub use block::{from_byte as e8m0, to_byte as e8m0_byte, ScaleMode};
+pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
 pub use book::{Book, Tie};
 pub use lanes::Level;
 
 /// The families of the table, in the order of listing.
-static FAMILIES: [&[Element]; 9] = [
+static FAMILIES: [&[Element]; 10] = [
     &int::INT,
     &int::UINT,
     &bipolar::ROWS,
@@ -32,6 +32,7 @@ static FAMILIES: [&[Element]; 9] = [
     &codebook::ROWS,
     &block::BFP,
     &block::MX,
+    &block::NVFP4,
 ];
 
 /// The rows of the format table.
@@ -50,19 +51,22 @@ pub enum ScaleType {
     BF16,
     /// A power of two as one byte `e`: `2^(e - 127)`; 255 is NaN.
     E8M0,
+    /// The positive numbers of the small float `e4m3`, as one byte.
+    E4M3,
 }
 
 impl ScaleType {
     /// The types that any element may have unless it says otherwise.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
 
-    /// Name in the grammar: `f32`, `f16`, `bf16`; `e8m0` is never written there.
+    /// Name in the grammar: `f32`, `f16`, `bf16`; the others are never written there.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::BF16 => "bf16",
             Self::E8M0 => "e8m0",
+            Self::E4M3 => "e4m3",
         }
     }
 
@@ -71,7 +75,7 @@ impl ScaleType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::E8M0 => 1,
+            Self::E8M0 | Self::E4M3 => 1,
         }
     }
 
@@ -82,6 +86,7 @@ impl ScaleType {
             Self::F16 => half::f16::from_f32(s).to_f32(),
             Self::BF16 => half::bf16::from_f32(s).to_f32(),
             Self::E8M0 => block::power(block::floor_log2(s)),
+            Self::E4M3 => block::e4m3_round(s),
         }
     }
 
@@ -92,6 +97,15 @@ impl ScaleType {
             Self::F16 => half::f16::from_bits(1).to_f32(),
             Self::BF16 => f32::from_bits(1 << 16),
             Self::E8M0 => block::power(-127),
+            Self::E4M3 => block::e4m3(1),
+        }
+    }
+
+    /// The largest finite value, of types that a scale of the tensor goes with.
+    pub(crate) fn largest(self) -> f32 {
+        match self {
+            Self::E4M3 => 448.0,
+            _ => f32::MAX,
         }
     }
 
@@ -102,6 +116,7 @@ impl ScaleType {
             Self::F16 => half::f16::from_bits(half::f16::from_f32(s).to_bits() - 1).to_f32(),
             Self::BF16 => f32::from_bits(s.to_bits() - (1 << 16)),
             Self::E8M0 => s / 2.0,
+            Self::E4M3 => block::e4m3(block::e4m3_byte(s) - 1),
         }
     }
 }
@@ -214,6 +229,8 @@ pub struct Element {
     pub unit: f32,
     /// Whether a group may be NaN, and has to be where a weight is not finite.
     pub nan: bool,
+    /// Whether a float32 of the whole tensor multiplies every scale.
+    pub tensor: bool,
     /// Mantissa bits of elements whose formats name how they pick the power of two (see [`ScaleMode`]).
     pub mantissa: Option<u32>,
     /// Fits, encodes and decodes.
@@ -247,6 +264,7 @@ impl Element {
             scales: &ScaleType::ALL,
             unit: 1.0,
             nan: false,
+            tensor: false,
             mantissa: None,
             codec,
         }

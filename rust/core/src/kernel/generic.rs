@@ -261,7 +261,7 @@ pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: u
 /// Grouped product: for each group in increasing k, `c = fma(f32(D), s, c)` with `D` the exact integer sum.
 ///
 /// `ZEROS`: zero points are stored, integers or floats; else the zero is constant and folded into the sums.
-/// `SEG` is the number of registers of a segment (8), 16 where a segment is whole blocks, or 0 to take it from
+/// `SEG` is the number of registers of a segment (8, or 4 where there are two parts), 16 where a segment is whole blocks, or 0 to take it from
 /// `seg_registers` (codes of one byte).
 ///
 /// # Safety
@@ -346,6 +346,31 @@ pub unsafe fn grouped<
                         flush!(t, t + SEG / per);
                     }
                 }
+            } else if PARTS == 2 {
+                // Half a part each: the second part's sums wait until it is their turn.
+                dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, SEG);
+                flush!(0, 1);
+                let mut third = [[S::splat(0); MR]; NP];
+                for p in 0..NP {
+                    for m in 0..MR {
+                        third[p][m] = acc[p][m][1];
+                        acc[p][m][1] = S::splat(0);
+                    }
+                }
+                dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, SEG, SEG);
+                flush!(0, 1);
+                for p in 0..NP {
+                    for m in 0..MR {
+                        (third[p][m], acc[p][m][1]) = (acc[p][m][1], third[p][m]);
+                    }
+                }
+                flush!(1, 2);
+                for p in 0..NP {
+                    for m in 0..MR {
+                        acc[p][m][1] = third[p][m];
+                    }
+                }
+                flush!(1, 2);
             } else {
                 for i in (0..per).step_by(SEG) {
                     dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, i, SEG);
@@ -484,7 +509,7 @@ pub(crate) unsafe fn group<S: Simd, const W: u8>(a: &F32Args, panel: usize, g: u
     // SAFETY: the caller's group is in range.
     unsafe {
         let at = panel * a.scale_stride + g * 16;
-        let s = scales::<S>(a.scales, at);
+        let s = S::mulf(scales::<S>(a.scales, at), S::splatf(a.tensor));
         let z = if W >= W_TABLE16 {
             S::splatf(0.0)
         } else if W == W_FLOAT {
@@ -588,6 +613,7 @@ pub unsafe fn gemv_table<
                                 let g = ((a.block0 * 64 + place) / a.padded).min(a.groups - 1);
                                 for p in 0..NP {
                                     s[p] = scales::<S>(a.scales, p * a.scale_stride + g * 16);
+                                    s[p] = S::mulf(s[p], S::splatf(a.tensor));
                                     if ZEROS {
                                         z[p] = S::cvt(S::load_u8(a.zeros.add(p * a.scale_stride + g * 16)));
                                     }

@@ -134,6 +134,8 @@ pub struct F32Args {
     pub sub: i32,
     /// What each code is worth before a stored zero is subtracted: 64 or 256 entries.
     pub values: *const f32,
+    /// What multiplies every scale.
+    pub tensor: f32,
     /// Bytes to prefetch ahead in packed codes, 0 for none.
     pub prefetch: usize,
     /// Activations in padded places: row m at `m*x_stride`.
@@ -245,7 +247,7 @@ macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)?)),*],
-        lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal])),*],
+        lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
         bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
@@ -379,7 +381,10 @@ macro_rules! instantiate {
                        ($lb, 16, 4) => Some((grouped::<$l, false, 16, $ln4, 4, 2>, $ln4)),
                        ($lb, 8, 1) => Some((grouped::<$l, false, 8, $ln1, 1, 2>, $ln1)),
                        ($lb, 8, 2) => Some((grouped::<$l, false, 8, $ln2, 2, 2>, $ln2)),
-                       ($lb, 8, 4) => Some((grouped::<$l, false, 8, $ln4, 4, 2>, $ln4)), )*
+                       ($lb, 8, 4) => Some((grouped::<$l, false, 8, $ln4, 4, 2>, $ln4)),
+                       $( ($lb, 4, 1) => Some((grouped::<$l, false, 4, $sn1, 1, 2>, $sn1)),
+                          ($lb, 4, 2) => Some((grouped::<$l, false, 4, $sn2, 2, 2>, $sn2)),
+                          ($lb, 4, 4) => Some((grouped::<$l, false, 4, $sn4, 4, 2>, $sn4)), )? )*
                     _ => None,
                 }
             }
