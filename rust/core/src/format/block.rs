@@ -191,7 +191,6 @@ impl Codec for Shared {
     }
 }
 
-#[allow(clippy::needless_pass_by_value)] // a reference to a constant would have to live as long as the row
 /// `nvfp4`.
 pub static NVFP4: [Element; 1] = [Element {
     group: Some(16),
@@ -200,6 +199,7 @@ pub static NVFP4: [Element; 1] = [Element {
     ..Element::table("nvfp4", 4, &E2M1, INTEGER, &Float)
 }];
 
+#[allow(clippy::needless_pass_by_value)] // a reference to a constant would have to live as long as the row
 const fn mx(mantissa: u32, row: Element) -> Element {
     Element { group: Some(32), scales: &[ScaleType::E8M0], nan: true, mantissa: Some(mantissa), ..row }
 }
