@@ -148,6 +148,7 @@ impl Act {
                 flat: Taken::new(g.k.next_multiple_of(16))?,
                 placed: Taken::new(kp + 16)?,
                 sums: Taken::new(n + 16)?,
+                scales: Taken::new(act_group.map_or(1, |a| g.k.div_ceil(a)))?,
             };
             s.placed[..kp].fill(0);
             for m in t * batch..rows.min((t + 1) * batch) {
@@ -187,6 +188,8 @@ struct RowScratch {
     flat: Taken<i8>,
     placed: Taken<i8>,
     sums: Taken<i32>,
+    /// Of the row's groups.
+    scales: Taken<f32>,
 }
 
 struct Parts {
@@ -201,15 +204,12 @@ struct Parts {
 }
 
 impl Parts {
-    /// Stores the scale of activation group `j` of row `m` for every segment that it covers.
-    unsafe fn group_scale(&self, m: usize, segs: &Segments, j: usize, s: f32) {
-        let lo = segs.act.partition_point(|&a| (a as usize) < j);
-        for seg in lo..segs.act.len() {
-            if segs.act[seg] as usize != j {
-                break;
-            }
+    /// Stores the scales of the activation groups of row `m` for the segments that they cover.
+    unsafe fn group_scales(&self, m: usize, segs: &Segments, scales: impl Fn(usize) -> f32) {
+        let at = (m / self.mb) * self.segments * self.mb + m % self.mb;
+        for (seg, &j) in segs.act.iter().enumerate() {
             // SAFETY: the row's own entry.
-            unsafe { *self.groups.get().add(((m / self.mb) * self.segments + seg) * self.mb + m % self.mb) = s };
+            unsafe { *self.groups.get().add(at + seg * self.mb) = scales(j as usize) };
         }
     }
 }
@@ -236,23 +236,28 @@ unsafe fn quantise_one(
             copy_codes(x, m, flat);
             if let Some(a) = act_group {
                 let count = g.k.div_ceil(a);
-                for j in 0..count {
-                    out.group_scale(m, segs, j, given.map_or(1.0, |s| s[m * count + j]));
-                }
+                out.group_scales(m, segs, |j| match given {
+                    _ if j >= count => 0.0,
+                    Some(s) => s[m * count + j],
+                    None => 1.0,
+                });
             }
             given.filter(|_| act_group.is_none()).map_or(1.0, |s| s[m])
         } else {
             let src = row(x, m, &mut buf.floats);
-            let s = quantise_row(src, g.k, act_group, kernels, flat, |j, s| {
-                if act_group.is_some() {
-                    out.group_scale(m, segs, j, s);
-                }
-            });
-            *out.bad.get().add(m) = u8::from(s.is_none());
-            s.unwrap_or_else(|| {
+            let step = act_group.unwrap_or(g.k).max(1);
+            let count = g.k.div_ceil(step);
+            let scales = &mut buf.scales[..count];
+            let finite = (kernels.quantise_groups)(src.as_ptr(), g.k, step, scales.as_mut_ptr(), flat.as_mut_ptr());
+            *out.bad.get().add(m) = u8::from(!finite);
+            if !finite {
                 flat[..g.k].fill(0);
-                1.0
-            })
+                scales.fill(1.0);
+            }
+            if act_group.is_some() {
+                out.group_scales(m, segs, |j| scales.get(j).copied().unwrap_or(0.0));
+            }
+            scales[0]
         };
         *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
         if plain {
@@ -313,36 +318,4 @@ fn copy_codes(x: &MatRef, m: usize, out: &mut [i8]) {
         // SAFETY: element (m, j) of the view, one byte.
         *o = unsafe { *base.wrapping_offset(j as isize * x.col_stride).cast::<i8>() };
     }
-}
-
-/// Quantises one row; gives its scale (of the last group, where grouped), or `None` when it is not finite.
-fn quantise_row(
-    x: &[f32],
-    k: usize,
-    group: Option<usize>,
-    kernels: &Kernels,
-    out: &mut [i8],
-    mut scale_of: impl FnMut(usize, f32),
-) -> Option<f32> {
-    let step = group.unwrap_or(k).max(1);
-    let mut s = 0.0;
-    for (j, k0) in (0..k).step_by(step).enumerate() {
-        let len = step.min(k - k0);
-        // SAFETY: `len` floats from k0; the buffers reach the next multiple of 16 and groups are multiples of 16.
-        unsafe {
-            let top = (kernels.absmax_bits)(x.as_ptr().add(k0), len);
-            if top >= 0x7f80_0000 {
-                return None;
-            }
-            s = f32::from_bits(top) / 127.0;
-            let n = len.next_multiple_of(16);
-            if s == 0.0 {
-                out[k0..k0 + n].fill(0);
-            } else {
-                (kernels.quantise)(x.as_ptr().add(k0), n, s, out.as_mut_ptr().add(k0));
-            }
-        }
-        scale_of(j, s);
-    }
-    Some(s)
 }

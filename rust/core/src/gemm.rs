@@ -837,7 +837,7 @@ fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Ta
 
 /// Blocks of K that bf16 tiles work on at a time; see [`RAW_WINDOW`].
 #[cfg(target_arch = "x86_64")]
-const BF16_WINDOW: usize = 8;
+const BF16_WINDOW: usize = 4;
 
 /// The shortest group whose scales are worth applying after its sums: at 32, one step of tiles, storing and adding the sums
 /// costs more than scaling the codes.

@@ -224,7 +224,7 @@ const fn scaled<S: Simd, U: Unpack>(t: usize) -> usize {
 
 /// 16 scales at element offset `at`.
 #[inline(always)]
-unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
+pub(crate) unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
     // SAFETY: the caller's offset is within the panel scales.
     unsafe {
         match p {
@@ -780,6 +780,33 @@ pub unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, q: *mut i8)
             let r = S::rint(S::maxf(S::minf(S::divf(v, s), hi), lo));
             S::store_i8(q.add(i), r);
         }
+    }
+}
+
+/// Quantises `k` floats in groups of `group`, a multiple of 16, each with a scale `absmax/127` of its own, written to
+/// `scales`; codes of a group whose scale is 0 are 0. Returns false at the first group that is not finite.
+///
+/// # Safety
+/// `x` and `q` reach the next multiple of 16, `scales` has a place for each group; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn quantise_groups<S: Simd>(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8) -> bool {
+    // SAFETY: as the contract says.
+    unsafe {
+        for (j, at) in (0..k).step_by(group).enumerate() {
+            let len = group.min(k - at);
+            let top = absmax_bits::<S>(x.add(at), len);
+            if top >= 0x7f80_0000 {
+                return false;
+            }
+            let s = f32::from_bits(top) / 127.0;
+            *scales.add(j) = s;
+            if s == 0.0 {
+                q.add(at).write_bytes(0, len.next_multiple_of(16));
+            } else {
+                quantise::<S>(x.add(at), len.next_multiple_of(16), s, q.add(at));
+            }
+        }
+        true
     }
 }
 

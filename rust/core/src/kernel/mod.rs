@@ -210,10 +210,8 @@ pub struct Kernels {
     pub gemm_mr: usize,
     /// Panels of the dense float kernel.
     pub gemm_np: usize,
-    /// See [`generic::absmax_bits`].
-    pub absmax_bits: unsafe fn(*const f32, usize) -> u32,
-    /// See [`generic::quantise`].
-    pub quantise: unsafe fn(*const f32, usize, f32, *mut i8),
+    /// See [`generic::quantise_groups`].
+    pub quantise_groups: unsafe fn(*const f32, usize, usize, *mut f32, *mut i8) -> bool,
     /// See [`generic::code_sums`].
     pub code_sums: unsafe fn(*const i8, usize, *mut i32),
     /// See [`generic::sum_blocks`].
@@ -289,14 +287,9 @@ macro_rules! instantiate {
                 unsafe { generic::gemm::<$v, NP, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn absmax_bits(x: *const f32, n: usize) -> u32 {
+            unsafe fn quantise_groups(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8) -> bool {
                 // SAFETY: as above.
-                unsafe { generic::absmax_bits::<$v>(x, n) }
-            }
-            $(#[$feature])*
-            unsafe fn quantise(x: *const f32, n: usize, s: f32, q: *mut i8) {
-                // SAFETY: as above.
-                unsafe { generic::quantise::<$v>(x, n, s, q) }
+                unsafe { generic::quantise_groups::<$v>(x, k, group, scales, q) }
             }
             $(#[$feature])*
             unsafe fn code_sums(q: *const i8, seg: usize, out: *mut i32) {
@@ -485,8 +478,7 @@ macro_rules! instantiate {
                 gemm: gemm_pick,
                 gemm_mr: [$($mr),*].len(),
                 gemm_np: $gnp,
-                absmax_bits,
-                quantise,
+                quantise_groups,
                 code_sums,
                 sum_blocks,
                 finish_raw,

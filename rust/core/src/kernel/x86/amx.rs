@@ -5,7 +5,7 @@
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
+use crate::kernel::generic::{self, group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -231,33 +231,39 @@ unsafe fn flush<const MT: usize, const KIND: u8>(a: &TileGrp, seg: usize, tiles:
         let g = *a.seg_group.add(seg) as usize * 16;
         let dbl = V::splat(a.dbl);
         let act_groups = !a.act0.scales.is_null();
+        let (int_zeros, float_zeros) = (!a.zeros[0].is_null(), !a.fzeros[0].is_null());
+        let mut scales = [V::splatf(0.0); 2];
+        let mut z = [V::splat(1); 2];
+        let mut zf = [V::splatf(0.0); 2];
         for p in 0..2 {
-            let s = match a.scales[p].offset(g) {
-                ScalePtr::F32(q) => V::loadf(q),
-                ScalePtr::F16(q) => V::load_f16(q),
-                ScalePtr::BF16(q) => V::load_bf16(q),
-            };
-            let (int_zeros, float_zeros) = (!a.zeros[p].is_null(), !a.fzeros[p].is_null());
-            let z = if KIND == UNSIGNED && int_zeros { V::load_u8(a.zeros[p].add(g)) } else { V::splat(1) };
-            let zf = if KIND == UNSIGNED && float_zeros { V::loadf(a.fzeros[p].add(g)) } else { V::splatf(0.0) };
-            for t in 0..MT {
-                let act = if t == 0 { &a.act0 } else { &a.act1 };
-                let at = seg * act.rows;
-                for r in 0..16 {
-                    let mut d = V::load(tiles.add((t * 2 + p) * 256 + r * 16).cast());
-                    let s = if act_groups { V::mulf(s, V::splatf(*act.scales.add(at + r))) } else { s };
+            scales[p] = generic::scales::<V>(a.scales[p], g);
+            if KIND == UNSIGNED && int_zeros {
+                z[p] = V::load_u8(a.zeros[p].add(g));
+            }
+            if KIND == UNSIGNED && float_zeros {
+                zf[p] = V::loadf(a.fzeros[p].add(g));
+            }
+        }
+        for t in 0..MT {
+            let act = if t == 0 { &a.act0 } else { &a.act1 };
+            let at = seg * act.rows;
+            for r in 0..16 {
+                let row = if act_groups { V::splatf(*act.scales.add(at + r)) } else { V::splatf(1.0) };
+                let sum = if KIND == UNSIGNED { V::splat(*act.sums.add(at + r)) } else { V::splat(0) };
+                for p in 0..2 {
+                    let d = V::load(tiles.add((t * 2 + p) * 256 + r * 16).cast());
+                    let s = if act_groups { V::mulf(scales[p], row) } else { scales[p] };
                     let c = a.c.add((t * 16 + r) * a.ldc + p * 16);
                     let mut f = V::loadf(c);
                     if KIND == FLOAT {
                         f = V::fma(V::from_bits(d), s, f);
                     } else if KIND == UNSIGNED {
-                        let sum = V::splat(*act.sums.add(at + r));
-                        d = V::add(d, V::and(d, dbl));
+                        let d = V::add(d, V::and(d, dbl));
                         if float_zeros {
                             f = V::fma(V::cvt(d), s, f);
-                            f = V::fma(V::cvt(sum), V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf)))), f);
+                            f = V::fma(V::cvt(sum), V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf[p])))), f);
                         } else {
-                            f = V::fma(V::cvt(V::sub(d, V::mul(z, sum))), s, f);
+                            f = V::fma(V::cvt(V::sub(d, V::mul(z[p], sum))), s, f);
                         }
                     } else {
                         f = V::fma(V::cvt(d), s, f);
