@@ -21,6 +21,7 @@ from .qtensor import QTensor
 
 if TYPE_CHECKING:
     from . import io, testing
+    from ._hadamard import hadamard
     from ._info import info
     from .io import load, save
     from .testing import self_test
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "formats",
     "get_num_threads",
+    "hadamard",
     "info",
     "io",
     "load",
@@ -47,6 +49,7 @@ __all__ = [
 
 # Loaded when first asked for: importing the package stays cheap.
 _LAZY = {
+    "hadamard": "_hadamard",
     "info": "_info",
     "io": "",
     "load": "io",

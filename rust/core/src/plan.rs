@@ -106,7 +106,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     let (n, k) = (w.n, w.geometry.k);
     let base =
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
-    if isa == Isa::Amx && m > 8 && (raw || segs.len >= 32) {
+    if isa == Isa::Amx && m > 8 && (raw || segs.len >= 16) {
         let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
     }

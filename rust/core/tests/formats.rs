@@ -65,6 +65,8 @@ fn names_round_trip() {
     assert_eq!(Format::parse("mxfp4_g32_floor").unwrap().to_string(), "mxfp4");
     assert_eq!(Format::parse("mxfp6_e2m3_g64_rceil").unwrap().to_string(), "mxfp6_e2m3_g64_rceil");
     assert_eq!(Format::parse("bfp8").unwrap().group, Some(16));
+    assert_eq!(Format::parse("msfp12").unwrap().to_string(), "bfp4");
+    assert_eq!(Format::parse("msfp16_g32").unwrap().to_string(), "bfp8_g32");
 }
 
 #[test]

@@ -16,14 +16,25 @@ fn quote(s: &str) -> String {
     }
 }
 
+/// Other names of elements. MSFP is a sign, a magnitude and a shared exponent: `bfp` without the lowest code.
+const ALIASES: [(&str, &str); 2] = [("msfp12", "bfp4"), ("msfp16", "bfp8")];
+
+/// Whether a name is an element's, with or without suffixes.
+fn starts(name: &str, element: &str) -> bool {
+    name.strip_prefix(element).is_some_and(|r| r.is_empty() || r.starts_with('_'))
+}
+
 pub(super) fn parse(name: &str) -> Result<Format> {
+    let (alias, own) = ALIASES.into_iter().find(|(a, _)| starts(name, a)).unwrap_or(("", ""));
+    let spelled = format!("{own}{}", &name[alias.len()..]);
+    let parts = &spelled[..];
     // Names of elements may hold underscores: the longest that fits.
-    let fits = |e: &&Element| name.strip_prefix(e.name).is_some_and(|r| r.is_empty() || r.starts_with('_'));
+    let fits = |e: &&Element| starts(parts, e.name);
     let Some(element) = table().filter(fits).max_by_key(|e| e.name.len()) else {
         return unknown(name);
     };
     let (mut group, mut scale, mut mode) = (None, None, None);
-    for part in name[element.name.len()..].split('_').skip(1) {
+    for part in parts[element.name.len()..].split('_').skip(1) {
         if mode.is_some() {
             return fail(format!("format {}: {} after the scale mode", quote(name), quote(part)));
         }

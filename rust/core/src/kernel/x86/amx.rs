@@ -36,17 +36,22 @@ impl Config {
 
 static CONFIG64: Config = Config::new(64);
 static CONFIG32: Config = Config::new(32);
+static CONFIG16: Config = Config::new(16);
 
 /// Holds the tile configuration of this thread; releases it when dropped, which leaves the tile state clean.
 pub struct Tiles(());
 
 impl Tiles {
-    /// Configures tiles for steps of `k` = 64 or 32.
+    /// Configures tiles for steps of `k` = 64, 32 or 16.
     ///
     /// # Safety
     /// The process has AMX permission.
     pub unsafe fn new(k: usize) -> Self {
-        let c = if k == 32 { &CONFIG32 } else { &CONFIG64 };
+        let c = match k {
+            16 => &CONFIG16,
+            32 => &CONFIG32,
+            _ => &CONFIG64,
+        };
         // SAFETY: the 64-byte configuration is valid; the operand is declared as the whole structure by the pointer and
         // the absence of `nomem`.
         unsafe { asm!("ldtilecfg [{}]", in(reg) c, options(nostack, readonly)) };
@@ -74,6 +79,8 @@ pub struct TileGrp {
     pub steps: usize,
     /// Steps of a segment (0: half a step).
     pub seg_steps: usize,
+    /// Segments of a step, 2 or 4, where `seg_steps` is 0.
+    pub parts: usize,
     /// First segment.
     pub seg0: usize,
     /// Group of each segment.
@@ -285,12 +292,12 @@ unsafe fn grouped_body<const MT: usize, const KIND: u8>(a: &TileGrp) {
         let mut buf = std::mem::MaybeUninit::<Pair>::uninit();
         let buf = buf.as_mut_ptr().cast::<i32>();
         let (count, per) =
-            if a.seg_steps == 0 { (a.steps * 2, 0) } else { (a.steps.div_ceil(a.seg_steps), a.seg_steps) };
+            if a.seg_steps == 0 { (a.steps * a.parts, 0) } else { (a.steps.div_ceil(a.seg_steps), a.seg_steps) };
         for i in 0..=count {
             if i < count {
-                // Offsets of segment i: whole steps, or halves of one (A: 32 bytes into each row, B: 8 rows on).
+                // Offsets of segment i: whole steps, or parts of one (A: so many bytes into each row, B: rows on).
                 let (ao, bo, n) = if per == 0 {
-                    ((i / 2) * 1024 + (i % 2) * 32, i * 512, 1)
+                    ((i / a.parts) * 1024 + (i % a.parts) * (64 / a.parts), i * (1024 / a.parts), 1)
                 } else {
                     (i * per * 1024, i * per * 1024, per.min(a.steps - i * per))
                 };
