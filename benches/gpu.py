@@ -227,29 +227,82 @@ def torch_peers(n: int, k: int, m: int) -> dict[str, float]:
 
 def rows(quick: bool) -> list[tuple[str, str, int, int, int]]:
     """Return (format, compute, N, K, M) of every row."""
-    ms = [1, 16, 64, 1024] if quick else [1, 8, 16, 32, 64, 128, 1024, 4096]
     out = []
     for n, k in SHAPES:
-        for m in ms:
-            for fmt, compute in (("int4_g128", "f32"), ("int4_g128", "int8"), ("int8", "int8")):
-                out.append((fmt, compute, n, k, m))
-            if m <= 16:
+        for m in [1, 16, 64, 1024] if quick else [1, 8, 16, 32, 64, 128, 1024]:
+            out.append(("int4_g128", "f32", n, k, m))
+            if m in (1, 16, 64, 1024):
+                out.append(("int4_g128", "int8", n, k, m))
+                out.append(("int8", "int8", n, k, m))
+            if m in (1, 8):
                 for fmt in ("int2_g128", "bipolar1_g128", "int3_g128", "int8"):
                     out.append((fmt, "f32", n, k, m))
             if m >= 1024:
                 out.append(("int4", "int8", n, k, m))
+        if n == 14336:
+            out.append(("int4_g128", "f32", n, k, 4096))
+        if (n, k) in ((4096, 4096), (14336, 4096)):
+            out += [("int8", "int8", n, k, 4096), ("int4", "int8", n, k, 4096)]
     return out
+
+
+def bit_rows() -> list[tuple[int, int, int, int]]:
+    """Return (bits of both sides, N, K, M)."""
+    sizes = [(4096, 4096, 1), (4096, 4096, 16), (4096, 4096, 4096), (8192, 8192, 8192)]
+    return [(b, *size) for b in (1, 2) for size in sizes]
+
+
+def bits_entry(bits: int, n: int, k: int, m: int) -> dict[str, Any]:
+    """Time the raw sums of two bipolar tensors, both packed; the weights are not rotated."""
+    sides = [
+        nb.QTensor._wrap(Storage(random_storage(f"bipolar{bits}", r, k, r), 0)) for r in (m, n)
+    ]
+    x, w = sides
+    y = cupy.empty((m, n), np.int32)
+    nb.matmul(x, w.T, dtype=np.int32, out=y)
+    want = x[: min(m, 64)].codes().astype(np.int64) @ w[-64:].codes().astype(np.int64).T
+    if (y[: min(m, 64), -64:].get() != want).any():
+        raise AssertionError(f"bipolar{bits}: wrong sums")
+    us = microseconds([lambda: nb.matmul(x, w.T, dtype=np.int32, out=y)])
+    row = f"nibblas W{bits}A{bits} bit planes, raw sums"
+    return {"row": row, "n": n, "k": k, "m": m, "us": us, "tops": 2.0 * m * n * k / us / 1e6}
+
+
+def write(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
+    """Write the rows so far as JSON and as a table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name.lower().replace(" ", "-")
+    record = {"device": name, "cupy": cupy.__version__, "rows": table}
+    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        f"# {name}",
+        "",
+        "Made by `python benches/gpu.py --out benches/results`; how is said in its first lines.",
+        "",
+        "| row | N x K | M | us | x cuBLAS f16 | GB/s | T/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(table, key=lambda r: (r["n"], r["k"], r["m"], r["row"])):
+        ratio = f"{r['x']:.2f}" if "x" in r else ""
+        lines.append(
+            f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | "
+            f"{r['gb_s']:.0f} | {r['tops']:.0f} |"
+            if "gb_s" in r
+            else f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | | "
+            f"{r['tops']:.0f} |"
+        )
+    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--out", type=Path, help="folder for gpu.json and gpu.md")
+    parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--no-torch", action="store_true", help="leave PyTorch's kernels out")
     options = parser.parse_args()
-    properties = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
-    name = properties["name"].decode()
+    index = cupy.cuda.Device().id
+    name = cupy.cuda.runtime.getDeviceProperties(index)["name"].decode()
     table: list[dict[str, Any]] = []
     base: dict[tuple[int, int, int], float] = {}
     held: tuple[str, int, int] | None = None
@@ -260,63 +313,55 @@ def main() -> None:
     ]
     wanted.sort(key=lambda r: (r[2], r[3], r[0]))
     print(f"{name}, CuPy {cupy.__version__}")
+    for n, k, m in sorted({r[2:] for r in wanted}):
+        base[n, k, m] = cublas(n, k, m)
+        peers = {"cublas f16": base[n, k, m]}
+        if not options.no_torch and m in (1, 16, 1024, 4096):
+            peers |= torch_peers(n, k, m)
+        for peer, us in peers.items():
+            flops = 2.0 * m * n * k
+            entry = {"row": peer, "n": n, "k": k, "m": m, "us": us, "x": base[n, k, m] / us}
+            table.append({**entry, "tops": flops / us / 1e6})
     for fmt, compute, n, k, m in wanted:
-        if (n, k, m) not in base:
-            tensors = []
-            held = None
-            cupy.get_default_memory_pool().free_all_blocks()
-            base[n, k, m] = cublas(n, k, m)
-            entry = {"row": "cublas f16", "n": n, "k": k, "m": m, "us": base[n, k, m], "x": 1.0}
-            table.append(entry)
-            if not options.no_torch:
-                cupy.get_default_memory_pool().free_all_blocks()
-                for peer, us in torch_peers(n, k, m).items():
-                    table.append(
-                        {"row": peer, "n": n, "k": k, "m": m, "us": us, "x": base[n, k, m] / us}
-                    )
         if held != (fmt, n, k):
             tensors = []
             cupy.get_default_memory_pool().free_all_blocks()
             storage = random_storage(fmt, n, k)
-            tensors = copies(Storage(storage, cupy.cuda.Device().id))
+            tensors = copies(Storage(storage, index))
             held = (fmt, n, k)
         assert storage is not None
         x, y = random_half(m, k), cupy.empty((m, n), np.float16)
-        error = check(storage, tensors[0], x[:300], compute)
+        error = check(storage, tensors[0], x[:300] if compute == "int8" else x, compute)
         us = microseconds(products(tensors, x, compute, y))
         nbytes = tensors[0]._storage.panels.nbytes + x.nbytes + y.nbytes
-        table.append(
-            {
-                "row": f"nibblas {fmt} {compute}",
-                "n": n,
-                "k": k,
-                "m": m,
-                "us": us,
-                "x": base[n, k, m] / us,
-                "gb_s": nbytes / us / 1000,
-                "tops": 2.0 * m * n * k / us / 1e6,
-                "error": error,
-            }
-        )
-        r = table[-1]
+        r = {
+            "row": f"nibblas {fmt} {compute}",
+            "n": n,
+            "k": k,
+            "m": m,
+            "us": us,
+            "x": base[n, k, m] / us,
+            "gb_s": nbytes / us / 1000,
+            "tops": 2.0 * m * n * k / us / 1e6,
+            "error": error,
+            "plan": str(nb.explain(x, tensors[0].T, compute=compute)),
+        }
+        table.append(r)
         print(
             f"{r['row']:28s} {n:6d}x{k:<6d} M={m:<5d} {us:9.2f} us  {r['x']:5.2f}x  "
             f"{r['gb_s']:7.0f} GB/s {r['tops']:7.1f} T/s  err {error:.1e}",
             flush=True,
         )
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        stem = name.lower().replace(" ", "-")
-        record = {"device": name, "cupy": cupy.__version__, "rows": table}
-        (options.out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        lines = [f"# {name}", "", "| row | N x K | M | us | x cuBLAS f16 | GB/s | T/s |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for r in sorted(table, key=lambda r: (r["n"], r["k"], r["m"], r["row"])):
-            lines.append(
-                f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {r['x']:.2f} | "
-                f"{r.get('gb_s', 0):.0f} | {r.get('tops', 0):.0f} |"
-            )
-        (options.out / f"{stem}.md").write_text("\n".join(lines) + "\n")
+        if options.out:
+            write(options.out, name, table)
+    tensors = []
+    cupy.get_default_memory_pool().free_all_blocks()
+    for bits, n, k, m in [] if options.only else bit_rows():
+        r = bits_entry(bits, n, k, m)
+        table.append(r)
+        print(f"{r['row']} {n}x{k} M={m} {r['us']:.2f} us {r['tops'] / 1000:.2f} POPS", flush=True)
+        if options.out:
+            write(options.out, name, table)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ struct Args {
     i64 y_row, y_col;
     int m, n, k, places, group, padded;
     int kind, out_kind, y_kind;
+    int plain; // rows of whole runs of 16, 16-byte aligned, without gaps
 };
 
 // Index along K of a place, or -1.
@@ -63,6 +64,30 @@ DEVICE u32 warp_max(u32 v) {
     return r;
 }
 
+// Sixteen consecutive elements of a row of floats.
+DEVICE void load_run(const Args &a, i64 m, int run, float v[16]) {
+    if (a.kind == KIND_F32) {
+        const float4 *p = (const float4 *)((const float *)a.x + m * a.x_row) + run * 4;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float4 f = p[i];
+            v[4 * i] = f.x, v[4 * i + 1] = f.y, v[4 * i + 2] = f.z, v[4 * i + 3] = f.w;
+        }
+    } else {
+        const uint4 *p = (const uint4 *)((const u16 *)a.x + m * a.x_row) + run * 2;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const uint4 h = p[i];
+            const u32 w[4] = {h.x, h.y, h.z, h.w};
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const u16 b = (u16)(w[j / 2] >> (16 * (j & 1)));
+                v[8 * i + j] = a.kind == KIND_F16 ? f32_of_f16(b) : f32_of_bf16(b);
+            }
+        }
+    }
+}
+
 // s = absmax/127, q = clip(rint(x/s), -127, 127): one IEEE division each, ties to even; 0 where s is 0. int8 is taken as
 // codes with scale 1. A block per row.
 extern "C" __global__ void quantise(const Args a) {
@@ -74,8 +99,17 @@ extern "C" __global__ void quantise(const Args a) {
     bool bad = false;
     if (!codes) {
         u32 top = 0;
-        for (int k = threadIdx.x; k < a.k; k += blockDim.x)
-            top = max(top, __float_as_uint(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)) & 0x7fffffffu);
+        if (a.plain) {
+            for (int run = threadIdx.x; run < a.k / 16; run += blockDim.x) {
+                float v[16];
+                load_run(a, m, run, v);
+#pragma unroll
+                for (int i = 0; i < 16; i++) top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
+            }
+        } else {
+            for (int k = threadIdx.x; k < a.k; k += blockDim.x)
+                top = max(top, __float_as_uint(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)) & 0x7fffffffu);
+        }
         top = warp_max(top);
         if ((threadIdx.x & 31) == 0) tops[threadIdx.x >> 5] = top;
         __syncthreads();
@@ -85,6 +119,24 @@ extern "C" __global__ void quantise(const Args a) {
         s = __fdiv_rn(__uint_as_float(top), 127.0f);
     }
     if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : s;
+    if (a.plain) {
+        for (int run = threadIdx.x; run < a.places / 16; run += blockDim.x) {
+            u32 w[4] = {0, 0, 0, 0};
+            if (run < a.k / 16 && !bad && s != 0.0f) {
+                float v[16];
+                load_run(a, m, run, v);
+#pragma unroll
+                for (int i = 0; i < 16; i++) {
+                    const float r = rintf(__fdiv_rn(v[i], s));
+                    const int q = (int)fminf(fmaxf(r, -127.0f), 127.0f);
+                    const int at = byte_order(i);
+                    w[at / 4] |= (u32)(q & 255) << (8 * (at % 4));
+                }
+            }
+            ((uint4 *)out)[run] = make_uint4(w[0], w[1], w[2], w[3]);
+        }
+        return;
+    }
     // Sixteen places at a time, written in the order of byte_order.
     for (int p = 4 * threadIdx.x; p < a.places; p += 4 * blockDim.x) {
         const int run = p & ~15, t = (p & 15) >> 2;

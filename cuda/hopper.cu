@@ -17,7 +17,10 @@ constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, STAGES = NB_ST
 constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, SC16 = NB_SC16;
 
 constexpr int R = 64 * WG, THREADS = 128 * WG; // threads that multiply
-constexpr int EXTRA = WG == 2 && T >= 128 ? 128 : 32;         // the one that copies, and its company where registers are handed over
+// The warp that copies, and its company where registers are handed over: HANDED for each thread that multiplies, no more in
+// all than the block was launched with.
+constexpr int HANDED = WG == 4 ? 112 : WG == 2 && T >= 128 ? 240 : 0;
+constexpr int EXTRA = HANDED ? 128 : 32;
 constexpr bool INT = ACT == ACT_S8;
 constexpr int PARTS = INT ? 1 : 2; // of 128 bytes, in a row of a chunk
 constexpr int X_STAGE = T * 128 * PARTS;
@@ -89,7 +92,8 @@ DEVICE u32 centred8(u32 q, u32 by) {
 extern __shared__ __align__(1024) char dynamic[];
 
 extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __grid_constant__ Args a, const __grid_constant__ Map map) {
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int tid = threadIdx.x, lane = tid & 31;
+    const int warp = tid >> 5;
     const int g = lane >> 2, t = lane & 3;
     const int m0 = blockIdx.y * T;
     __shared__ u64 ready[STAGES], empty[STAGES];
@@ -108,8 +112,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
     here.start(begin, end, a.chunks);
     int stage = 0, phase = 0;
 
-    if (warp >= 4 * WG) {
-        if (EXTRA == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (tid >= THREADS) {
+        if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (tid == THREADS) {
             const int last = a.n_padded / 64 - 1;
             while (!here.done()) {
@@ -146,7 +150,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
         return;
     }
 
-    if (EXTRA == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+    if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
     Sum acc[C];
     float total[GROUPED ? C : 1];
     u32 w[2][8];

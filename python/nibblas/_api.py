@@ -148,7 +148,7 @@ def explain(
     *,
     compute: str = "f32",
     threads: SupportsIndex | None = None,
-) -> _core.Plan:
+) -> Any:
     """Say how :func:`matmul` would compute a product, without computing it.
 
     Parameters
@@ -171,6 +171,10 @@ def explain(
         q, other, right = a, b, False
     else:
         raise TypeError(f"nibblas.explain needs a QTensor, got {_kind(a)} and {_kind(b)}")
+    if _on_device(other):
+        from . import cuda
+
+        return cuda.explain(other, q, compute)
     x = other if isinstance(other, QTensor) else _import(other)
     shape = tuple(x.shape)
     _check_inner(shape, q, right)

@@ -59,7 +59,9 @@ template <int STEP> struct Place {
 };
 
 // A barrier of some threads of the block.
-template <int THREADS> DEVICE void meet() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
+template <int THREADS, int NUMBER> DEVICE void meet() {
+    asm volatile("bar.sync %0, %1;" ::"n"(NUMBER), "n"(THREADS) : "memory");
+}
 
 // A run of chunks that is not all of K: its sums go to the workspace, and the last block to arrive adds those of all
 // blocks, in the order of K, which makes the result the same every time.
@@ -81,13 +83,13 @@ struct Share {
     template <int THREADS> DEVICE bool complete(const Args &a, int row_block) const {
         __shared__ int arrived;
         __threadfence();
-        meet<THREADS>();
+        meet<THREADS, 1>();
         if (threadIdx.x == 0) {
             int *counter = a.counters + blockIdx.y * a.row_blocks + row_block;
             arrived = atomicAdd(counter, 1);
             if (arrived == last - first) *counter = 0; // as the next launch expects it
         }
-        meet<THREADS>();
+        meet<THREADS, 1>();
         const bool all = arrived == last - first;
         if (all) __threadfence();
         return all;

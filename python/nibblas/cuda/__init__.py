@@ -5,6 +5,24 @@ Imported when a CuPy array or a ``cuda`` device is first met; importing nibblas 
 
 from __future__ import annotations
 
-from ._product import Panels, Storage, is_device_array, place, product, product_both, require
+from ._product import (
+    Panels,
+    Storage,
+    explain,
+    is_device_array,
+    place,
+    product,
+    product_both,
+    require,
+)
 
-__all__ = ["Panels", "Storage", "is_device_array", "place", "product", "product_both", "require"]
+__all__ = [
+    "Panels",
+    "Storage",
+    "explain",
+    "is_device_array",
+    "place",
+    "product",
+    "product_both",
+    "require",
+]

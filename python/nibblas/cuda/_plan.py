@@ -122,6 +122,9 @@ class Cut(NamedTuple):
 def choose(p: Problem) -> Cut:
     """Return the cut for a problem."""
     nt = 1 if p.m <= 8 else 2 if p.m <= 16 else 4 if p.m <= 32 else 8
+    small = 24 * p.multiprocessors <= p.n_padded < 96 * p.multiprocessors
+    if nt == 4 and small and not p.ordered:
+        return Cut(2, 4, 1, 4, sets=2 if p.act == F16 else 1, resident=2, whole=True)
     if p.ordered:
         wn = 2 if nt <= 2 else 1
         if p.zero != 2 and nt <= 2 and p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024:
@@ -211,17 +214,22 @@ def has_hopper(p: Problem) -> bool:
 
 def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
-    if p.m <= 32:
-        return HopperCut(32, 2, resident=2)
+    wide = p.n_padded >= 96 * p.multiprocessors
+    whole = p.n_padded >= 24 * p.multiprocessors
     if p.m <= 64:
-        return HopperCut(64, 2)
-    return HopperCut(128, 2)
+        if p.m > 32 and p.n_padded >= 192 * p.multiprocessors and not p.ordered:
+            return HopperCut(64, 4, whole=True)
+        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3, whole=whole)
+    if p.m <= 128 and not wide:
+        return HopperCut(128, 1, 4, resident=2, whole=whole)
+    return HopperCut(128, 2, whole=wide)
 
 
 def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     """Return the launch of a cut."""
     t, wg = cut.t, cut.wg
-    rows, threads = 64 * wg, 128 * wg + (128 if wg == 2 and t >= 128 else 32)
+    handed = wg == 4 or (wg == 2 and t >= 128)
+    rows, threads = 64 * wg, 128 * wg + (128 if handed else 32)
     row_blocks = -(-p.n_padded // rows)
     width = 1 if p.act == S8 else 2
     scale_bytes = (2 if p.sc16 else 4) + (1 if p.zero else 0)
@@ -252,7 +260,10 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
 
 def plan(p: Problem) -> Plan:
     """Return the launch for a problem."""
-    if p.m > 16 and has_hopper(p):
+    # Up to 32 rows the narrow nest reads a small matrix twice in less time.
+    small = 24 * p.multiprocessors <= p.n_padded < 96 * p.multiprocessors
+    few = 32 if small and not p.ordered else 16
+    if p.m > few and has_hopper(p):
         return build_hopper(p, choose_hopper(p))
     cut = choose(p)
     made = build(p, cut)
@@ -271,9 +282,16 @@ def plan(p: Problem) -> Plan:
 
 
 def plan_bits(m: int, n: int) -> Plan:
-    """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights."""
-    wg, t, stages = 2, 256 if m > 512 and n > 512 else 128 if m > 64 else 64, 4
+    """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights.
+
+    Its grid holds the blocks of a multiprocessor.
+    """
+    if m <= 64:
+        wg, t, stages, resident = 1, 64, 8, 1
+    else:
+        wg, t, stages, resident = 4, 128, 4, 1
     rows = 64 * wg
     defines = (("T", t), ("WG", wg), ("STAGES", stages))
     shared = stages * (rows + t) * 128 + 1024
-    return Plan("bits", defines, (0, 1), 128 * wg + 32, shared, 0, rows, t, 0, True)
+    threads = 128 * wg + 32
+    return Plan("bits", defines, (resident, 1), threads, shared, 0, rows, t, 0, True)

@@ -15,12 +15,21 @@ from .._api import _check_inner, _float_dtype, _kind, _raise_cast
 from ..formats import Format
 from ..qtensor import QTensor, _powers, _Storage
 from ._launch import arch, device_properties, has_wgmma, kernel, tensor_map, workspace
-from ._plan import BF16, CHUNK, F16, S8, Problem, padded_group, plan, plan_bits
+from ._plan import BF16, CHUNK, F16, S8, Plan, Problem, padded_group, plan, plan_bits
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["Panels", "Storage", "is_device_array", "place", "product", "product_both", "require"]
+__all__ = [
+    "Panels",
+    "Storage",
+    "explain",
+    "is_device_array",
+    "place",
+    "product",
+    "product_both",
+    "require",
+]
 
 _KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int8": 4}
 _COMPUTES = ("f32", "bf16", "int8")
@@ -103,7 +112,7 @@ class _ActArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "out", "scale", "parts_in", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("x_row", "x_col", "y_row", "y_col")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "places", "group", "padded")),
-        *((name, ctypes.c_int) for name in ("kind", "out_kind", "y_kind")),
+        *((name, ctypes.c_int) for name in ("kind", "out_kind", "y_kind", "plain")),
     ]
 
 
@@ -470,7 +479,7 @@ def _run_bits(x: Panels, w: Panels, y: Any, bias: Any, cupy: Any) -> None:
     args.p, args.q = w.bits, x.bits
     args.y_kind = -1 if y.dtype.kind == "i" else _KINDS[np.dtype(y.dtype).name]
     args.m_blocks, args.n_blocks = -(-x.rows // pl.tokens), -(-w.rows // pl.rows)
-    blocks = min(args.m_blocks * args.n_blocks, device_properties(w.device)[0])
+    blocks = min(args.m_blocks * args.n_blocks, device_properties(w.device)[0] * pl.grid[0])
     kernel(w.device, "bits.cu", "bits", pl.defines).launch(
         (blocks, 1),
         pl.threads,
@@ -549,6 +558,52 @@ def _strides(a: Any) -> tuple[int, int]:
     return a.strides[0] // size, a.strides[1] // size
 
 
+def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]:
+    """Return what the plan depends on, and whether rows are split in three of bfloat16."""
+    split = False
+    if compute == "int8":
+        act = S8
+    elif compute == "bf16" or kind == 1:
+        act = BF16
+    elif kind == 0:
+        act = F16
+    else:
+        act, split = BF16, True
+    grouped = 0
+    if p.grouped_rows:
+        grouped = {32: 4, 64: 2}.get(p.padded, 1)
+    elif act == S8 and p.zero == 2:
+        grouped = 1
+    processors, limit = device_properties(p.device)
+    problem = Problem(
+        3 * m if split else m,
+        p.n_padded,
+        p.chunks,
+        p.groups,
+        act,
+        p.bits,
+        grouped,
+        p.zero,
+        p.sc16,
+        processors,
+        limit,
+        p.mul,
+        p.zero_top,
+        has_wgmma(p.device),
+    )
+    return problem, split
+
+
+def explain(x: Any, q: QTensor, compute: str) -> Plan:
+    """Return the plan of a product; the operands are as for :func:`product`."""
+    import cupy
+
+    x = _import(x, cupy)
+    kind = _KINDS.get(np.dtype(x.dtype).name, 2)
+    m = x.size // max(q._storage.cols, 1)
+    return plan(_problem(_panels(q._storage, int(x.device.id)), m, compute, kind)[0])
+
+
 def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: Any = None) -> None:
     """Compute y = x W^T for matrices; every argument is checked."""
     m, k = x.shape
@@ -563,18 +618,10 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
     kind = _KINDS[np.dtype(x.dtype).name]
     places = p.chunks * CHUNK
     scale = None
-    split = False
-    if compute == "int8":
-        if p.longest >= 1 << 31:
-            raise ValueError("integer sums of this length could overflow int32")
-        act = S8
-    elif compute == "bf16" or kind == 1:
-        act = BF16
-    elif kind == 0:
-        act = F16
-    else:
-        act, split = BF16, True
-    rows = 3 * m if split else m
+    if compute == "int8" and p.longest >= 1 << 31:
+        raise ValueError("integer sums of this length could overflow int32")
+    problem, split = _problem(p, m, compute, kind)
+    pl, act, rows = plan(problem), problem.act, problem.m
     direct = (
         act != S8
         and not split
@@ -597,6 +644,14 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
         args.kind = kind
         args.out_kind = 2 if split else act
         if act == S8:
+            args.plain = (
+                kind in (0, 1, 2)
+                and (not p.grouped_rows or p.group == p.padded)
+                and k % 16 == 0
+                and x.strides[1] == x.itemsize
+                and x.strides[0] % 16 == 0
+                and x.data.ptr % 16 == 0
+            )
             scale = cupy.empty(m, _F32)
             args.scale = scale.data.ptr
             kernel(p.device, "activations.cu", "quantise").launch(
@@ -615,31 +670,6 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
     target, y_kind = y, _KINDS[np.dtype(y.dtype).name]
     if split:
         target, y_kind = cupy.empty((rows, p.rows), _F32), _KINDS["float32"]
-    grouped = 0
-    if p.grouped_rows:
-        grouped = {32: 4, 64: 2}.get(p.padded, 1)
-    elif act == S8 and p.zero == 2:
-        grouped = 1
-    chunks_per_group = max(p.padded // CHUNK, 1) if grouped else 1
-    processors, limit = device_properties(p.device)
-    pl = plan(
-        Problem(
-            rows,
-            p.n_padded,
-            p.chunks,
-            p.groups,
-            act,
-            p.bits,
-            grouped,
-            p.zero,
-            p.sc16,
-            processors,
-            limit,
-            p.mul,
-            p.zero_top,
-            has_wgmma(p.device),
-        )
-    )
     g = _GemmArgs()
     for i, plane in enumerate(p.planes):
         g.planes[i] = plane.data.ptr
@@ -656,7 +686,8 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
     g.ldx = ldx
     g.y_row, g.y_col = _strides(target)
     g.m, g.n, g.n_padded, g.k_bytes = rows, p.rows, p.n_padded, k_bytes
-    g.chunks, g.groups, g.chunks_per_group = p.chunks, p.groups, chunks_per_group
+    g.chunks, g.groups = p.chunks, p.groups
+    g.chunks_per_group = max(p.padded // CHUNK, 1) if problem.grouped else 1
     g.row_blocks, g.y_kind, g.mul, g.sub = pl.row_blocks, y_kind, p.mul, p.sub
     boxes = []
     if pl.nest == "hopper":
