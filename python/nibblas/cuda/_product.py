@@ -256,6 +256,8 @@ def _linear(fmt: Format) -> tuple[int, int]:
         or values[0] != int(values[0])
     ):
         raise ValueError(f"{fmt} is not available on CUDA: its values are not evenly spaced")
+    if fmt.scale not in ("f32", "f16", "bf16", "e8m0") or fmt.element.tensor_scale:
+        raise ValueError(f"{fmt} is not available on CUDA: scales of type {fmt.scale}")
     return int(mul), -int(values[0])
 
 
@@ -274,7 +276,14 @@ class Storage(_Storage):
 
     def __init__(self, host: _Storage, number: int) -> None:
         super().__init__(
-            host.format, host.rows, host.cols, host.codes, host.scales, host.zeros, host.bounds
+            host.format,
+            host.rows,
+            host.cols,
+            host.codes,
+            host.scales,
+            host.zeros,
+            host.bounds,
+            host.tensor,
         )
         self.number = number
         self.device = f"cuda:{number}"
