@@ -5,7 +5,7 @@ use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
-use crate::kernel::{self, ActRows, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
+use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
@@ -969,8 +969,13 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
 
 /// Activations that are not quantised have neither sums nor scales.
 #[cfg(target_arch = "x86_64")]
-const NO_SUMS: ActRows =
-    ActRows { codes: std::ptr::null(), block_stride: 0, sums: std::ptr::null(), scales: std::ptr::null(), rows: 0 };
+const NO_SUMS: kernel::ActRows = kernel::ActRows {
+    codes: std::ptr::null(),
+    block_stride: 0,
+    sums: std::ptr::null(),
+    scales: std::ptr::null(),
+    rows: 0,
+};
 
 /// Finishes a row of float sums: the activation scale, then the bias.
 fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {

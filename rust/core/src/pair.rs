@@ -2,7 +2,6 @@
 use crate::activation::Act;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::format::ValueMap;
 use crate::gemm::{
     available, check, grown, int32_limit, int8, nothing, store_row, tasks, tile_ldc, zero_ptrs, IntJob, Options, SLAB,
 };
@@ -334,6 +333,7 @@ fn panel_scale(w: &Packed, n: usize) -> f32 {
 #[cfg(target_arch = "x86_64")]
 mod bits {
     use super::*;
+    use crate::format::ValueMap;
     use crate::isa::Isa;
     use crate::kernel::x86::popcount::{self, Differing};
     use crate::plan::Blocking;
