@@ -244,7 +244,7 @@ pub fn table(isa: Isa) -> &'static Kernels {
 macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
-        fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)?)),*],
+        fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)? $(, short [$fn1:literal, $fn2:literal, $fn4:literal])?)),*],
         lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
         bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
@@ -326,7 +326,10 @@ macro_rules! instantiate {
                        ($bits, 8, 2) => Some((grouped::<$u, $z, 8, $np2, 2, $parts>, $np2)),
                        ($bits, 8, 4) => Some((grouped::<$u, $z, 8, $np4, 4, $parts>, $np4)),
                        $( ($bits, 16, 8) => Some((grouped::<$u, $z, 16, $np8, 8, $parts>, $np8)),
-                          ($bits, 8, 8) => Some((grouped::<$u, $z, 8, $np8, 8, $parts>, $np8)), )? )*
+                          ($bits, 8, 8) => Some((grouped::<$u, $z, 8, $np8, 8, $parts>, $np8)), )?
+                       $( ($bits, 4, 1) => Some((grouped::<$u, $z, 4, $fn1, 1, $parts>, $fn1)),
+                          ($bits, 4, 2) => Some((grouped::<$u, $z, 4, $fn2, 2, $parts>, $fn2)),
+                          ($bits, 4, 4) => Some((grouped::<$u, $z, 4, $fn4, 4, $parts>, $fn4)), )? )*
                     _ => None,
                 } } }
                 if zeros { rows!(true) } else { rows!(false) }
