@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,12 @@ import nibblas as nb
 from nibblas import _core
 
 PACKAGE_ROOT = str(Path(nb.__file__).resolve().parent.parent)
+
+
+def pytest_configure() -> None:
+    """Hear Ctrl-C: what a shell without job control starts in the background is deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def levels() -> list[str]:
