@@ -45,7 +45,8 @@ def random_storage(fmt: str, n: int, k: int, seed: int = 0) -> _Storage:
     if f.has_zeros:
         zeros = rng.integers(0, f.element.levels, scales.shape).astype(np.uint8)
     typed = scales.astype(np.float16) if f.scale == "f16" else scales
-    return _Storage(f, n, k, codes, typed, zeros, None)
+    arrays = {"codes": codes, "scales": typed}
+    return _Storage(f, n, k, arrays if zeros is None else arrays | {"zeros": zeros})
 
 
 def copies(storage: Storage) -> list[nb.QTensor]:

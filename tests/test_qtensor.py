@@ -314,14 +314,18 @@ def test_pickle_of_nonsense_is_refused() -> None:
         (1, -1),
         (1, 2**70),
         (0, "int9"),
-        (4, np.full((4, 1), np.nan, "f4")),
+        (3, state[3] | {"scales": np.full((4, 1), np.nan, "f4")}),
+        (3, state[3] | {"scales": np.ones(4, "f4")}),
+        (3, state[3] | {"scales": np.ones((4, 1), "f2")}),
+        (3, state[3] | {"zeros": np.ones((4, 1), "u1")}),
+        (3, {"codes": state[3]["codes"]}),
     ]:
         changed = list(state)
         changed[at] = bad
-        with pytest.raises(ValueError, match=r"length|shape|scale|element"):
+        with pytest.raises(ValueError, match=r"length|shape|scale|element|arrays"):
             build(*changed)
     changed = list(state)
-    changed[3] = np.full_like(state[3], 0xFF)
+    changed[3] = state[3] | {"codes": np.full_like(state[3]["codes"], 0xFF)}
     with pytest.raises(ValueError, match="code"):
         build(*changed)
 
@@ -377,13 +381,13 @@ def test_pack_without_the_portable_arrays(any_format: str, k: int, zeros: str) -
         z = testing.values(want.scales.shape, 3)
         want = nb.QTensor.from_parts(any_format, want.codes(), want.scales, z)
     q = copy.deepcopy(want)
-    parts = [None if a is None else a.tobytes() for a in (want._storage.arrays())]
+    parts = {name: a.tobytes() for name, a in want.parts.items()}
     x = testing.values((3, k), 9)
     y = x @ q.T
     assert q.pack(keep=False) is q
-    assert q._storage._arrays is None
-    assert [None if a is None else a.tobytes() for a in q._storage.arrays()] == parts
-    assert q._storage._arrays is None
+    assert "codes" not in q._storage._arrays
+    assert {name: a.tobytes() for name, a in q.parts.items()} == parts
+    assert "codes" not in q._storage._arrays
     assert q == want
     assert q.nbytes == want.nbytes
     assert (q.codes() == want.codes()).all()

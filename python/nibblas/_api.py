@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core, _threads
 from .formats import Format
-from .qtensor import _SCALE_DTYPE, QTensor, _Storage
+from .qtensor import _PART_DTYPE, QTensor, _Storage
 from .quantizers import METHODS
 
 __all__ = ["explain", "matmul", "quantize"]
@@ -75,14 +75,13 @@ def quantize(
     if transposed:
         w = w.T
     rows, cols = w.shape
-    groups = fmt.groups(cols)
-    codes = np.zeros((rows, fmt.row_bytes(cols)), np.uint8)
-    scales: NDArray[Any] = np.empty((rows, groups), _SCALE_DTYPE[fmt.scale])
-    zeros = np.empty((rows, groups), np.uint8) if fmt.has_zeros else None
-    bounds = np.empty((rows, groups), np.float32)
-    tensor = _core.quantize(w, fmt, method, codes, scales, zeros, bounds, count)
-    storage = _Storage(fmt, rows, cols, codes, scales, zeros, bounds, tensor)
-    return QTensor._wrap(storage, transposed)
+    parts = fmt.parts(rows, cols)
+    arrays: dict[str, NDArray[Any]] = {
+        p.name: np.zeros(p.shape, _PART_DTYPE[p.types[0]]) for p in parts
+    }
+    bounds = np.empty((rows, fmt.groups(cols)), np.float32)
+    _core.quantize(w, fmt, method, arrays, bounds, count)
+    return QTensor._wrap(_Storage(fmt, rows, cols, arrays, bounds), transposed)
 
 
 def matmul(
@@ -521,7 +520,7 @@ def _both(
     count = _threads.resolve(threads)
     vector = _bias(bias, right.rows)
     shape = (left.rows, right.rows)
-    inputs = (*left.arrays(), *right.arrays(), vector)
+    inputs = (*left.arrays().values(), *right.arrays().values(), vector)
     place = _Result(out, shape, result, 2, inputs)
     packed = right.pack(count)
     if raw:

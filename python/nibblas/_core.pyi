@@ -17,6 +17,7 @@ __all__ = [
     "dequantize",
     "encode",
     "explain",
+    "format_parts",
     "format_table",
     "get_num_threads",
     "isa_active",
@@ -29,6 +30,7 @@ __all__ = [
     "matmul_raw",
     "pack",
     "parse_format",
+    "part_names",
     "quantize",
     "reference",
     "set_num_threads",
@@ -50,7 +52,7 @@ _Row: TypeAlias = tuple[
     bool,
     float,
 ]
-_Parts: TypeAlias = tuple[str, int, int, NDArray[Any], NDArray[Any], NDArray[Any] | None, float]
+_Parts: TypeAlias = tuple[str, int, int, dict[str, NDArray[Any]]]
 
 @final
 class Packed:
@@ -71,19 +73,21 @@ class Plan:
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
 def parse_format(name: str, /) -> tuple[str, _Row, int | None, str, tuple[str, ...]]: ...
+def format_parts(
+    name: str, rows: int, cols: int, /
+) -> list[tuple[str, tuple[str, ...], tuple[int, ...], str]]: ...
+def part_names() -> list[str]: ...
 def format_table() -> list[_Row]: ...
 def code_values(name: str, /) -> list[float]: ...
 def quantize(
     x: NDArray[Any],
     format: str,
     method: str,
-    codes: NDArray[Any],
-    scales: NDArray[Any],
-    zeros: NDArray[Any] | None,
+    arrays: dict[str, NDArray[Any]],
     bounds: NDArray[Any],
     threads: int,
     /,
-) -> float: ...
+) -> None: ...
 def dequantize(parts: _Parts, out: NDArray[Any], threads: int, /) -> None: ...
 def decode_codes(parts: _Parts, out: NDArray[Any], threads: int, /) -> None: ...
 def encode(format: str, values: NDArray[Any], out: NDArray[Any], /) -> None: ...

@@ -13,7 +13,21 @@ from numpy.typing import NDArray
 
 from . import _core
 
-__all__ = ["Element", "Format", "table"]
+__all__ = ["Element", "Format", "Part", "table"]
+
+
+class Part(NamedTuple):
+    """One array of a matrix in the portable layout."""
+
+    name: str
+    """Its name."""
+    types: tuple[str, ...]
+    """The types it may have, the usual one first, such as ``"u8"``; bfloat16 is kept as bits."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    along: str
+    """How it is cut with the matrix: ``"codes"`` by rows and packed bytes, ``"groups"`` by rows and
+    groups, ``"rows"``, or ``"whole"`` not at all."""
 
 
 class Element(NamedTuple):
@@ -137,6 +151,10 @@ class Format(str):
         if self._group is None:
             return int(cols > 0)
         return -(-cols // self._group)
+
+    def parts(self, rows: int, cols: int) -> tuple[Part, ...]:
+        """Return the arrays of a matrix of that shape, codes and scales first."""
+        return tuple(Part(*p) for p in _core.format_parts(self, rows, cols))
 
     def row_bytes(self, cols: int) -> int:
         """Return the bytes of the packed codes of a row of ``cols`` values."""

@@ -1,10 +1,10 @@
 """Saving and loading matrices: safetensors files, written all or nothing, read with suspicion.
 
 A quantised matrix ``NAME`` is stored as the tensors ``NAME.codes`` (uint8, one packed row per row),
-``NAME.scales``, ``NAME.zeros`` where the format has zero points, ``NAME.tensor_scale`` where it has
-a scale of the tensor, and ``NAME.bounds`` on request; the
-metadata entries ``NAME.format`` and ``NAME.shape`` say what they mean. Arrays are ordinary tensors,
-so other readers of safetensors see a legal file.
+``NAME.scales`` and whatever else its format lists (see ``Format.parts``), such as ``NAME.zeros``
+and ``NAME.tensor_scale``, and ``NAME.bounds`` on request; the metadata entries ``NAME.format`` and
+``NAME.shape`` say what they mean. Arrays are ordinary tensors, so other readers of safetensors see
+a legal file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from . import _core
-from .formats import Format
+from .formats import Format, Part
 from .qtensor import QTensor, _rebuild
 
 if TYPE_CHECKING:
@@ -57,7 +57,6 @@ _ML_DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _STORED = {name: code for code, name in (_NUMPY | _ML_DTYPES).items()}
-_SCALES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "e8m0": "U8", "e4m3": "U8"}
 _SHAPE = re.compile(r"\[([0-9]{1,19}), ?([0-9]{1,19})\]")
 
 Spec = tuple[str, str, tuple[int, ...]]
@@ -141,31 +140,33 @@ class TensorFile:
         if match is None:
             raise self._fault(f"matrix {_show(name)}: the metadata must hold its shape as '[N, K]'")
         rows, cols = int(match[1]), int(match[2])
-        parts = [p for p in _PARTS if p in ("codes", "scales") or f"{name}.{p}" in self._stored]
-        if fmt.has_zeros != ("zeros" in parts):
-            word = "lacks" if fmt.has_zeros else "has no"
-            raise self._fault(f"matrix {_show(name)}: {fmt} {word} zero points")
-        if fmt.element.tensor_scale != ("tensor_scale" in parts):
-            word = "lacks its" if fmt.element.tensor_scale else "has no"
-            raise self._fault(f"matrix {_show(name)}: {fmt} {word} tensor_scale")
-        wanted = _part_specs(name, fmt, rows, cols)
+        try:
+            wanted = {p.name: p for p in fmt.parts(rows, cols)}
+        except ValueError as e:
+            raise self._fault(f"matrix {_show(name)}: {e}") from None
+        for other in _PARTS:
+            if other not in wanted and f"{name}.{other}" in self._stored:
+                raise self._fault(f"matrix {_show(name)}: {fmt} has no {other}")
+        if f"{name}.bounds" in self._stored:
+            wanted["bounds"] = _bounds(fmt, rows, cols)
         nbytes = 0
-        for part in parts:
-            stored = f"{name}.{part}"
-            _, dtypes, shape = wanted[part]
+        for part in wanted.values():
+            stored = f"{name}.{part.name}"
             found = self._stored.get(stored)
             if found is None:
                 raise self._fault(f"matrix {_show(name)}: the tensor {_show(stored)} is missing")
-            if found[0] not in dtypes or found[1] != shape:
+            dtypes = [t.upper() for t in part.types]
+            if found[0] not in dtypes or found[1] != part.shape:
                 raise self._fault(
                     f"tensor {_show(stored)} of a {fmt} matrix of shape {(rows, cols)} must be "
-                    f"{' or '.join(dtypes)} of shape {shape}, found {found[0]} of shape {found[1]}"
+                    f"{' or '.join(dtypes)} of shape {part.shape}, "
+                    f"found {found[0]} of shape {found[1]}"
                 )
             nbytes += found[2]
         transposed = self.metadata.get(f"{name}.transposed", "0")
         if transposed not in ("0", "1"):
             raise self._fault(f"matrix {_show(name)}: transposed must be '0' or '1'")
-        names = tuple(f"{name}.{p}" for p in parts)
+        names = tuple(f"{name}.{p}" for p in wanted)
         flipped = transposed == "1"
         logical = (cols, rows) if flipped else (rows, cols)
         return Entry(name, fmt, self._stored[names[1]][0], logical, nbytes, names, flipped)
@@ -233,17 +234,15 @@ class TensorFile:
             out = np.empty(shape, dtype)
             self._read_flat(stored, out, nbytes)
             arrays[stored[len(entry.name) + 1 :]] = out
-        bounds = arrays.get("bounds")
+        bounds = arrays.pop("bounds", None)
         if bounds is not None and not (np.isfinite(bounds) & (bounds >= 0)).all():
             raise self._fault(
                 f"tensor {_show(entry.name + '.bounds')} holds negative or non-finite bounds"
             )
         rows, cols = entry.shape[::-1] if entry.transposed else entry.shape
         fmt = str(entry.format)
-        codes, scales, zeros = arrays["codes"], arrays["scales"], arrays.get("zeros")
-        tensor = float(arrays["tensor_scale"][0]) if "tensor_scale" in arrays else 1.0
         try:
-            return _rebuild(fmt, rows, cols, codes, scales, zeros, bounds, entry.transposed, tensor)
+            return _rebuild(fmt, rows, cols, arrays, bounds, entry.transposed)
         except ValueError as e:
             raise self._fault(f"matrix {_show(entry.name)}: {e}") from None
 
@@ -298,42 +297,29 @@ class TensorWriter:
 
     def write_qtensor(self, name: str, q: QTensor) -> None:
         """Write the parts of a quantised matrix that were announced by :func:`matrix_specs`."""
-        s = q._storage
-        self.write(f"{name}.codes", s.codes)
-        self.write(f"{name}.scales", s.scales)
-        if s.zeros is not None:
-            self.write(f"{name}.zeros", s.zeros)
-        if s.format.element.tensor_scale:
-            self.write(f"{name}.tensor_scale", np.array([s.tensor], np.float32))
+        for part, array in q._storage.arrays().items():
+            self.write(f"{name}.{part}", array)
 
 
-_PARTS = ("codes", "scales", "zeros", "tensor_scale", "bounds")
+_PARTS = _core.part_names()
+"""Names that the parts of a matrix may have."""
 
 
-def _part_specs(
-    name: str, fmt: Format, rows: int, cols: int
-) -> dict[str, tuple[str, tuple[str, ...], tuple[int, ...]]]:
-    """Name, allowed types (the usual one first) and shape of each possible part of a matrix."""
-    per_group = (rows, fmt.groups(cols))
-    return {
-        "codes": (f"{name}.codes", ("U8",), (rows, fmt.row_bytes(cols))),
-        "scales": (f"{name}.scales", (_SCALES[fmt.scale],), per_group),
-        "zeros": (f"{name}.zeros", ("U8", "F32"), per_group),
-        "tensor_scale": (f"{name}.tensor_scale", ("F32",), (1,)),
-        "bounds": (f"{name}.bounds", ("F32",), per_group),
-    }
+def _bounds(fmt: Format, rows: int, cols: int) -> Part:
+    return Part("bounds", ("f32",), (rows, fmt.groups(cols)), "groups")
 
 
 def matrix_specs(
     name: str, fmt: Format, rows: int, cols: int, *, float_zeros: bool = False
 ) -> list[Spec]:
     """Return the stored tensors of a matrix that is still to be quantised."""
-    parts = _part_specs(name, fmt, rows, cols)
-    chosen = ["codes", "scales"] + ["zeros"] * fmt.has_zeros
-    chosen += ["tensor_scale"] * fmt.element.tensor_scale
     return [
-        (parts[p][0], parts[p][1][-1 if p == "zeros" and float_zeros else 0], parts[p][2])
-        for p in chosen
+        (
+            f"{name}.{p.name}",
+            p.types[-1 if float_zeros and p.name == "zeros" else 0].upper(),
+            p.shape,
+        )
+        for p in fmt.parts(rows, cols)
     ]
 
 
@@ -357,7 +343,7 @@ def check_collision(name: str, logical: Container[str], stored: Container[str]) 
     stored : container of str
         Names of all stored tensors.
     """
-    for part in _PARTS:
+    for part in (*_PARTS, "bounds"):
         if f"{name}.{part}" in logical:
             other = f"{name}.{part}"
             raise ValueError(
@@ -454,13 +440,10 @@ def save(
             float_zeros = s.zeros is not None and s.zeros.dtype.kind == "f"
             new = matrix_specs(name, s.format, s.rows, s.cols, float_zeros=float_zeros)
             metadata |= matrix_metadata(name, s.format, s.rows, s.cols, transposed=flipped)
-            parts: list[NDArray[Any] | None] = [s.codes, s.scales, s.zeros]
-            if s.format.element.tensor_scale:
-                parts.append(np.array([s.tensor], np.float32))
+            present = list(s.arrays().values())
             if bounds and s.bounds is not None:
                 new.append((f"{name}.bounds", "F32", s.bounds.shape))
-                parts.append(s.bounds)
-            present = [a for a in parts if a is not None]
+                present.append(s.bounds)
         else:
             code, a = _array(name, value)
             new, present = [(name, code, a.shape)], [a]

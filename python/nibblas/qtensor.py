@@ -17,22 +17,21 @@ from . import _core, _threads
 from .formats import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 __all__ = ["QTensor"]
 
-_Parts: TypeAlias = tuple[
-    str, int, int, NDArray[np.uint8], NDArray[Any], NDArray[Any] | None, float
-]
+_Parts: TypeAlias = tuple[str, int, int, dict[str, NDArray[Any]]]
 _Key: TypeAlias = slice | EllipsisType | NDArray[Any] | list[int]
 
-_SCALE_DTYPE: dict[str, type] = {
-    "f32": np.float32,
+_PART_DTYPE: dict[str, type] = {
+    "u8": np.uint8,
     "f16": np.float16,
     "bf16": np.uint16,
-    "e8m0": np.uint8,
-    "e4m3": np.uint8,
+    "f32": np.float32,
 }
+# The arrays that have parameters of their own in from_parts.
+_OWN = ("codes", "scales", "zeros")
 _FLOAT32 = np.dtype(np.float32)
 
 # Guards the first packing of every tensor. A child forked while it is held gets a new one; a signal
@@ -81,14 +80,6 @@ def _e4m3_bytes(s: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.where(low % 2 == 0, low, high).astype(np.uint8)
 
 
-def _tensor_scale(s: float) -> float:
-    try:
-        with np.errstate(over="ignore", under="ignore"):
-            return float(np.float32(s))
-    except (TypeError, ValueError):
-        raise TypeError(f"tensor_scale must be a number, got {type(s).__name__}") from None
-
-
 def _power_bytes(s: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Return the bytes of powers of two and NaN."""
     mantissa, exponent = np.frexp(s)
@@ -114,12 +105,12 @@ def _freeze(a: NDArray[Any]) -> NDArray[Any]:
 class _Storage:
     """The arrays of a matrix (N, K), shared by a tensor and its transpose; never changed.
 
-    Once packed they may be dropped: the panels hold the same bits and give them back.
+    Once packed, those that the panels hold too may be dropped: the panels give the same bits back.
     """
 
     __slots__ = (
         "_arrays",
-        "_shapes",
+        "_dropped",
         "bounds",
         "cols",
         "copies",
@@ -128,7 +119,6 @@ class _Storage:
         "nbytes",
         "packed",
         "rows",
-        "tensor",
     )
 
     def __init__(
@@ -136,22 +126,15 @@ class _Storage:
         format: Format,
         rows: int,
         cols: int,
-        codes: NDArray[np.uint8],
-        scales: NDArray[Any],
-        zeros: NDArray[Any] | None,
-        bounds: NDArray[np.float32] | None,
-        tensor: float = 1.0,
+        arrays: Mapping[str, NDArray[Any]],
+        bounds: NDArray[np.float32] | None = None,
     ) -> None:
         self.format = format
-        self.tensor = tensor
         self.rows = rows
         self.cols = cols
-        arrays = (_freeze(codes), _freeze(scales), None if zeros is None else _freeze(zeros))
-        self._arrays: tuple[NDArray[Any] | None, ...] | None = arrays
-        self._shapes = tuple(None if a is None else (a.shape, a.dtype) for a in arrays)
-        self.nbytes = sum(a.nbytes for a in arrays if a is not None)
-        if format.element.tensor_scale:
-            self.nbytes += 4
+        self._arrays = {name: _freeze(a) for name, a in arrays.items()}
+        self._dropped: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self.nbytes = sum(a.nbytes for a in self._arrays.values())
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
         self.device = "cpu"
@@ -162,42 +145,52 @@ class _Storage:
         """Return a part of the matrix where the matrix is."""
         return part
 
-    def _array(self, index: int) -> NDArray[Any] | None:
-        arrays, kind = self._arrays, self._shapes[index]
-        if arrays is not None or kind is None:
-            return None if arrays is None else arrays[index]
+    def array(self, name: str) -> NDArray[Any] | None:
+        """Return an array of the portable layout, None where the format has none of that name."""
+        kind = self._dropped.get(name)
+        if kind is None:
+            return self._arrays.get(name)
         assert self.packed is not None
         out = np.empty(*kind)
-        self.packed.restore(("codes", "scales", "zeros")[index], out, _threads.get_num_threads())
+        self.packed.restore(name, out, _threads.get_num_threads())
         return _freeze(out)
+
+    def _present(self, name: str) -> NDArray[Any]:
+        a = self.array(name)
+        assert a is not None
+        return a
 
     @property
     def codes(self) -> NDArray[np.uint8]:
-        a = self._array(0)
-        assert a is not None
-        return a
+        return self._present("codes")
 
     @property
     def scales(self) -> NDArray[Any]:
-        a = self._array(1)
-        assert a is not None
-        return a
+        return self._present("scales")
 
     @property
     def zeros(self) -> NDArray[Any] | None:
-        return self._array(2)
+        return self.array("zeros")
+
+    @property
+    def tensor(self) -> float:
+        a = self.array("tensor_scale")
+        return 1.0 if a is None else float(a[0])
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the arrays of the portable layout by name, in the order of the format."""
+        return {name: self._present(name) for name in (*self._dropped, *self._arrays)}
 
     def parts(self) -> _Parts:
-        arrays = self.codes, self.scales, self.zeros
-        return self.format, self.rows, self.cols, *arrays, self.tensor
-
-    def arrays(self) -> tuple[NDArray[Any] | None, ...]:
-        return self.codes, self.scales, self.zeros
+        return self.format, self.rows, self.cols, self.arrays()
 
     def drop(self) -> None:
-        """Let go of the portable arrays, which the panels can restore."""
+        """Let go of the portable arrays that the panels can restore."""
         assert self.packed is not None
-        self._arrays = None
+        for name in ("codes", "scales", "zeros"):
+            a = self._arrays.pop(name, None)
+            if a is not None:
+                self._dropped[name] = a.shape, a.dtype
 
     def pack(self, threads: int) -> _core.Packed:
         packed = self.packed
@@ -267,8 +260,7 @@ class QTensor:
         scales: ArrayLike,
         zeros: ArrayLike | None = None,
         shape: tuple[int, int] | None = None,
-        *,
-        tensor_scale: float = 1.0,
+        **further: ArrayLike,
     ) -> QTensor:
         """Build a tensor from somebody else's codes.
 
@@ -287,8 +279,9 @@ class QTensor:
             checkpoints have. 0 by default.
         shape : tuple of int, optional
             (N, K), where ``codes`` is flat; otherwise it must agree with ``codes``.
-        tensor_scale : float, default 1
-            What multiplies every scale, for formats that have such a number; rounded to float32.
+        **further : array_like
+            The format's further arrays by name, see :attr:`parts`: ``tensor_scale``, what
+            multiplies every scale (default 1).
 
         Returns
         -------
@@ -297,9 +290,10 @@ class QTensor:
         Raises
         ------
         ValueError
-            If a shape does not fit, a code is out of range, or a scale or zero point is not finite.
+            If a shape does not fit, a code is out of range, a scale or zero point is not finite, or
+            the format has no such array.
         TypeError
-            If codes are not integers.
+            If codes are not integers, or no format has an array of such a name.
         """
         fmt = Format(format)
         values = np.asarray(codes)
@@ -324,12 +318,15 @@ class QTensor:
                     f"got values in [{low}, {high}]"
                 )
         groups = fmt.groups(cols)
-        scale = _scales(fmt, scales, rows, groups)
+        arrays = {
+            "codes": np.zeros((rows, fmt.row_bytes(cols)), np.uint8),
+            "scales": _scales(fmt, scales, rows, groups),
+        }
+        _core.encode(fmt, np.ascontiguousarray(values, np.int16), arrays["codes"])
         zero = _zeros(fmt, zeros, rows, groups)
-        packed = np.zeros((rows, fmt.row_bytes(cols)), np.uint8)
-        _core.encode(fmt, np.ascontiguousarray(values, np.int16), packed)
-        tensor = _tensor_scale(tensor_scale)
-        storage = _Storage(fmt, rows, cols, packed, scale, zero, None, tensor)
+        if zero is not None:
+            arrays["zeros"] = zero
+        storage = _Storage(fmt, rows, cols, arrays | _further(fmt, rows, cols, further))
         _core.check(storage.parts())
         return cls._wrap(storage)
 
@@ -417,6 +414,15 @@ class QTensor:
         return self._storage.tensor
 
     @property
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The arrays of the portable layout by name, read-only, for (N, K) whatever ``.T`` says.
+
+        Codes as packed bytes, scales in their stored type; the rest, and each shape, are what
+        ``format.parts(N, K)`` lists. This is what files hold.
+        """
+        return self._storage.arrays()
+
+    @property
     def error_bound(self) -> NDArray[np.float32] | None:
         """Upper bound of ``|w - decoded|`` in each group, shape (N, groups).
 
@@ -498,8 +504,7 @@ class QTensor:
         if device == s.device:
             return self
         if device == "cpu":
-            arrays = s.codes, s.scales, s.zeros
-            host = _Storage(s.format, s.rows, s.cols, *arrays, s.bounds, s.tensor)
+            host = _Storage(s.format, s.rows, s.cols, s.arrays(), s.bounds)
             return QTensor._wrap(host, self._transposed)
         if isinstance(device, str) and device.split(":")[0] == "cuda":
             from . import cuda
@@ -526,42 +531,40 @@ class QTensor:
             return False
         if a is b:
             return True
-        return (a.format, a.tensor) == (b.format, b.tensor) and all(
-            _same_bytes(p, q) for p, q in zip(a.arrays(), b.arrays(), strict=True)
-        )
+        if a.format != b.format:
+            return False
+        mine, theirs = a.arrays(), b.arrays()
+        return all(_same_bytes(p, theirs[name]) for name, p in mine.items())
 
     def __getitem__(self, key: Any) -> QTensor:
         row, col = _split_key(key)
         if self._transposed:
             row, col = col, row
         s = self._storage
-        arrays: list[NDArray[Any] | None] = [s.codes, s.scales, s.zeros, s.bounds]
+        along = {p.name: p.along for p in s.format.parts(s.rows, s.cols)}
+        arrays, bounds = s.arrays(), s.bounds
         rows, cols = s.rows, s.cols
         if not _is_all(row, rows):
             index = _row_index(row, rows)
-            arrays = [None if a is None else a[index] for a in arrays]
-            assert arrays[0] is not None
-            rows = len(arrays[0])
+            arrays = {n: a if along[n] == "whole" else a[index] for n, a in arrays.items()}
+            bounds = None if bounds is None else bounds[index]
+            rows = len(arrays["codes"])
         if not _is_all(col, cols):
             start, stop = _group_range(s.format, col, cols)
             bits, group = s.format.bits, s.format.group or max(cols, 1)
             span = slice(start * bits // 8, (stop * bits + 7) // 8)
             groups = slice(start // group, -(-stop // group))
-            arrays = [
-                None if a is None else a[:, span if i == 0 else groups]
-                for i, a in enumerate(arrays)
-            ]
+            cut = {"codes": span, "groups": groups}
+            arrays = {n: a[:, cut[along[n]]] if along[n] in cut else a for n, a in arrays.items()}
+            bounds = None if bounds is None else bounds[:, groups]
             cols = stop - start
-        codes, scales, zeros, bounds = arrays
-        assert codes is not None
-        assert scales is not None
-        part = _Storage(s.format, rows, cols, codes, scales, zeros, bounds, s.tensor)
+        part = _Storage(s.format, rows, cols, arrays, bounds)
         return QTensor._wrap(s.like(part), self._transposed)
 
     def __reduce__(self) -> tuple[Any, ...]:
         s = self._storage
-        state = (str(s.format), s.rows, s.cols, s.codes, s.scales, s.zeros, s.bounds)
-        return _rebuild, (*state, self._transposed, s.tensor)
+        state = (str(s.format), s.rows, s.cols, s.arrays(), s.bounds, self._transposed)
+        return _rebuild, state
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
@@ -620,17 +623,24 @@ def _rebuild(
     format: str,
     rows: int,
     cols: int,
-    codes: NDArray[np.uint8],
-    scales: NDArray[Any],
-    zeros: NDArray[Any] | None,
+    arrays: dict[str, NDArray[Any]],
     bounds: NDArray[np.float32] | None,
     transposed: bool = False,
-    tensor_scale: float = 1.0,
 ) -> QTensor:
     """Build a tensor from the arrays of its portable layout, checked (pickles and files)."""
     rows, cols = _length(rows), _length(cols)
-    tensor = _tensor_scale(tensor_scale)
-    storage = _Storage(Format(format), rows, cols, codes, scales, zeros, bounds, tensor)
+    fmt = Format(format)
+    parts = {p.name: p for p in fmt.parts(rows, cols)}
+    if parts.keys() != arrays.keys():
+        raise ValueError(f"{fmt} has the arrays {', '.join(parts)}, got {', '.join(arrays)}")
+    for name, part in parts.items():
+        a = np.asarray(arrays[name])
+        if a.shape != part.shape or a.dtype not in [_PART_DTYPE[t] for t in part.types]:
+            raise ValueError(
+                f"{name} of a {fmt} matrix must be {' or '.join(part.types)} of shape "
+                f"{part.shape}, got {a.dtype} of shape {a.shape}"
+            )
+    storage = _Storage(fmt, rows, cols, arrays, bounds)
     _core.check(storage.parts())
     return QTensor._wrap(storage, transposed)
 
@@ -645,9 +655,7 @@ def _defers(other: Any) -> bool:
     return hasattr(kind, "__rmatmul__")
 
 
-def _same_bytes(a: NDArray[Any] | None, b: NDArray[Any] | None) -> bool:
-    if a is None or b is None:
-        return a is b
+def _same_bytes(a: NDArray[Any], b: NDArray[Any]) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     return np.array_equal(a.view(np.uint8), b.view(np.uint8)) if a.size else True
@@ -717,7 +725,7 @@ def _scales(fmt: Format, scales: ArrayLike, rows: int, groups: int) -> NDArray[A
             if ((bits & 0x7F80) == 0x7F80).any():
                 raise ValueError("scales overflow bfloat16")
             return bits
-        cast: NDArray[Any] = wide.astype(_SCALE_DTYPE[fmt.scale])
+        cast: NDArray[Any] = wide.astype(_PART_DTYPE[fmt.scale])
     if not np.isfinite(cast).all():
         raise ValueError(f"scales overflow {cast.dtype}; name a format with _sf32 or _sbf16")
     return cast
@@ -740,6 +748,29 @@ def _zeros(fmt: Format, zeros: ArrayLike | None, rows: int, groups: int) -> NDAr
     if given.size and (int(given.min()) < 0 or int(given.max()) > 255):
         raise ValueError(f"integer zeros lie in [0, 255], got [{given.min()}, {given.max()}]")
     return given.astype(np.uint8)
+
+
+def _further(fmt: Format, rows: int, cols: int, given: dict[str, Any]) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a format beyond codes, scales and zeros, ones where none is given."""
+    out: dict[str, NDArray[Any]] = {}
+    for part in fmt.parts(rows, cols):
+        if part.name in _OWN:
+            continue
+        value = given.pop(part.name, None)
+        dtype = _PART_DTYPE[part.types[0]]
+        if value is None:
+            out[part.name] = np.ones(part.shape, dtype)
+            continue
+        a = _real(part.name, value)
+        if a.size != math.prod(part.shape):
+            raise ValueError(f"{part.name} must have shape {part.shape}, got {a.shape}")
+        with np.errstate(over="ignore", under="ignore"):
+            out[part.name] = a.reshape(part.shape).astype(dtype)
+    for name in given:
+        if name in _core.part_names():
+            raise ValueError(f"{fmt} has no {name}")
+        raise TypeError(f"from_parts() got an unexpected keyword argument {name!r}")
+    return out
 
 
 def _split_key(key: Any) -> tuple[Any, Any]:

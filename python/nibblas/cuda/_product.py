@@ -275,16 +275,7 @@ class Storage(_Storage):
     __slots__ = ("number", "panels")
 
     def __init__(self, host: _Storage, number: int) -> None:
-        super().__init__(
-            host.format,
-            host.rows,
-            host.cols,
-            host.codes,
-            host.scales,
-            host.zeros,
-            host.bounds,
-            host.tensor,
-        )
+        super().__init__(host.format, host.rows, host.cols, host.arrays(), host.bounds)
         self.number = number
         self.device = f"cuda:{number}"
         self.panels = Panels(host, number)

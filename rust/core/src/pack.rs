@@ -398,7 +398,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
     };
     let segments = SEGMENT_GROUPS.map(|act| Segments::new(&geometry, act).ok());
-    let (step, tensor) = (q.step(), q.tensor);
+    let (step, tensor) = (q.step(), q.outer());
     let format = q.format;
     Ok(Packed {
         format,

@@ -74,8 +74,8 @@ pub struct QView<'a> {
     pub scales: ScalesRef<'a>,
     /// `[rows][groups]`, or none.
     pub zeros: ZerosRef<'a>,
-    /// What multiplies every scale; 1 but for elements that have a scale of the tensor.
-    pub tensor: f32,
+    /// What multiplies the scales: nothing, or one number of the tensor.
+    pub outer: &'a [f32],
 }
 
 /// A matrix in the portable layout, owned.
@@ -93,8 +93,8 @@ pub struct QTensor {
     pub scales: Scales,
     /// Zero points.
     pub zeros: Zeros,
-    /// What multiplies every scale; 1 but for elements that have a scale of the tensor.
-    pub tensor: f32,
+    /// What multiplies the scales: nothing, or one number of the tensor.
+    pub outer: Vec<f32>,
 }
 
 /// Rows that one task of a parallel pass takes: enough to be worth handing out, few enough to stop soon after a poll.
@@ -220,7 +220,7 @@ impl<'a> QView<'a> {
         zeros: ZerosRef<'a>,
     ) -> Result<Self> {
         area(rows, cols)?;
-        let view = Self { format, rows, cols, codes, scales, zeros, tensor: 1.0 };
+        let view = Self { format, rows, cols, codes, scales, zeros, outer: &[] };
         let want = rows * format.row_bytes(cols);
         if codes.len() != want {
             return Err(Error::Shape(format!(
@@ -233,18 +233,20 @@ impl<'a> QView<'a> {
         Ok(view)
     }
 
-    /// The view with a scale of the tensor.
+    /// The view with what multiplies its scales; without this it is 1.
     ///
     /// # Errors
-    /// [`Error::Value`] where the format has none, or it is not positive and finite.
-    pub fn with_tensor_scale(self, scale: f32) -> Result<Self> {
-        if !self.format.element.tensor && scale.to_bits() != 1f32.to_bits() {
-            return Err(Error::Value(format!("{} has no scale of the tensor", self.format)));
+    /// [`Error::Shape`] for another number of them than the format has, [`Error::Value`] for one that is not positive and
+    /// finite.
+    pub fn with_outer(self, outer: &'a [f32]) -> Result<Self> {
+        let want = self.format.outer_len(self.rows);
+        if outer.len() != want {
+            return Err(Error::Shape(format!("{} has {want} outer scales, not {}", self.format, outer.len())));
         }
-        if !(scale.is_finite() && scale > 0.0) {
-            return Err(Error::Value(format!("the scale of the tensor, {scale}, is not positive and finite")));
+        if let Some(s) = outer.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
+            return Err(Error::Value(format!("the scale of the tensor, {s}, is not positive and finite")));
         }
-        Ok(Self { tensor: scale, ..self })
+        Ok(Self { outer, ..self })
     }
 
     fn check_scales(&self) -> Result<()> {
@@ -362,12 +364,17 @@ impl<'a> QView<'a> {
 
     /// What multiplies the values of a group in decoding: [`Self::scale`] times the scale of the tensor, rounded.
     pub fn full_scale(&self, n: usize, g: usize) -> f32 {
-        self.scale(n, g) * self.tensor
+        self.scale(n, g) * self.outer()
+    }
+
+    /// What multiplies every scale.
+    pub fn outer(&self) -> f32 {
+        self.outer.first().copied().unwrap_or(1.0)
     }
 
     /// What the integer 1 is worth in integer products, before [`Self::scale`].
     pub fn step(&self) -> f32 {
-        self.format.element.step() * self.tensor
+        self.format.element.step() * self.outer()
     }
 
     /// Zero point of group `g` of row `n`.
@@ -508,7 +515,7 @@ impl<'a> QView<'a> {
                 ZerosRef::Int(v) => Zeros::Int(copy(v)?),
                 ZerosRef::Float(v) => Zeros::Float(copy(v)?),
             },
-            tensor: self.tensor,
+            outer: copy(self.outer)?,
         })
     }
 }
@@ -585,7 +592,7 @@ impl QTensor {
         let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
         pack_values(format, rows, cols, values, &mut codes)?;
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
-        Ok(Self { format, rows, cols, codes, scales, zeros, tensor: 1.0 })
+        Ok(Self { format, rows, cols, codes, scales, zeros, outer: vec![1.0; format.outer_len(rows)] })
     }
 
     /// Borrows the matrix.
@@ -597,7 +604,7 @@ impl QTensor {
             codes: &self.codes,
             scales: self.scales.view(),
             zeros: self.zeros.view(),
-            tensor: self.tensor,
+            outer: &self.outer,
         }
     }
 
@@ -617,7 +624,7 @@ impl PartialEq for QTensor {
     fn eq(&self, other: &Self) -> bool {
         self.format == other.format
             && (self.rows, self.cols) == (other.rows, other.cols)
-            && self.tensor.to_bits() == other.tensor.to_bits()
+            && same_bits(&self.outer, &other.outer)
             && self.codes == other.codes
             && match (&self.scales, &other.scales) {
                 (Scales::F32(a), Scales::F32(b)) => same_bits(a, b),

@@ -114,8 +114,8 @@ pub struct Dest<'a> {
     pub zeros: &'a mut [u8],
     /// `[rows][groups]`, or empty when the bounds are not wanted.
     pub bounds: &'a mut [f32],
-    /// The scale of the tensor; needed where the format has one, else 1.
-    pub tensor: Option<&'a mut f32>,
+    /// What multiplies the scales, as many as the format has.
+    pub outer: &'a mut [f32],
 }
 
 impl Dest<'_> {
@@ -127,7 +127,7 @@ impl Dest<'_> {
             && self.scales.len() == count
             && self.zeros.len() == zeros
             && (self.bounds.is_empty() || self.bounds.len() == count)
-            && (self.tensor.is_some() || !format.element.tensor);
+            && self.outer.len() == format.outer_len(rows);
         if fits {
             return Ok(());
         }
@@ -151,8 +151,8 @@ impl Dest<'_> {
         let (scales, scales2) = self.scales.split_at(rows * groups);
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
-        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, tensor: None };
-        (Self { codes, scales, zeros, bounds, tensor: None }, rest)
+        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: &mut [] };
+        (Self { codes, scales, zeros, bounds, outer: &mut [] }, rest)
     }
 }
 
@@ -169,7 +169,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     let mut scales = Scales::zeroed(format.scale, count)?;
     let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup { count } else { 0 })?;
     let mut bounds = zeros_vec(count)?;
-    let mut tensor = 1.0;
+    let mut outer = zeros_vec(format.outer_len(rows))?;
     let dest = Dest {
         codes: &mut codes,
         scales: match &mut scales {
@@ -181,11 +181,11 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
         },
         zeros: &mut zeros,
         bounds: &mut bounds,
-        tensor: Some(&mut tensor),
+        outer: &mut outer,
     };
     quantize_into(x, format, method, threads, dest)?;
     let zeros = if format.element.zero == ZeroKind::PerGroup { Zeros::Int(zeros) } else { Zeros::None };
-    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, tensor }, bounds })
+    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, outer }, bounds })
 }
 
 /// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
@@ -222,15 +222,13 @@ pub fn quantize_at(
     method: Method,
     threads: usize,
     poll: Option<&(dyn Fn() -> bool + Sync)>,
-    mut dest: Dest,
+    dest: Dest,
 ) -> Result<()> {
     let (rows, cols) = (x.rows, x.cols);
     area(rows, cols)?;
     dest.check(format, rows, cols)?;
     let tensor = if format.element.tensor { tensor_scale(level, x, format, threads)? } else { 1.0 };
-    if let Some(t) = dest.tensor.take() {
-        *t = tensor;
-    }
+    dest.outer.fill(tensor);
     if rows == 0 || cols == 0 {
         return Ok(());
     }

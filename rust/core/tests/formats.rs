@@ -293,11 +293,11 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
     let decoded = q.tensor.dequantize(2).unwrap();
     let top = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let tensor = if f.element.tensor && top > 0.0 { (top / 2688.0).max(f32::MIN_POSITIVE) } else { 1.0 };
-    assert_eq!(v.tensor, tensor, "{f}");
+    assert_eq!(v.outer(), tensor, "{f}");
     let len = f.group_len(cols);
     for n in 0..rows {
         for (g, w) in x[n * cols..(n + 1) * cols].chunks(len).enumerate() {
-            let (s, z, want) = rule(&f, v.tensor, w);
+            let (s, z, want) = rule(&f, v.outer(), w);
             assert_eq!(v.scale(n, g), s, "{f} row {n} group {g}");
             if let Zero::Int(got) = v.zero(n, g) {
                 assert_eq!(i32::from(got), z, "{f} row {n} group {g}");
@@ -309,7 +309,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
             let mut worst = 0.0f64;
             for (i, (&w, &d)) in w.iter().zip(&decoded[at..]).enumerate() {
                 let number = if f.element.is_linear() { (want[i] - z) as f32 } else { f.element.number(want[i] as u8) };
-                assert_eq!(d.to_bits(), (number * (s * v.tensor)).to_bits());
+                assert_eq!(d.to_bits(), (number * (s * v.outer())).to_bits());
                 worst = worst.max((f64::from(w) - f64::from(d)).abs());
             }
             assert!(worst <= bound && bound <= worst * (1.0 + 1e-6) + 1e-44, "{f}: {worst} {bound}");
@@ -509,7 +509,7 @@ fn levels_and_threads_give_the_same_bytes() {
                             _ => &mut none,
                         },
                         bounds: &mut got.bounds,
-                        tensor: Some(&mut got.tensor.tensor),
+                        outer: &mut got.tensor.outer,
                     };
                     quantize_at(level, &m, &f, method, threads, None, dest).unwrap();
                     assert_eq!(got, want, "{f} {method:?} {level:?} {threads} threads");

@@ -381,7 +381,7 @@ struct Parts {
     scales: Guarded,
     zeros: Guarded,
     float_zeros: bool,
-    tensor: f32,
+    outer: Guarded,
 }
 
 impl Parts {
@@ -397,7 +397,8 @@ impl Parts {
             Zeros::Float(v) => (Guarded::of(v, rng.aligned()), true),
         };
         let codes = Guarded::copy(&q.codes, rng.place());
-        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros, tensor: q.tensor }
+        let outer = Guarded::of(&q.outer, rng.aligned());
+        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros, outer }
     }
 
     fn view(&self) -> QView<'_> {
@@ -414,7 +415,7 @@ impl Parts {
             (ZeroKind::PerGroup, true) => ZerosRef::Float(self.zeros.slice()),
         };
         let view = QView::new(self.format, self.rows, self.cols, self.codes.bytes(), scales, zeros).unwrap();
-        view.with_tensor_scale(self.tensor).unwrap()
+        view.with_outer(self.outer.slice()).unwrap()
     }
 }
 
@@ -684,7 +685,7 @@ fn quantising_stays_inside_its_buffers() {
         let mut scales = Guarded::new(count * f.scale.size(), rng.aligned());
         let mut zeros = Guarded::new(zeros, rng.place());
         let mut bounds = Guarded::new(count * 4, rng.aligned());
-        let mut scale = 0.0;
+        let mut outer = Guarded::new(f.outer_len(n) * 4, rng.aligned());
         let dest = Dest {
             codes: codes.bytes_mut(),
             scales: match f.scale {
@@ -696,7 +697,7 @@ fn quantising_stays_inside_its_buffers() {
             },
             zeros: zeros.bytes_mut(),
             bounds: bounds.slice_mut(),
-            tensor: Some(&mut scale),
+            outer: outer.slice_mut(),
         };
         quantize_into(&x.view(), &f, method, 1 + i % 3, dest).unwrap();
         let q = &want.tensor;
@@ -709,9 +710,9 @@ fn quantising_stays_inside_its_buffers() {
         if let Zeros::Int(z) = &q.zeros {
             assert_eq!(zeros.bytes(), z);
         }
-        assert_eq!(scale, q.tensor);
+        assert_eq!(outer.slice::<f32>(), q.outer);
         assert_eq!(bounds.slice::<f32>(), want.bounds);
-        for g in [&codes, &scales, &zeros, &bounds] {
+        for g in [&codes, &scales, &zeros, &outer, &bounds] {
             assert!(g.surroundings_untouched());
         }
     }

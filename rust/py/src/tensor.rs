@@ -2,17 +2,20 @@
 use crate::array::Nd;
 use crate::convert::{detached, to_py};
 use crate::product::computes;
-use nibblas_core::format::table;
+use nibblas_core::format::{table, PART_NAMES};
 use nibblas_core::qtensor::pack_values;
 use nibblas_core::quantize::{quantize_polled, Dest, Method, ScalesMut};
 use nibblas_core::{Element, Format, QView, ScaleType, ScalesRef, ZeroKind, ZerosRef};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::PyTuple;
+use pyo3::types::{PyDict, PyTuple};
 
-/// `(format, rows, cols, codes, scales, zeros, scale of the tensor)`: a tensor's parts as Python holds them.
+/// Arrays of the portable layout by name, see `Format::parts`.
+type Arrays<'py> = Bound<'py, PyDict>;
+
+/// `(format, rows, cols, arrays)`: a matrix as Python holds it.
 #[derive(FromPyObject)]
-pub struct Parts<'py>(String, usize, usize, Bound<'py, PyAny>, Bound<'py, PyAny>, Option<Bound<'py, PyAny>>, f32);
+pub struct Parts<'py>(String, usize, usize, Arrays<'py>);
 
 /// The memory of [`Parts`]; the arrays must outlive it.
 pub struct Memory {
@@ -22,20 +25,33 @@ pub struct Memory {
     codes: Nd,
     scales: Nd,
     zeros: Option<Nd>,
-    tensor: f32,
+    outer: Option<Nd>,
+}
+
+/// The array that holds outer scales.
+const OUTER: &str = "tensor_scale";
+
+fn optional(arrays: &Arrays<'_>, name: &str) -> PyResult<Option<Nd>> {
+    arrays.get_item(name)?.as_ref().map(Nd::new).transpose()
+}
+
+fn array(arrays: &Arrays<'_>, name: &str) -> PyResult<Nd> {
+    optional(arrays, name)?.ok_or_else(|| PyValueError::new_err(format!("the matrix lacks its {name}")))
 }
 
 impl Parts<'_> {
     /// Describes the arrays.
     pub fn memory(&self) -> PyResult<Memory> {
+        let format = Format::parse(&self.0).map_err(to_py)?;
+        let arrays = &self.3;
         Ok(Memory {
-            format: Format::parse(&self.0).map_err(to_py)?,
+            format,
             rows: self.1,
             cols: self.2,
-            codes: Nd::new(&self.3)?,
-            scales: Nd::new(&self.4)?,
-            zeros: self.5.as_ref().map(Nd::new).transpose()?,
-            tensor: self.6,
+            codes: array(arrays, "codes")?,
+            scales: array(arrays, "scales")?,
+            zeros: optional(arrays, "zeros")?,
+            outer: optional(arrays, OUTER)?,
         })
     }
 }
@@ -57,8 +73,9 @@ impl Memory {
                 Err(_) => ZerosRef::Float(z.f32s()?),
             },
         };
+        let outer = self.outer.as_ref().map_or(Ok(&[][..]), Nd::f32s)?;
         QView::new(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros)
-            .and_then(|v| v.with_tensor_scale(self.tensor))
+            .and_then(|v| v.with_outer(outer))
             .map_err(to_py)
     }
 }
@@ -93,6 +110,24 @@ fn parse_format<'py>(
     Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name(), computes))
 }
 
+/// Name, types, shape and kind of each array of a matrix.
+#[pyfunction]
+#[pyo3(signature = (name, rows, cols, /))]
+fn format_parts<'py>(py: Python<'py>, name: &str, rows: usize, cols: usize) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+    let format = Format::parse(name).map_err(to_py)?;
+    let parts = format.parts(rows, cols).map_err(to_py)?;
+    parts
+        .into_iter()
+        .map(|p| (p.name, PyTuple::new(py, p.types)?, PyTuple::new(py, p.shape)?, p.along.name()).into_pyobject(py))
+        .collect()
+}
+
+/// Every name that some part of a matrix has.
+#[pyfunction]
+fn part_names() -> [&'static str; 4] {
+    PART_NAMES
+}
+
 #[pyfunction]
 fn format_table(py: Python<'_>) -> PyResult<Vec<Bound<'_, PyTuple>>> {
     table().map(|e| row_tuple(py, e)).collect()
@@ -107,25 +142,22 @@ fn method_of(name: &str) -> PyResult<Method> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, format, method, codes, scales, zeros, bounds, threads, /))]
+#[pyo3(signature = (x, format, method, arrays, bounds, threads, /))]
 fn quantize(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
     format: &str,
     method: &str,
-    codes: &Bound<'_, PyAny>,
-    scales: &Bound<'_, PyAny>,
-    zeros: Option<&Bound<'_, PyAny>>,
+    arrays: &Arrays<'_>,
     bounds: &Bound<'_, PyAny>,
     threads: usize,
-) -> PyResult<f32> {
+) -> PyResult<()> {
     let format = Format::parse(format).map_err(to_py)?;
     let method = method_of(method)?;
     let x = Nd::new(x)?;
-    let (mut codes, mut scales, mut bounds) = (Nd::new(codes)?, Nd::new(scales)?, Nd::new(bounds)?);
-    let mut zeros = zeros.map(Nd::new).transpose()?;
+    let (mut codes, mut scales, mut bounds) = (array(arrays, "codes")?, array(arrays, "scales")?, Nd::new(bounds)?);
+    let (mut zeros, mut outer) = (optional(arrays, "zeros")?, optional(arrays, OUTER)?);
     let x = x.mat()?;
-    let mut tensor = 1.0;
     let dest = Dest {
         codes: codes.u8s_mut()?,
         scales: match format.scale {
@@ -140,10 +172,12 @@ fn quantize(
             Some(z) => z.u8s_mut()?,
         },
         bounds: bounds.f32s_mut()?,
-        tensor: Some(&mut tensor),
+        outer: match &mut outer {
+            None => &mut [],
+            Some(s) => s.f32s_mut()?,
+        },
     };
-    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))?;
-    Ok(tensor)
+    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))
 }
 
 #[pyfunction]
@@ -189,7 +223,9 @@ fn check(parts: Parts<'_>) -> PyResult<()> {
 /// Adds this module's names to the extension module.
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(parse_format, m)?)?;
+    m.add_function(wrap_pyfunction!(format_parts, m)?)?;
     m.add_function(wrap_pyfunction!(format_table, m)?)?;
+    m.add_function(wrap_pyfunction!(part_names, m)?)?;
     m.add_function(wrap_pyfunction!(code_values, m)?)?;
     m.add_function(wrap_pyfunction!(quantize, m)?)?;
     m.add_function(wrap_pyfunction!(dequantize, m)?)?;

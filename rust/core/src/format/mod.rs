@@ -15,11 +15,13 @@ mod float;
 mod grammar;
 mod int;
 pub mod lanes;
+mod parts;
 mod ternary;
 
 pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
 pub use book::{Book, Tie};
 pub use lanes::Level;
+pub use parts::{Along, Part, PART_NAMES};
 
 /// The families of the table, in the order of listing.
 static FAMILIES: [&[Element]; 10] = [

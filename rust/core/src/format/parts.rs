@@ -1,0 +1,79 @@
+//! The arrays of a matrix in the portable layout, by name: what is stored, checked, sliced, pickled and restored.
+use super::{Format, ScaleType, ZeroKind};
+use crate::error::Result;
+use crate::qtensor::area;
+
+/// Every name that some part has.
+pub const PART_NAMES: [&str; 4] = ["codes", "scales", "zeros", "tensor_scale"];
+
+/// Which part of an array a part of the matrix takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Along {
+    /// Rows, and the bytes of packed codes.
+    Codes,
+    /// Rows and groups.
+    Groups,
+    /// Rows.
+    Rows,
+    /// All of it.
+    Whole,
+}
+
+impl Along {
+    /// Name in Python.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Codes => "codes",
+            Self::Groups => "groups",
+            Self::Rows => "rows",
+            Self::Whole => "whole",
+        }
+    }
+}
+
+/// One array of the portable layout.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// Its name: an attribute of the matrix, and the last word of the name of a stored tensor.
+    pub name: &'static str,
+    /// The types it may have, the usual one first.
+    pub types: &'static [&'static str],
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// How it is sliced.
+    pub along: Along,
+}
+
+impl Format {
+    /// Numbers that multiply the scales of a matrix: one of the tensor, or none.
+    pub fn outer_len(&self, _rows: usize) -> usize {
+        usize::from(self.element.tensor)
+    }
+
+    /// The arrays of a matrix of that shape, codes and scales first.
+    ///
+    /// # Errors
+    /// [`crate::Error::Shape`] for a shape beyond what memory can address.
+    pub fn parts(&self, rows: usize, cols: usize) -> Result<Vec<Part>> {
+        area(rows, cols)?;
+        let groups = vec![rows, self.groups(cols)];
+        let scales: &[&str] = match self.scale {
+            ScaleType::F32 => &["f32"],
+            ScaleType::F16 => &["f16"],
+            ScaleType::BF16 => &["bf16"],
+            ScaleType::E8M0 | ScaleType::E4M3 => &["u8"],
+        };
+        let codes = vec![rows, self.row_bytes(cols)];
+        let mut parts = vec![
+            Part { name: "codes", types: &["u8"], shape: codes, along: Along::Codes },
+            Part { name: "scales", types: scales, shape: groups.clone(), along: Along::Groups },
+        ];
+        if self.element.zero == ZeroKind::PerGroup {
+            parts.push(Part { name: "zeros", types: &["u8", "f32"], shape: groups, along: Along::Groups });
+        }
+        if self.element.tensor {
+            parts.push(Part { name: "tensor_scale", types: &["f32"], shape: vec![1], along: Along::Whole });
+        }
+        Ok(parts)
+    }
+}
