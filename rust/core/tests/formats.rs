@@ -663,7 +663,7 @@ fn quantising_stops_when_its_poll_says_so() {
             scales: ScalesMut::F16(&mut scales),
             zeros: &mut [],
             bounds: &mut [],
-            tensor: None,
+            outer: &mut [],
         };
         let done = quantize_polled(&x, &f, Method::Mse, 1, &|| answer, dest);
         (done, codes[codes.len() - k / 2..].iter().all(|&c| c == 0x5a))

@@ -240,7 +240,7 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
             Zeros::Int(v) => Zeros::Int(v[span].to_vec()),
             Zeros::Float(v) => Zeros::Float(v[span].to_vec()),
         },
-        outer: &q.outer,
+        outer: q.outer.clone(),
     }
 }
 
