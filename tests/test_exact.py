@@ -23,6 +23,8 @@ FORMATS = [
     "bipolar3_g64",
     "ternary_g32",
     "int6_g40_sbf16",
+    "int4_g32_si8",
+    "uint3_g24_si8",
 ]
 
 

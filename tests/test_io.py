@@ -31,6 +31,8 @@ FORMATS = [
     "bipolar1_g32",
     "bipolar8_g32",
     "ternary",
+    "int4_g32_si8",
+    "uint2_g8_si8",
 ]
 PLAIN = [
     "bool",

@@ -25,6 +25,8 @@ FORMATS = [
     "bipolar8",
     "ternary",
     "int5_g24",
+    "int4_g16_si8",
+    "uint4_g8_si8",
 ]
 
 
@@ -45,15 +47,14 @@ def test_attributes(q: nb.QTensor) -> None:
     assert q.error_bound.shape == (12, groups)
     assert q.T.scales.shape == (groups, 12)
     zero_bytes = 0 if q.zeros is None else q.zeros.nbytes
+    zero_bytes += 0 if q.row_scales is None else q.row_scales.nbytes
     assert (q.zeros is not None) == fmt.has_zeros
     assert q.nbytes == 12 * fmt.row_bytes(48) + q.scales.nbytes + zero_bytes
     assert q.bits_per_weight == 8 * q.nbytes / 576
     for a in (q.scales, q.zeros, q.error_bound):
         assert a is None or not a.flags.writeable
-    assert (
-        q.scales.dtype
-        == {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}[fmt.scale]
-    )
+    types = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16, "i8": np.uint8}
+    assert q.scales.dtype == types[fmt.scale]
 
 
 def test_error_bound_holds(rng: np.random.Generator, q: nb.QTensor) -> None:
@@ -82,7 +83,8 @@ def test_transpose_is_a_flag(q: nb.QTensor) -> None:
 
 
 def test_from_parts_round_trip(q: nb.QTensor) -> None:
-    again = nb.QTensor.from_parts(q.format, q.codes(), q.scales, q.zeros)
+    further = {} if q.row_scales is None else {"row_scales": q.row_scales}
+    again = nb.QTensor.from_parts(q.format, q.codes(), q.scales, q.zeros, **further)
     assert again == q
     assert again.error_bound is None
     wide = nb.QTensor.from_parts(
@@ -90,6 +92,7 @@ def test_from_parts_round_trip(q: nb.QTensor) -> None:
         q.codes().astype(np.int64)[::-1][::-1],
         q.scales.astype(np.float64),
         None if q.zeros is None else q.zeros.tolist(),
+        **further,
         shape=(12, 48),
     )
     assert wide == q
@@ -374,7 +377,7 @@ def test_no_reference_leaks() -> None:
 def test_pack_without_the_portable_arrays(any_format: str, k: int, zeros: str) -> None:
     """Panels give back codes, scales and zero points bit for bit, and everything works on."""
     fmt = nb.Format(any_format)
-    if zeros == "float" and not fmt.has_zeros:
+    if zeros == "float" and (not fmt.has_zeros or fmt.scale == "i8"):
         pytest.skip("no zero points")
     want = nb.quantize(testing.values((37, k), k), any_format)
     if zeros == "float":

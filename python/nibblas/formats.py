@@ -1,7 +1,7 @@
 """Formats: how a weight is coded.
 
 The table lives in the Rust core; this module gives it a Python face. A format is named by a string
-with the grammar ``<element>[_g<n>][_s<f32|f16|bf16>][_<mode>]``, for example ``int4_g128``.
+with the grammar ``<element>[_g<n>][_s<f32|f16|bf16|i8>][_<mode>]``, for example ``int4_g128``.
 """
 
 from __future__ import annotations
@@ -130,7 +130,10 @@ class Format(str):
 
     @property
     def scale(self) -> str:
-        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"``, ``"e8m0"`` or ``"e4m3"``."""
+        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"``, ``"e8m0"``, ``"e4m3"`` or ``"i8"``.
+
+        Those of type ``"i8"`` are integers within a float32 scale of the row.
+        """
         return self._scale
 
     @property

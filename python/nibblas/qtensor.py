@@ -281,7 +281,8 @@ class QTensor:
             (N, K), where ``codes`` is flat; otherwise it must agree with ``codes``.
         **further : array_like
             The format's further arrays by name, see :attr:`parts`: ``tensor_scale``, what
-            multiplies every scale (default 1).
+            multiplies every scale, or ``row_scales``, what multiplies those of each row (ones by
+            default).
 
         Returns
         -------
@@ -412,6 +413,11 @@ class QTensor:
     def tensor_scale(self) -> float:
         """What multiplies every scale; 1 but in formats that have such a number."""
         return self._storage.tensor
+
+    @property
+    def row_scales(self) -> NDArray[np.float32] | None:
+        """What multiplies the scales of each row, shape (N,); None but in two-level formats."""
+        return self._storage.array("row_scales")
 
     @property
     def parts(self) -> dict[str, NDArray[Any]]:
@@ -720,6 +726,10 @@ def _scales(fmt: Format, scales: ArrayLike, rows: int, groups: int) -> NDArray[A
             return _power_bytes(wide)
         if fmt.scale == "e4m3":
             return _e4m3_bytes(wide)
+        if fmt.scale == "i8":
+            if not ((wide >= 1) & (wide <= 127) & (wide == np.rint(wide))).all():
+                raise ValueError(f"scales of {fmt} are integers from 1 to 127")
+            return wide.astype(np.uint8)
         if fmt.scale == "bf16":
             bits = _to_bf16_bits(wide)
             if ((bits & 0x7F80) == 0x7F80).any():

@@ -241,9 +241,9 @@ pub(crate) fn int32_limit(w: &Packed) -> usize {
     (i32::MAX as usize) / (128 * w.mul as usize * w.byte_top.max(1) as usize)
 }
 
-fn scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
-    let at = panel * w.geometry.groups * PANEL;
-    match &w.scales {
+fn scale_ptr(scales: &PanelScales, groups: usize, panel: usize) -> ScalePtr {
+    let at = panel * groups * PANEL;
+    match scales {
         PanelScales::F32(b) => ScalePtr::F32(b.as_ptr()),
         PanelScales::F16(b) => ScalePtr::F16(b.as_ptr()),
         PanelScales::BF16(b) => ScalePtr::BF16(b.as_ptr()),
@@ -251,13 +251,23 @@ fn scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
     .offset(at)
 }
 
-pub(crate) fn zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
-    let at = panel * w.geometry.groups * PANEL;
-    match &w.zeros {
+fn zero_ptrs(zeros: &PanelZeros, groups: usize, panel: usize) -> (*const u8, *const f32) {
+    let at = panel * groups * PANEL;
+    match zeros {
         PanelZeros::Const => (std::ptr::null(), std::ptr::null()),
         PanelZeros::Int(b) => (b.as_ptr().wrapping_add(at), std::ptr::null()),
         PanelZeros::Float(b) => (std::ptr::null(), b.as_ptr().wrapping_add(at)),
     }
+}
+
+/// The scales that integer products apply to a panel.
+fn sum_scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
+    scale_ptr(w.sum_scales(), w.sum_groups(), panel)
+}
+
+/// The zero points that integer products subtract from a panel.
+pub(crate) fn sum_zero_ptrs(w: &Packed, panel: usize) -> (*const u8, *const f32) {
+    zero_ptrs(w.sum_zeros(), w.sum_groups(), panel)
 }
 
 /// The bytes of the codes, where they are not the codes themselves.
@@ -283,7 +293,7 @@ pub(crate) fn int8(
     }
     let t = kernel::table(o.isa);
     let segs = w.segments(group)?;
-    let raw = w.geometry.groups <= 1 && group.is_none();
+    let raw = w.sum_groups() <= 1 && group.is_none();
     if !raw && segs.len > int32_limit(w) {
         return Err(Error::Unsupported(format!(
             "groups of {} values of {} may overflow int32 sums; use compute=\"f32\"",
@@ -293,7 +303,7 @@ pub(crate) fn int8(
     let long = raw && w.geometry.kp > int32_limit(w);
     let b = plan::int8(x.rows, w, &segs, group.is_some(), o.isa, o.threads);
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
-    let factor = if !w.has_zeros() && !long { w.sub } else { 1 };
+    let factor = if !w.sums_have_zeros() && !long { w.sum_sub() } else { 1 };
     let sums = !(b.path == Path::Tiles && !raw && plan::signed_bytes(w));
     let mut act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
     if w.step != 1.0 {
@@ -309,8 +319,8 @@ pub(crate) fn int8(
             let sums = grown(&mut s.sums, padded * ldc)?;
             sums[..padded * ldc].fill(0);
             let floats = grown(&mut s.floats, cols)?;
-            let scales = row_scales(&mut s.weights, w, p0, np)?;
-            let (zi, zf) = zero_ptrs(w, p0);
+            let scales = row_scales(&mut s.weights, w.sum_scales(), p0, np)?;
+            let (zi, zf) = sum_zero_ptrs(w, p0);
             if long {
                 let wide = grown(&mut s.wide, padded * ldc)?;
                 wide[..padded * ldc].fill(0);
@@ -391,15 +401,15 @@ fn padded_bias(
 }
 
 /// The row scales of some panels as f32 (formats with one scale per row).
-fn row_scales(slot: &mut Option<Buf<f32>>, w: &Packed, p0: usize, np: usize) -> Result<*const f32> {
+fn row_scales(slot: &mut Option<Buf<f32>>, scales: &PanelScales, p0: usize, np: usize) -> Result<*const f32> {
     let (lo, len) = (p0 * PANEL, np * PANEL);
-    if let PanelScales::F32(b) = &w.scales {
+    if let PanelScales::F32(b) = scales {
         if !b.is_empty() {
             return Ok(b[lo..lo + len].as_ptr());
         }
     }
     let out = grown(slot, len)?;
-    match &w.scales {
+    match scales {
         PanelScales::F16(b) if !b.is_empty() => {
             out.iter_mut().zip(&b[lo..lo + len]).for_each(|(o, &v)| *o = half::f16::from_bits(v).to_f32());
         }
@@ -428,7 +438,7 @@ fn finish_wide(
         // SAFETY: the arrays reach the end of the last panel, as `d` does.
         unsafe {
             let s = *scales.add(j);
-            let zero = if zi.is_null() { i64::from(w.sub) } else { i64::from(*zi.add(j)) };
+            let zero = if zi.is_null() { i64::from(w.sum_sub()) } else { i64::from(*zi.add(j)) };
             let exact = d * i64::from(w.mul) - if zf.is_null() { zero * sum } else { 0 };
             let mut f = (exact as f32).mul_add(s, 0.0);
             if !zf.is_null() {
@@ -456,13 +466,30 @@ impl IntJob<'_> {
 
     /// Unpacks blocks of one panel to bytes `u` (or values, where they fit a signed byte and `signed` is set).
     unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
-        let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sub as u8) } else { (0, 0) };
+        let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sum_sub() as u8) } else { (0, 0) };
         if let Some(bytes) = &self.w.bytes {
             // SAFETY: the caller's buffer holds `blocks` KiB, the table has 64 entries.
             unsafe {
                 (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, 0, 0);
                 (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
             }
+            return;
+        }
+        if let Some(inner) = &self.w.inner {
+            let (g, at) = (&self.w.geometry, panel * self.w.geometry.groups * PANEL);
+            let a = kernel::Inner {
+                codes: self.codes(panel, block),
+                bytes: out,
+                blocks,
+                block0: block,
+                padded: g.padded,
+                groups: g.groups,
+                mul: inner.mul[at..].as_ptr(),
+                add: inner.add[at..].as_ptr(),
+                sub,
+            };
+            // SAFETY: as above; a panel has 16 inner scales in each of its groups.
+            unsafe { (self.t.unpack_inner[self.w.bits - 2])(&a) };
             return;
         }
         // SAFETY: as above.
@@ -493,7 +520,7 @@ impl IntJob<'_> {
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
-            let window = if self.w.bits == 8 { BYTE_WINDOW } else { RAW_WINDOW };
+            let window = if self.w.is_bytes() { BYTE_WINDOW } else { RAW_WINDOW };
             let buf = grown(bytes, 2 * RAW_WINDOW * 1024)?;
             let second = buf.as_mut_ptr().wrapping_add(RAW_WINDOW * 1024);
             // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
@@ -504,7 +531,7 @@ impl IntJob<'_> {
                     for p in (0..np).step_by(2) {
                         let last = (p + 1).min(np - 1);
                         // Codes of a byte are tiles already.
-                        let pair = if self.w.bits == 8 {
+                        let pair = if self.w.is_bytes() {
                             [self.codes(p0 + p, b0 + k), self.codes(p0 + last, b0 + k)]
                         } else {
                             self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr());
@@ -587,10 +614,10 @@ impl IntJob<'_> {
         let blocks = w.geometry.blocks();
         let mr = self.b.mr;
         let regs = self.segs.registers();
-        let stride = w.geometry.groups * PANEL;
+        let stride = w.sum_groups() * PANEL;
         let c = c.as_mut_ptr();
         let call = |f: kernel::GroupedFn, codes, panel_stride, k: usize, n, p: usize, m: usize, prefetch| {
-            let (zeros, fzeros) = zero_ptrs(w, p0 + p);
+            let (zeros, fzeros) = sum_zero_ptrs(w, p0 + p);
             let a = Grp {
                 codes,
                 panel_stride,
@@ -599,7 +626,7 @@ impl IntJob<'_> {
                 seg_registers: regs,
                 seg0: k * BLOCK / self.segs.len,
                 seg_group: self.segs.group.as_ptr(),
-                scales: scale_ptr(w, p0 + p),
+                scales: sum_scale_ptr(w, p0 + p),
                 scale_stride: stride,
                 zeros,
                 fzeros,
@@ -617,7 +644,7 @@ impl IntJob<'_> {
             if w.is_table() {
                 (self.t.grouped_table)(w.bits, regs, mr)
             } else {
-                (self.t.grouped)(w.bits, w.has_zeros(), regs, mr)
+                (self.t.grouped)(w.bits, w.sums_have_zeros(), regs, mr)
             }
         };
         let fused = (self.b.path == Path::Fused).then(find).flatten();
@@ -633,7 +660,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(w.byte_top < 128, w.has_zeros(), regs, mr);
+        let f = (self.t.grouped_bytes)(w.byte_top < 128, w.sums_have_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -677,8 +704,8 @@ impl IntJob<'_> {
                     let last = (p + 1).min(np - 1);
                     self.unpack(p0 + p, k, n, signed, buf.as_mut_ptr());
                     self.unpack(p0 + last, k, n, signed, second);
-                    let (z0, f0) = zero_ptrs(w, p0 + p);
-                    let (z1, f1) = zero_ptrs(w, p0 + last);
+                    let (z0, f0) = sum_zero_ptrs(w, p0 + p);
+                    let (z1, f1) = sum_zero_ptrs(w, p0 + last);
                     for m in (0..rows).step_by(32) {
                         let two = m + 16 < rows;
                         let act0 = self.act.rows((m0 + m) / 16, k);
@@ -692,7 +719,7 @@ impl IntJob<'_> {
                             parts: BLOCK / self.segs.len.min(BLOCK),
                             seg0: k * BLOCK / self.segs.len,
                             seg_group: self.segs.group.as_ptr(),
-                            scales: [scale_ptr(w, p0 + p), scale_ptr(w, p0 + last)],
+                            scales: [sum_scale_ptr(w, p0 + p), sum_scale_ptr(w, p0 + last)],
                             zeros: [z0, z1],
                             fzeros: [f0, f1],
                             act0,
@@ -936,7 +963,8 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                             amx::bf16(at(0), a1, pair, 2 * n, c, ldc);
                             continue;
                         };
-                        let scales = [p0 + p, p0 + p + count - 1].map(|panel| scale_ptr(w, panel));
+                        let scales =
+                            [p0 + p, p0 + p + count - 1].map(|panel| scale_ptr(&w.scales, w.geometry.groups, panel));
                         kernels[usize::from(two)](&amx::TileGrp {
                             a0: at(0).cast(),
                             a1: a1.cast(),
@@ -998,7 +1026,7 @@ fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32)
 
 /// What the float kernels need to decode panel `panel` from block `block0` on; the caller adds codes, activations, sums.
 fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Args {
-    let (zeros, fzeros) = zero_ptrs(w, panel);
+    let (zeros, fzeros) = zero_ptrs(&w.zeros, w.geometry.groups, panel);
     F32Args {
         bytes: std::ptr::null(),
         byte_stride: 0,
@@ -1006,7 +1034,7 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
         padded: w.geometry.padded,
         block0,
         groups: w.geometry.groups,
-        scales: scale_ptr(w, panel),
+        scales: scale_ptr(&w.scales, w.geometry.groups, panel),
         scale_stride: w.geometry.groups * PANEL,
         zeros,
         fzeros,

@@ -130,6 +130,21 @@ pub enum PanelZeros {
     Float(Buf<f32>),
 }
 
+/// The inner level of a two-level weight, `[panel][group][16]`: what integer products make of the code `u` is the byte
+/// `u*mul + add`, worth 128 less.
+#[derive(Debug)]
+pub struct Inner {
+    /// Integer scales.
+    pub mul: Buf<u8>,
+    /// 128 less the zero point times the scale.
+    pub add: Buf<u8>,
+    /// Scales of the rows, `[panel][16]`.
+    pub rows: PanelScales,
+}
+
+/// What two-level bytes are above their values.
+pub(crate) const INNER_ZERO: i32 = 128;
+
 /// Activation groups whose segments are kept.
 const SEGMENT_GROUPS: [Option<usize>; 3] = [None, Some(32), Some(128)];
 
@@ -162,10 +177,12 @@ pub struct Packed {
     pub bytes: Option<Box<[u8; 64]>>,
     /// `[panel][block][128*bits]`.
     pub codes: Buf<u8>,
-    /// Scales.
+    /// Scales; of two-level weights the products of both levels, rounded, which float products apply.
     pub scales: PanelScales,
     /// Zeros.
     pub zeros: PanelZeros,
+    /// The inner level, of two-level weights.
+    pub inner: Option<Inner>,
     /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
     /// up instead of making them.
     segments: [Option<Segments>; 3],
@@ -175,7 +192,43 @@ impl Packed {
     /// The segments of a product under activation groups of `act`.
     pub(crate) fn segments(&self, act: Option<usize>) -> Result<Cow<'_, Segments>> {
         let known = SEGMENT_GROUPS.iter().position(|g| *g == act).and_then(|i| self.segments[i].as_ref());
-        known.map_or_else(|| Segments::new(&self.geometry, act).map(Cow::Owned), |s| Ok(Cow::Borrowed(s)))
+        known.map_or_else(|| self.cut(act).map(Cow::Owned), |s| Ok(Cow::Borrowed(s)))
+    }
+
+    fn cut(&self, act: Option<usize>) -> Result<Segments> {
+        integer_segments(&self.geometry, self.inner.is_some(), act)
+    }
+
+    /// Groups whose scales integer products apply one by one.
+    pub(crate) fn sum_groups(&self) -> usize {
+        if self.inner.is_some() {
+            self.geometry.groups.min(1)
+        } else {
+            self.geometry.groups
+        }
+    }
+
+    /// The scales that integer products apply, `[panel][sum_groups][16]`.
+    pub(crate) fn sum_scales(&self) -> &PanelScales {
+        self.inner.as_ref().map_or(&self.scales, |i| &i.rows)
+    }
+
+    /// The zero points that integer products subtract.
+    pub(crate) fn sum_zeros(&self) -> &PanelZeros {
+        if self.inner.is_some() {
+            &PanelZeros::Const
+        } else {
+            &self.zeros
+        }
+    }
+
+    /// The constant zero of integer products.
+    pub(crate) fn sum_sub(&self) -> i32 {
+        if self.inner.is_some() {
+            INNER_ZERO
+        } else {
+            self.sub
+        }
     }
 
     /// Panels of 16 rows.
@@ -196,6 +249,16 @@ impl Packed {
     /// Whether zero points are stored, rather than constant.
     pub(crate) fn has_zeros(&self) -> bool {
         !matches!(self.zeros, PanelZeros::Const)
+    }
+
+    /// Whether integer products subtract stored zero points.
+    pub(crate) fn sums_have_zeros(&self) -> bool {
+        !matches!(self.sum_zeros(), PanelZeros::Const)
+    }
+
+    /// Whether the codes are the bytes of integer products, in their order.
+    pub(crate) fn is_bytes(&self) -> bool {
+        self.bits == 8 && self.bytes.is_none() && self.inner.is_none()
     }
 
     /// Whether values are looked up in a table.
@@ -253,6 +316,9 @@ impl Packed {
             (PanelScales::F16(src), ScalesMut::F16(out)) | (PanelScales::BF16(src), ScalesMut::BF16(out)) => {
                 self.restore("scales", src, out)
             }
+            (_, ScalesMut::I8(out)) if self.inner.is_some() => {
+                self.inner.as_ref().map_or(Ok(()), |i| self.restore("scales", &i.mul, out))
+            }
             (PanelScales::BF16(src), ScalesMut::E8M0(out)) if self.format.scale == ScaleType::E8M0 => {
                 let unit = self.format.element.unit;
                 let byte = |s: u16| e8m0_byte(half::bf16::from_bits(s).to_f32() / unit);
@@ -309,7 +375,8 @@ impl Packed {
             PanelZeros::Int(b) => b.len(),
             PanelZeros::Float(b) => b.len() * 4,
         };
-        self.codes.len() + self.scales.nbytes() + z
+        let inner = self.inner.as_ref().map_or(0, |i| i.mul.len() + i.add.len() + i.rows.nbytes());
+        self.codes.len() + self.scales.nbytes() + z + inner
     }
 }
 
@@ -364,6 +431,10 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
         ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
         ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
+        ScalesRef::I8(_) => {
+            let full: Vec<f32> = (0..q.rows * groups).map(|i| q.full_scale(i / groups, i % groups)).collect();
+            PanelScales::F32(panelise(&full, q.rows, groups)?)
+        }
         ScalesRef::E4M3(_) => {
             // float16 has every number of E4M3.
             let wide: Vec<u16> = (0..q.rows * groups).map(|i| half::f16::from_f32(q.scales.get(i)).to_bits()).collect();
@@ -397,8 +468,23 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         ZerosRef::Int(z) => (PanelZeros::Int(panelise(z, q.rows, groups)?), z.iter().copied().max().unwrap_or(0)),
         ZerosRef::Float(z) => (PanelZeros::Float(panelise(z, q.rows, groups)?), 0),
     };
-    let segments = SEGMENT_GROUPS.map(|act| Segments::new(&geometry, act).ok());
-    let (step, tensor) = (q.step(), q.outer());
+    let inner = match q.scales {
+        ScalesRef::I8(t) => {
+            // The zero point of a code is a byte, and so is its share: see `QView::new`.
+            let zero = |i: usize| match q.zero(i / groups, i % groups) {
+                Zero::Int(z) => i32::from(z),
+                _ => sub,
+            };
+            let add: Vec<u8> =
+                t.iter().enumerate().map(|(i, &t)| (INNER_ZERO - zero(i) * i32::from(t)) as u8).collect();
+            let rows = PanelScales::F32(panelise(q.outer, q.rows, 1)?);
+            Some(Inner { mul: panelise(t, q.rows, groups)?, add: panelise(&add, q.rows, groups)?, rows })
+        }
+        _ => None,
+    };
+    let byte_top = if inner.is_some() { 255 } else { byte_top };
+    let segments = SEGMENT_GROUPS.map(|act| integer_segments(&geometry, inner.is_some(), act).ok());
+    let (step, tensor) = (q.step(), q.tensor());
     let format = q.format;
     Ok(Packed {
         format,
@@ -416,8 +502,22 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         codes,
         scales,
         zeros,
+        inner,
         segments,
     })
+}
+
+/// The segments of integer products: two-level weights have one scale per row.
+fn integer_segments(g: &Geometry, two_level: bool, act: Option<usize>) -> Result<Segments> {
+    if !two_level {
+        return Segments::new(g, act);
+    }
+    if act.is_none() || g.is_plain() {
+        return Segments::new(&Geometry { group: g.k, padded: g.kp.max(BLOCK), groups: g.groups.min(1), ..*g }, act);
+    }
+    let mut segments = Segments::new(g, act)?;
+    segments.group.fill(0);
+    Ok(segments)
 }
 
 /// Gives the padding of a row the code that decodes to the least weight that is +0 or more, where there is one. A padded

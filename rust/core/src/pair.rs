@@ -3,7 +3,8 @@ use crate::activation::Act;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::gemm::{
-    available, check, grown, int32_limit, int8, nothing, store_row, tasks, tile_ldc, zero_ptrs, IntJob, Options, SLAB,
+    available, check, grown, int32_limit, int8, nothing, store_row, sum_zero_ptrs, tasks, tile_ldc, IntJob, Options,
+    SLAB,
 };
 use crate::kernel;
 use crate::matrix::{MatMut, MatRef, Scalar};
@@ -42,6 +43,7 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
     let (lo, hi) = if e.is_linear() { e.values() } else { (-127, 127) };
     let (lo, hi) = match a.zeros {
+        _ if a.format.is_two_level() => (-128, 127),
         ZerosRef::Int(z) => {
             let top = i32::from(z.iter().copied().max().unwrap_or(0));
             (lo - top, hi - i32::from(z.iter().copied().min().unwrap_or(0)))
@@ -65,11 +67,12 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
                 ZerosRef::Int(z) => i32::from(z[i * a.groups() + g]),
                 _ => 0,
             };
+            let inner = if a.format.is_two_level() { a.scale(i, g) as i32 } else { 1 };
             let at = i * k + g * len;
             // SAFETY: row i of each plane belongs to this task.
             let plane = |p: usize| unsafe { std::slice::from_raw_parts_mut(out[p].get().add(at), part.len()) };
             if narrow {
-                let table = values.map(|v| (v - zero) as i8);
+                let table = values.map(|v| ((v - zero) * inner) as i8);
                 plane(0).iter_mut().zip(part).for_each(|(o, &u)| *o = table[usize::from(u)]);
             } else {
                 for ((high, low), &u) in plane(0).iter_mut().zip(plane(1)).zip(part) {
@@ -106,6 +109,9 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
         )));
     }
     for f in [a.format, w.format] {
+        if f.is_two_level() {
+            return Err(Error::Value(format!("raw sums need one scale per row, but {f} has two levels")));
+        }
         if !f.element.is_linear() {
             return Err(Error::Value(format!("raw sums need codes that are integers, which those of {f} are not")));
         }
@@ -201,7 +207,7 @@ fn raw_products(
             let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
             let len = padded * ldc;
             let cols = (np * PANEL).min(w.n - p0 * PANEL);
-            let (zi, _) = zero_ptrs(w, p0);
+            let (zi, _) = sum_zero_ptrs(w, p0);
             // SAFETY: zeros reach the end of the last panel.
             let zero = |j: usize| if zi.is_null() { w.sub } else { i32::from(unsafe { *zi.add(j) }) };
             if narrow {
@@ -278,9 +284,11 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     if !w.format.element.has_integers() {
         return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
     }
-    let (groups, step) = (a.groups(), a.step());
-    let scales: Vec<f32> = (0..m * groups).map(|i| a.scale(i / groups, i % groups) * step).collect();
-    let ungrouped = a.groups() <= 1 && w.geometry.groups <= 1 && !matches!(w.zeros, PanelZeros::Float(_));
+    let (groups, step) = (if a.format.is_two_level() { 1 } else { a.groups() }, a.step());
+    let scale = |n: usize, g: usize| if a.format.is_two_level() { a.outer_scale(n) } else { a.scale(n, g) };
+    let scales: Vec<f32> = (0..m * groups).map(|i| scale(i / groups, i % groups) * step).collect();
+    let plain = w.inner.is_none() && !matches!(w.zeros, PanelZeros::Float(_));
+    let ungrouped = groups <= 1 && w.geometry.groups <= 1 && plain;
     let w_scales: Vec<f32> = if ungrouped { (0..w.n).map(|n| panel_scale(w, n)).collect() } else { Vec::new() };
     let out = &*y;
     let emit = |row: usize, n0: usize, sums: Sums| {
@@ -305,7 +313,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
         }
         return raw_products(&planes, m, w, o, emit);
     }
-    let group = (a.groups() > 1).then(|| a.group_len());
+    let group = (groups > 1).then(|| a.group_len());
     for m0 in (0..m).step_by(SLAB) {
         let rows = SLAB.min(m - m0);
         let x = plane_rows(&planes[0], k, m0, rows);
@@ -314,7 +322,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
             let p = y.ptr.wrapping_offset(m0 as isize * y.row_stride);
             MatMut::from_raw(p, y.scalar, rows, y.cols, y.row_stride, y.col_stride)
         };
-        int8(&x, w, &mut ys, o, group, Some(&scales[m0 * a.groups()..]))?;
+        int8(&x, w, &mut ys, o, group, Some(&scales[m0 * groups..]))?;
     }
     Ok(())
 }

@@ -95,13 +95,13 @@ impl Blocking {
 /// Whether decoded values fit a signed byte, so that tiles need no correction.
 pub(crate) fn signed_bytes(w: &Packed) -> bool {
     let top = w.mul * w.byte_top;
-    !w.has_zeros() && -w.sub >= -128 && top - w.sub <= 127
+    !w.sums_have_zeros() && -w.sum_sub() >= -128 && top - w.sum_sub() <= 127
 }
 
 /// Blocking of an integer product.
 pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, threads: usize) -> Blocking {
     let t = kernel::table(isa);
-    let raw = w.geometry.groups <= 1 && !act;
+    let raw = w.sum_groups() <= 1 && !act;
     let panels = w.panels();
     let (n, k) = (w.n, w.geometry.k);
     let base =
@@ -118,9 +118,10 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     }
     .min(t.max_mr);
     let fused = match (raw, w.is_table()) {
+        _ if w.inner.is_some() => None,
         (true, false) => (t.raw)(w.bits, mr).map(|f| f.1),
         (true, true) => (t.raw_table)(w.bits, mr).map(|f| f.1),
-        (false, false) => (t.grouped)(w.bits, w.has_zeros(), segs.registers(), mr).map(|f| f.1),
+        (false, false) => (t.grouped)(w.bits, w.sums_have_zeros(), segs.registers(), mr).map(|f| f.1),
         (false, true) => (t.grouped_table)(w.bits, segs.registers(), mr).map(|f| f.1),
     };
     if let (Some(np), true) = (fused, m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
@@ -173,7 +174,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
                 return Err(crate::Error::Unsupported(format!("{} has no integer products", w.format)));
             }
             let segs = w.segments(group.map(|g| g as usize))?;
-            let raw = w.geometry.groups <= 1 && group.is_none();
+            let raw = w.sum_groups() <= 1 && group.is_none();
             let b = int8(m, w, &segs, group.is_some(), isa, threads);
             let unit = match b.path {
                 Path::Fused if w.is_table() => format!("t{}", w.bits),

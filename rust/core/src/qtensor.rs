@@ -20,6 +20,8 @@ pub enum Scales {
     E8M0(Vec<u8>),
     /// Positive small floats, one byte each
     E4M3(Vec<u8>),
+    /// Positive integers, one byte each
+    I8(Vec<u8>),
 }
 
 /// Borrowed scales.
@@ -35,6 +37,8 @@ pub enum ScalesRef<'a> {
     E8M0(&'a [u8]),
     /// Positive small floats, one byte each
     E4M3(&'a [u8]),
+    /// Positive integers, one byte each
+    I8(&'a [u8]),
 }
 
 /// Owned zero points.
@@ -74,7 +78,7 @@ pub struct QView<'a> {
     pub scales: ScalesRef<'a>,
     /// `[rows][groups]`, or none.
     pub zeros: ZerosRef<'a>,
-    /// What multiplies the scales: nothing, or one number of the tensor.
+    /// What multiplies the scales: one number of each row, one of the tensor, or nothing.
     pub outer: &'a [f32],
 }
 
@@ -93,7 +97,7 @@ pub struct QTensor {
     pub scales: Scales,
     /// Zero points.
     pub zeros: Zeros,
-    /// What multiplies the scales: nothing, or one number of the tensor.
+    /// What multiplies the scales: one number of each row, one of the tensor, or nothing.
     pub outer: Vec<f32>,
 }
 
@@ -130,6 +134,7 @@ impl Scales {
             ScaleType::BF16 => Self::BF16(zeros_vec(len)?),
             ScaleType::E8M0 => Self::E8M0(zeros_vec(len)?),
             ScaleType::E4M3 => Self::E4M3(zeros_vec(len)?),
+            ScaleType::I8 => Self::I8(zeros_vec(len)?),
         })
     }
 
@@ -141,6 +146,7 @@ impl Scales {
             Self::BF16(v) => ScalesRef::BF16(v),
             Self::E8M0(v) => ScalesRef::E8M0(v),
             Self::E4M3(v) => ScalesRef::E4M3(v),
+            Self::I8(v) => ScalesRef::I8(v),
         }
     }
 
@@ -157,7 +163,7 @@ impl ScalesRef<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
-            Self::E8M0(v) | Self::E4M3(v) => v.len(),
+            Self::E8M0(v) | Self::E4M3(v) | Self::I8(v) => v.len(),
         }
     }
 
@@ -174,6 +180,7 @@ impl ScalesRef<'_> {
             Self::BF16(_) => ScaleType::BF16,
             Self::E8M0(_) => ScaleType::E8M0,
             Self::E4M3(_) => ScaleType::E4M3,
+            Self::I8(_) => ScaleType::I8,
         }
     }
 
@@ -189,6 +196,7 @@ impl ScalesRef<'_> {
             Self::BF16(v) => f32::from_bits(u32::from(v[i]) << 16),
             Self::E8M0(v) => crate::format::e8m0(v[i]),
             Self::E4M3(v) => crate::format::e4m3(v[i]),
+            Self::I8(v) => f32::from(v[i]),
         }
     }
 }
@@ -230,6 +238,7 @@ impl<'a> QView<'a> {
         }
         view.check_scales()?;
         view.check_codes()?;
+        view.check_inner()?;
         Ok(view)
     }
 
@@ -244,7 +253,8 @@ impl<'a> QView<'a> {
             return Err(Error::Shape(format!("{} has {want} outer scales, not {}", self.format, outer.len())));
         }
         if let Some(s) = outer.iter().find(|s| !(s.is_finite() && **s > 0.0)) {
-            return Err(Error::Value(format!("the scale of the tensor, {s}, is not positive and finite")));
+            let what = if self.format.is_two_level() { "a scale of a row" } else { "the scale of the tensor" };
+            return Err(Error::Value(format!("{what}, {s}, is not positive and finite")));
         }
         Ok(Self { outer, ..self })
     }
@@ -272,6 +282,11 @@ impl<'a> QView<'a> {
             let s = self.scales.get(i);
             let fault = if negative(s) && s.is_finite() { "negative" } else { "not finite" };
             return Err(Error::Value(format!("scale {s} at row {}, group {} is {fault}", i / groups, i % groups)));
+        }
+        if let ScalesRef::I8(inner) = self.scales {
+            if let Some(i) = inner.iter().position(|t| *t == 0) {
+                return Err(Error::Value(format!("scale 0 at row {}, group {} is below 1", i / groups, i % groups)));
+            }
         }
         let top = format.element.levels - 1;
         match (format.element.zero, self.zeros) {
@@ -303,6 +318,31 @@ impl<'a> QView<'a> {
                 }
             }
         }
+    }
+
+    /// That the inner level of two-level formats keeps every code within a byte.
+    fn check_inner(&self) -> Result<()> {
+        let ScalesRef::I8(inner) = self.scales else { return Ok(()) };
+        if matches!(self.zeros, ZerosRef::Float(_)) {
+            return Err(Error::Value(format!("{} needs integer zero points", self.format)));
+        }
+        let (e, groups, len) = (self.format.element, self.groups(), self.group_len());
+        let mut codes = zeros_vec::<u8>(len)?;
+        for (i, &t) in inner.iter().enumerate() {
+            let (n, g) = (i / groups, i % groups);
+            let zero = self.zero(n, g);
+            if e.fits_inner(t, zero, (0, i32::from(e.levels) - 1)) {
+                continue;
+            }
+            // Some code would leave the byte; perhaps not one of those that are there.
+            let codes = &mut codes[..len.min(self.cols - g * len)];
+            self.unpack_row(n, g * len, codes);
+            let found = codes.iter().fold((255, 0), |(lo, hi), &u| (lo.min(i32::from(u)), hi.max(i32::from(u))));
+            if !e.fits_inner(t, zero, found) {
+                return Err(Error::Value(format!("scale {t} at row {n}, group {g} takes its values out of int8")));
+            }
+        }
+        Ok(())
     }
 
     fn check_codes(&self) -> Result<()> {
@@ -364,17 +404,27 @@ impl<'a> QView<'a> {
 
     /// What multiplies the values of a group in decoding: [`Self::scale`] times the scale of the tensor, rounded.
     pub fn full_scale(&self, n: usize, g: usize) -> f32 {
-        self.scale(n, g) * self.outer()
+        self.scale(n, g) * self.outer_scale(n)
+    }
+
+    /// What multiplies the scales of row `n`.
+    pub fn outer_scale(&self, n: usize) -> f32 {
+        let at = if self.format.is_two_level() { n } else { 0 };
+        self.outer.get(at).copied().unwrap_or(1.0)
     }
 
     /// What multiplies every scale.
-    pub fn outer(&self) -> f32 {
-        self.outer.first().copied().unwrap_or(1.0)
+    pub fn tensor(&self) -> f32 {
+        if self.format.element.tensor {
+            self.outer_scale(0)
+        } else {
+            1.0
+        }
     }
 
     /// What the integer 1 is worth in integer products, before [`Self::scale`].
     pub fn step(&self) -> f32 {
-        self.format.element.step() * self.outer()
+        self.format.element.step() * self.tensor()
     }
 
     /// Zero point of group `g` of row `n`.
@@ -509,6 +559,7 @@ impl<'a> QView<'a> {
                 ScalesRef::BF16(v) => Scales::BF16(copy(v)?),
                 ScalesRef::E8M0(v) => Scales::E8M0(copy(v)?),
                 ScalesRef::E4M3(v) => Scales::E4M3(copy(v)?),
+                ScalesRef::I8(v) => Scales::I8(copy(v)?),
             },
             zeros: match self.zeros {
                 ZerosRef::None => Zeros::None,

@@ -45,6 +45,8 @@ pub enum ScalesMut<'a> {
     E8M0(&'a mut [u8]),
     /// Positive small floats, one byte each
     E4M3(&'a mut [u8]),
+    /// Positive integers, one byte each
+    I8(&'a mut [u8]),
 }
 
 impl ScalesMut<'_> {
@@ -52,7 +54,7 @@ impl ScalesMut<'_> {
         match self {
             Self::F32(v) => v.len(),
             Self::F16(v) | Self::BF16(v) => v.len(),
-            Self::E8M0(v) | Self::E4M3(v) => v.len(),
+            Self::E8M0(v) | Self::E4M3(v) | Self::I8(v) => v.len(),
         }
     }
 
@@ -64,6 +66,7 @@ impl ScalesMut<'_> {
             Self::BF16(_) => ScaleType::BF16,
             Self::E8M0(_) => ScaleType::E8M0,
             Self::E4M3(_) => ScaleType::E4M3,
+            Self::I8(_) => ScaleType::I8,
         }
     }
 
@@ -74,6 +77,7 @@ impl ScalesMut<'_> {
             Self::BF16(v) => v[i] = half::bf16::from_f32(s).to_bits(),
             Self::E8M0(v) => v[i] = e8m0_byte(s),
             Self::E4M3(v) => v[i] = e4m3_byte(s),
+            Self::I8(v) => v[i] = s as u8,
         }
     }
 
@@ -98,6 +102,10 @@ impl ScalesMut<'_> {
             Self::E4M3(v) => {
                 let (a, b) = v.split_at_mut(at);
                 (Self::E4M3(a), Self::E4M3(b))
+            }
+            Self::I8(v) => {
+                let (a, b) = v.split_at_mut(at);
+                (Self::I8(a), Self::I8(b))
             }
         }
     }
@@ -142,7 +150,7 @@ impl Dest<'_> {
     }
 
     /// The first `rows` rows and the rest.
-    fn split(self, rows: usize, row_bytes: usize, groups: usize) -> (Self, Self) {
+    fn split(self, rows: usize, row_bytes: usize, groups: usize, outer: usize) -> (Self, Self) {
         fn cut<T>(v: &mut [T], at: usize) -> (&mut [T], &mut [T]) {
             let at = at.min(v.len());
             v.split_at_mut(at)
@@ -151,8 +159,9 @@ impl Dest<'_> {
         let (scales, scales2) = self.scales.split_at(rows * groups);
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
-        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: &mut [] };
-        (Self { codes, scales, zeros, bounds, outer: &mut [] }, rest)
+        let (outer, outer2) = cut(self.outer, outer);
+        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: outer2 };
+        (Self { codes, scales, zeros, bounds, outer }, rest)
     }
 }
 
@@ -178,6 +187,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
             Scales::BF16(v) => ScalesMut::BF16(v),
             Scales::E8M0(v) => ScalesMut::E8M0(v),
             Scales::E4M3(v) => ScalesMut::E4M3(v),
+            Scales::I8(v) => ScalesMut::I8(v),
         },
         zeros: &mut zeros,
         bounds: &mut bounds,
@@ -238,7 +248,8 @@ pub fn quantize_at(
     let mut rest = dest;
     for row0 in (0..rows).step_by(step) {
         let n = step.min(rows - row0);
-        let (part, tail) = rest.split(n, row_bytes, groups);
+        let outer = if format.is_two_level() { n } else { 0 };
+        let (part, tail) = rest.split(n, row_bytes, groups, outer);
         parts.push((row0, part));
         rest = tail;
     }
@@ -308,6 +319,12 @@ fn rows_of(
             x.read_row(row, 0, &mut copy);
             &copy[..]
         };
+        let outer = if format.is_two_level() {
+            part.outer[i] = row_scale(level, format, values);
+            part.outer[i]
+        } else {
+            tensor
+        };
         for (g, (w, u)) in values.chunks(len).zip(codes.chunks_mut(len)).enumerate() {
             let bits = lanes::absmax_bits(level, w);
             let at = i * groups + g;
@@ -324,7 +341,7 @@ fn rows_of(
                 return Err(Error::Value(format!("{} at row {row}, column {} is not finite", w[k], g * len + k)));
             }
             let group =
-                encode_group(level, format, method, tensor, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
+                encode_group(level, format, method, outer, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
                     Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
                 })?;
             part.scales.set(at, group.scale);
@@ -338,6 +355,25 @@ fn rows_of(
         lanes::pack(level, e.bits, &codes, &mut part.codes[i * row_bytes..(i + 1) * row_bytes]);
     }
     Ok(())
+}
+
+/// The scale of a row in a two-level format: its largest group gets the largest inner scale. Values that are not finite are
+/// left to be found later.
+fn row_scale(level: Level, format: &Format, row: &[f32]) -> f32 {
+    let e = format.element;
+    let absmax = |x: &[f32]| f32::from_bits(lanes::absmax_bits(level, x).min(f32::MAX.to_bits()));
+    let wanted = if e.zero == ZeroKind::PerGroup {
+        absmax(row) / e.inner_reach() as f32
+    } else {
+        let groups = row.chunks(format.group_len(row.len()));
+        let scale = |x: &[f32]| match absmax(x) {
+            top if top > 0.0 && top < f32::MAX => e.codec.fit(e, level, x, top).scale,
+            _ => 0.0,
+        };
+        groups.map(scale).fold(0.0, f32::max) / f32::from(e.inner_top())
+    };
+    // Times the largest byte it must stay finite, and it must not vanish.
+    wanted.clamp(f32::MIN_POSITIVE, f32::MAX / 256.0)
 }
 
 struct Group {
@@ -372,7 +408,7 @@ fn encode_group(
     }
     let fit = codec.fit(e, level, x, absmax);
     let scale = format.round_scale(fit.scale / tensor)?;
-    let zero = codec.zero(e, fit.low, scale);
+    let zero = codec.zero(e, fit.low, scale * tensor);
     let error = codec.encode(e, level, x, scale * unit, zero, e.lowest, out);
     let group = Group { scale, zero, bound: upper(error) };
     if method == Method::Rtn {
@@ -396,7 +432,10 @@ fn encode_group(
         if s == scale {
             continue;
         }
-        let z = codec.zero(e, fit.low * f, s);
+        let z = codec.zero(e, fit.low * f, s * tensor);
+        if format.is_two_level() && !e.fits_inner(s as u8, z, (0, i32::from(e.levels) - 1)) {
+            continue;
+        }
         let c = cost(s, z);
         if c < best.0 {
             best = (c, s, z);

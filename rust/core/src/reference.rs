@@ -26,10 +26,11 @@ pub fn integers(w: &QView) -> Vec<i64> {
     for n in 0..w.rows {
         for k in 0..w.cols {
             let value = i64::from(w.format.element.integer(w.code(n, k)));
-            out.push(match w.zero(n, k / g) {
+            let value = match w.zero(n, k / g) {
                 Zero::Int(z) => value - i64::from(z),
                 Zero::None | Zero::Float(_) => value,
-            });
+            };
+            out.push(if w.format.is_two_level() { value * w.scale(n, k / g) as i64 } else { value });
         }
     }
     out
@@ -148,7 +149,8 @@ impl Activations {
 
 /// The contract of the integer computes.
 ///
-/// K is cut into the longest runs that have one weight scale and one activation scale. For the runs in ascending k,
+/// K is cut into the longest runs that have one weight scale and one activation scale; the inner scales of two-level
+/// weights are factors of their integers, their weight scale is that of the row. For the runs in ascending k,
 /// with `D` the integer sum of activation codes times `value - z` (times `value` for a float zero point `z`), `A` the
 /// sum of the activation codes, and `s` the weight scale, times the activation scale and rounded once if the
 /// activations are grouped:
@@ -183,14 +185,15 @@ pub fn matmul_int8_ref(a: &Activations, w: &QView, bias: Option<&[f32]>) -> Vec<
 }
 
 fn row_by_row(a: &Activations, w: &QView, weights: &[i64], m: usize, n: usize) -> f32 {
-    let (cols, w_len) = (w.cols, w.group_len());
+    let two_level = w.format.is_two_level();
+    let (cols, w_len) = (w.cols, if two_level { w.cols } else { w.group_len() });
     let a_len = a.group.unwrap_or(cols.max(1));
     let (mut acc, mut k) = (0.0f32, 0);
     while k < cols {
         let end = cols.min((k / w_len + 1) * w_len).min((k / a_len + 1) * a_len);
         let codes = &a.codes[m * cols + k..m * cols + end];
         let d: i64 = codes.iter().zip(&weights[n * cols + k..]).map(|(&q, &v)| i64::from(q) * v).sum();
-        let mut s = w.scale(n, k / w_len);
+        let mut s = if two_level { w.outer_scale(n) } else { w.scale(n, k / w_len) };
         if a.group.is_some() {
             s *= a.scales[m * a.groups() + k / a_len];
         }

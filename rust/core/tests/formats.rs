@@ -6,12 +6,12 @@ use nibblas_core::{
 };
 use proptest::prelude::*;
 
-/// Every element with one scale per row and in groups, with every scale type.
+/// Every element with one scale per row and in groups, with every scale type but the integers of two-level formats.
 fn formats() -> Vec<Format> {
     let mut all = Vec::new();
     for e in table() {
         for group in [None, Some(8), Some(13), Some(32), Some(128)] {
-            for &scale in e.scales {
+            for &scale in e.scales.iter().filter(|s| **s != ScaleType::I8) {
                 all.push(Format::with(e, group, Some(scale)).unwrap());
             }
         }
@@ -30,6 +30,7 @@ fn scales_of(kind: ScaleType, values: &[f32]) -> Scales {
         ScaleType::BF16 => Scales::BF16(values.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
         ScaleType::E8M0 => Scales::E8M0(values.iter().map(|&s| e8m0_byte(s)).collect()),
         ScaleType::E4M3 => Scales::E4M3(values.iter().map(|&s| e4m3_byte(s)).collect()),
+        ScaleType::I8 => Scales::I8(values.iter().map(|&s| s as u8).collect()),
     }
 }
 
@@ -293,11 +294,11 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
     let decoded = q.tensor.dequantize(2).unwrap();
     let top = x.iter().fold(0.0f32, |m, v| m.max(v.abs()));
     let tensor = if f.element.tensor && top > 0.0 { (top / 2688.0).max(f32::MIN_POSITIVE) } else { 1.0 };
-    assert_eq!(v.outer(), tensor, "{f}");
+    assert_eq!(v.tensor(), tensor, "{f}");
     let len = f.group_len(cols);
     for n in 0..rows {
         for (g, w) in x[n * cols..(n + 1) * cols].chunks(len).enumerate() {
-            let (s, z, want) = rule(&f, v.outer(), w);
+            let (s, z, want) = rule(&f, v.tensor(), w);
             assert_eq!(v.scale(n, g), s, "{f} row {n} group {g}");
             if let Zero::Int(got) = v.zero(n, g) {
                 assert_eq!(i32::from(got), z, "{f} row {n} group {g}");
@@ -309,7 +310,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
             let mut worst = 0.0f64;
             for (i, (&w, &d)) in w.iter().zip(&decoded[at..]).enumerate() {
                 let number = if f.element.is_linear() { (want[i] - z) as f32 } else { f.element.number(want[i] as u8) };
-                assert_eq!(d.to_bits(), (number * (s * v.outer())).to_bits());
+                assert_eq!(d.to_bits(), (number * (s * v.tensor())).to_bits());
                 worst = worst.max((f64::from(w) - f64::from(d)).abs());
             }
             assert!(worst <= bound && bound <= worst * (1.0 + 1e-6) + 1e-44, "{f}: {worst} {bound}");
@@ -503,6 +504,7 @@ fn levels_and_threads_give_the_same_bytes() {
                             Scales::BF16(v) => ScalesMut::BF16(v),
                             Scales::E8M0(v) => ScalesMut::E8M0(v),
                             Scales::E4M3(v) => ScalesMut::E4M3(v),
+                            Scales::I8(v) => ScalesMut::I8(v),
                         },
                         zeros: match &mut got.tensor.zeros {
                             Zeros::Int(z) => z,
@@ -670,4 +672,134 @@ fn quantising_stops_when_its_poll_says_so() {
     };
     assert_eq!(run(true), (Err(Error::Interrupted), true));
     assert_eq!(run(false), (Ok(()), false));
+}
+
+/// The elements that have two-level formats, with groups of several lengths.
+fn two_level() -> Vec<Format> {
+    let with = |e, g| Format::with(e, Some(g), Some(ScaleType::I8)).unwrap();
+    let elements = table().filter(|e| e.scales.contains(&ScaleType::I8));
+    elements.flat_map(|e| [8, 13, 32, 128].map(|g| with(e, g))).collect()
+}
+
+#[test]
+fn two_level_names() {
+    assert_eq!(two_level().len(), 4 * 7);
+    for f in two_level() {
+        assert_eq!(f.to_string(), format!("{}_g{}_si8", f.element.name, f.group.unwrap()));
+        assert_eq!(Format::parse(&f.to_string()).unwrap(), f);
+    }
+    for bad in ["int4_si8", "int8_g32_si8", "nf4_g32_si8", "bipolar2_g32_si8", "int4_g32_si4"] {
+        assert!(matches!(Format::parse(bad), Err(Error::Format(_))), "{bad}");
+    }
+}
+
+/// The rules as `format/int.rs` and `ternary.rs` state them, in f64 where they leave the order of operations open.
+#[test]
+fn two_level_quantising_follows_the_rule() {
+    for f in two_level() {
+        let (e, rows, cols, len) = (f.element, 5, 150, f.group.unwrap() as usize);
+        let mut x = noise(rows * cols, 11);
+        x[cols..2 * cols].fill(0.0);
+        x[2 * cols + 7] = 60.0;
+        let q = rtn(&x, rows, cols, f).tensor;
+        let (Scales::I8(inner), steps) = (&q.scales, f32::from(e.levels - 1)) else { panic!("{f}") };
+        let signed = f32::from(e.levels / 2);
+        let (top, reach) = match e.name {
+            "ternary" => (127.0, 0.0),
+            _ if e.name.starts_with("int") => ((128.0 / signed).floor(), 0.0),
+            _ => ((2.0 * (127.0 * steps / (steps + 1.0)).floor() / steps).round_ties_even(), {
+                (127.0 * steps / (steps + 1.0)).floor()
+            }),
+        };
+        for n in 0..rows {
+            let row = &x[n * cols..(n + 1) * cols];
+            let absmax = |w: &[f32]| w.iter().fold(0.0f32, |m, v| m.max(v.abs()));
+            let asked = |w: &[f32]| {
+                let (low, high) = w.iter().fold((0.0f32, 0.0f32), |(l, h), v| (l.min(*v), h.max(*v)));
+                match e.name {
+                    "ternary" => (w.iter().map(|v| f64::from(v.abs())).sum::<f64>() / w.len() as f64) as f32,
+                    _ if reach > 0.0 => (high - low) / steps,
+                    _ => absmax(w) / (signed - 1.0),
+                }
+            };
+            let outer =
+                if reach > 0.0 { absmax(row) / reach } else { row.chunks(len).map(asked).fold(0.0, f32::max) / top };
+            assert_eq!(q.outer[n], outer.max(f32::MIN_POSITIVE), "{f} row {n}");
+            for (g, w) in row.chunks(len).enumerate() {
+                let t = f32::from(inner[n * f.groups(cols) + g]);
+                let want = (asked(w) / q.outer[n]).round_ties_even().clamp(1.0, top);
+                assert_eq!(t, if absmax(w) == 0.0 { 1.0 } else { want }, "{f} row {n} group {g}");
+                let s = t * q.outer[n];
+                for (i, &v) in w.iter().enumerate() {
+                    let k = g * len + i;
+                    let d = q.view().code(n, k);
+                    let zero = match q.view().zero(n, g) {
+                        Zero::Int(z) => i32::from(z),
+                        _ => -e.value(0),
+                    };
+                    let (lo, hi) = (f32::from(e.lowest), steps);
+                    let u = ((v / s).round_ties_even() + zero as f32).clamp(lo, hi);
+                    assert_eq!(f32::from(d), u, "{f} ({n}, {k})");
+                }
+            }
+        }
+        let w = q.dequantize(1).unwrap();
+        let again = quantize(&MatRef::from_f32(&w, rows, cols), &f, Method::Mse, 1).unwrap().tensor;
+        let first = quantize(&MatRef::from_f32(&x, rows, cols), &f, Method::Mse, 1).unwrap().tensor;
+        let error = |q: &QTensor, x: &[f32]| square_error(x, &q.dequantize(1).unwrap());
+        assert!(error(&first, &x) <= error(&q, &x) * 1.000_001, "{f}");
+        assert!(error(&again, &w) <= error(&rtn(&w, rows, cols, f).tensor, &w) * 1.000_001, "{f}");
+    }
+}
+
+/// The protective range: whatever the range of a group within its row, no value that rtn emits leaves int8.
+#[test]
+fn two_level_values_are_bytes() {
+    for e in table().filter(|e| e.scales.contains(&ScaleType::I8)) {
+        let f = Format::with(e, Some(256), Some(ScaleType::I8)).unwrap();
+        let reach = 127 * (i32::from(e.levels) - 1) / i32::from(e.levels);
+        for method in [Method::Rtn, Method::Mse] {
+            for low in 0..=reach {
+                // One row: groups from -low to every high, each followed by the row's largest magnitude alone.
+                let mut x = Vec::new();
+                for high in 0..=reach {
+                    x.extend((0..256).map(|i| ((i * (low + high)) as f32 / 255.0 - low as f32).round()));
+                }
+                x.extend([0.0; 255]);
+                x.push(reach as f32);
+                let q = quantize(&MatRef::from_f32(&x, 1, x.len()), &f, method, 1).unwrap().tensor;
+                let Scales::I8(inner) = &q.scales else { panic!("{f}") };
+                for (k, _) in x.iter().enumerate() {
+                    let zero = match q.view().zero(0, k / 256) {
+                        Zero::Int(z) => i32::from(z),
+                        _ => 0,
+                    };
+                    let v = (e.value(q.view().code(0, k)) - zero) * i32::from(inner[k / 256]);
+                    assert!((-128..=127).contains(&v), "{f} -{low}..{}: {v}", k / 256);
+                }
+                q.view().with_outer(&q.outer).unwrap();
+                QView::new(f, 1, x.len(), &q.codes, q.scales.view(), q.zeros.view()).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn two_level_parts_are_checked() {
+    let f = Format::parse("int4_g8_si8").unwrap();
+    let make = |values: &[i16], t: &[u8]| QTensor::from_values(f, 1, 8, values, Scales::I8(t.to_vec()), Zeros::None);
+    make(&[-8; 8], &[16]).unwrap();
+    make(&[7; 8], &[18]).unwrap();
+    for (values, t) in [([-8; 8], 17), ([7; 8], 19), ([0; 8], 0)] {
+        assert!(matches!(make(&values, &[t]), Err(Error::Value(_))), "{t}");
+    }
+    let q = make(&[1; 8], &[1]).unwrap();
+    for bad in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        assert!(matches!(q.view().with_outer(&[bad]), Err(Error::Value(_))));
+    }
+    assert!(matches!(q.view().with_outer(&[]), Err(Error::Shape(_))));
+    let u = Format::parse("uint4_g8_si8").unwrap();
+    let zeros = Zeros::Float(vec![1.0]);
+    let float = QTensor::from_values(u, 1, 8, &[1; 8], Scales::I8(vec![1]), zeros);
+    assert!(matches!(float, Err(Error::Value(_))));
 }

@@ -389,7 +389,7 @@ impl Parts {
         let scales = match &q.scales {
             Scales::F32(v) => Guarded::of(v, rng.aligned()),
             Scales::F16(v) | Scales::BF16(v) => Guarded::of(v, rng.aligned()),
-            Scales::E8M0(v) | Scales::E4M3(v) => Guarded::of(v, rng.place()),
+            Scales::E8M0(v) | Scales::E4M3(v) | Scales::I8(v) => Guarded::of(v, rng.place()),
         };
         let (zeros, float_zeros) = match &q.zeros {
             Zeros::None => (Guarded::copy(&[], At::End(0)), false),
@@ -408,6 +408,7 @@ impl Parts {
             ScaleType::BF16 => ScalesRef::BF16(self.scales.slice()),
             ScaleType::E8M0 => ScalesRef::E8M0(self.scales.bytes()),
             ScaleType::E4M3 => ScalesRef::E4M3(self.scales.bytes()),
+            ScaleType::I8 => ScalesRef::I8(self.scales.bytes()),
         };
         let zeros = match (self.format.element.zero, self.float_zeros) {
             (ZeroKind::None, _) => ZerosRef::None,
@@ -694,6 +695,7 @@ fn quantising_stays_inside_its_buffers() {
                 ScaleType::BF16 => ScalesMut::BF16(scales.slice_mut()),
                 ScaleType::E8M0 => ScalesMut::E8M0(scales.bytes_mut()),
                 ScaleType::E4M3 => ScalesMut::E4M3(scales.bytes_mut()),
+                ScaleType::I8 => ScalesMut::I8(scales.bytes_mut()),
             },
             zeros: zeros.bytes_mut(),
             bounds: bounds.slice_mut(),
@@ -705,7 +707,7 @@ fn quantising_stays_inside_its_buffers() {
         match &q.scales {
             Scales::F32(v) => assert_eq!(scales.slice::<f32>(), v),
             Scales::F16(v) | Scales::BF16(v) => assert_eq!(scales.slice::<u16>(), v),
-            Scales::E8M0(v) | Scales::E4M3(v) => assert_eq!(scales.bytes(), v),
+            Scales::E8M0(v) | Scales::E4M3(v) | Scales::I8(v) => assert_eq!(scales.bytes(), v),
         }
         if let Zeros::Int(z) = &q.zeros {
             assert_eq!(zeros.bytes(), z);

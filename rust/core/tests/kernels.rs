@@ -6,7 +6,7 @@ use nibblas_core::quantize::{quantize, Method};
 use nibblas_core::reference::{
     f32_bound, matmul_f32_ref, matmul_f64_ref, matmul_int8_ref, matmul_sums_ref, same_bits, Activations,
 };
-use nibblas_core::{pack, Format, MatMut, MatRef, QTensor, Zeros};
+use nibblas_core::{pack, Format, MatMut, MatRef, QTensor, ScaleType, Zeros};
 
 /// A small generator, so that cases are the same everywhere.
 struct Rng(u64);
@@ -61,6 +61,11 @@ fn formats() -> Vec<Format> {
             }
             all.push(Format::parse(&format!("{}{suffix}", e.name)).unwrap());
         }
+        if e.scales.contains(&ScaleType::I8) {
+            for group in [8, 12, 32, 48, 96, 128, 4096] {
+                all.push(Format::parse(&format!("{}_g{group}_si8", e.name)).unwrap());
+            }
+        }
     }
     all
 }
@@ -69,7 +74,7 @@ fn formats() -> Vec<Format> {
 fn tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bool) -> QTensor {
     let w = rng.matrix(n * k);
     let mut q = quantize(&MatRef::from_f32(&w, n, k), f, Method::Rtn, 1).unwrap().tensor;
-    if let (Zeros::Int(z), true) = (&q.zeros, float_zeros) {
+    if let (Zeros::Int(z), true) = (&q.zeros, float_zeros && !f.is_two_level()) {
         q.zeros = Zeros::Float(z.iter().map(|&v| f32::from(v) + 0.25).collect());
     }
     q
@@ -235,6 +240,30 @@ fn long_rows_are_summed_in_int64() {
             for isa in isas() {
                 let o = Options { compute: Compute::Int8 { group: None }, isa, ..Options::default() };
                 same_bits(&run(&x, m, &q, &o), &want, n).unwrap_or_else(|e| panic!("{name} {isa} {m}: {e}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn two_level_pairs_are_exact() {
+    let mut rng = Rng(7);
+    for (a, b) in [("int4_g32_si8", "int8"), ("int8", "uint4_g8_si8"), ("uint3_g24_si8", "int4_g128_si8")] {
+        let (fa, fb) = (Format::parse(a).unwrap(), Format::parse(b).unwrap());
+        for (m, n, k) in [(1, 40, 100), (20, 33, 130)] {
+            let (p, q) = (tensor(&mut rng, &fa, m, k, false), tensor(&mut rng, &fb, n, k, false));
+            let sums = matmul_sums_ref(&p.view(), &q.view());
+            let scale = |t: &QTensor, i| if t.format.is_two_level() { t.outer[i] } else { t.scales.view().get(i) };
+            let want: Vec<f32> =
+                (0..m * n).map(|i| (sums[i] as f32).mul_add(scale(&q, i % n), 0.0) * scale(&p, i / n)).collect();
+            let w = pack::pack(&q.view(), 1).unwrap();
+            for isa in isas() {
+                let o = Options { isa, ..Options::default() };
+                let mut y = vec![0f32; m * n];
+                pair::matmul_q(&p.view(), &w, &mut MatMut::from_f32(&mut y, m, n), &o).unwrap();
+                same_bits(&y, &want, n).unwrap_or_else(|e| panic!("{a} x {b} on {isa}: {e}"));
+                let raw = pair::matmul_raw(&p.view(), &w, &mut RawOut::I64(&mut vec![0; m * n]), &o);
+                assert!(matches!(raw, Err(nibblas_core::Error::Value(_))));
             }
         }
     }

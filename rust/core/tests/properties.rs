@@ -234,6 +234,7 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
             Scales::BF16(v) => Scales::BF16(v[span.clone()].to_vec()),
             Scales::E8M0(v) => Scales::E8M0(v[span.clone()].to_vec()),
             Scales::E4M3(v) => Scales::E4M3(v[span.clone()].to_vec()),
+            Scales::I8(v) => Scales::I8(v[span.clone()].to_vec()),
         },
         zeros: match &q.zeros {
             Zeros::None => Zeros::None,
@@ -258,6 +259,7 @@ fn integer_tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bo
         ScaleType::BF16 => Scales::BF16(scales.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
         ScaleType::E8M0 => Scales::E8M0(scales.iter().map(|&s| e8m0_byte(s)).collect()),
         ScaleType::E4M3 => Scales::E4M3(scales.iter().map(|&s| e4m3_byte(s)).collect()),
+        ScaleType::I8 => Scales::I8(scales.iter().map(|&s| s as u8).collect()),
     };
     let zeros: Vec<u8> = (0..count).map(|_| rng.below(u64::from(e.levels)) as u8).collect();
     let zeros = match (e.zero, float_zeros) {

@@ -49,6 +49,7 @@ impl Packed {
             ("scales", ScaleType::F16) => w.restore_scales(ScalesMut::F16(out.bits16_mut()?)),
             ("scales", ScaleType::BF16) => w.restore_scales(ScalesMut::BF16(out.bits16_mut()?)),
             ("scales", ScaleType::E4M3) => w.restore_scales(ScalesMut::E4M3(out.u8s_mut()?)),
+            ("scales", ScaleType::I8) => w.restore_scales(ScalesMut::I8(out.u8s_mut()?)),
             ("scales", ScaleType::E8M0) => w.restore_scales(ScalesMut::E8M0(out.u8s_mut()?)),
             _ if matches!(w.zeros, PanelZeros::Float(_)) => w.restore_float_zeros(out.f32s_mut()?),
             _ => w.restore_zeros(out.u8s_mut()?),

@@ -28,11 +28,13 @@ pub struct Memory {
     outer: Option<Nd>,
 }
 
-/// The array that holds outer scales.
-const OUTER: &str = "tensor_scale";
-
 fn optional(arrays: &Arrays<'_>, name: &str) -> PyResult<Option<Nd>> {
     arrays.get_item(name)?.as_ref().map(Nd::new).transpose()
+}
+
+/// The scales of rows or of the tensor.
+fn outer(format: &Format, arrays: &Arrays<'_>) -> PyResult<Option<Nd>> {
+    format.outer_name().map(|name| array(arrays, name)).transpose()
 }
 
 fn array(arrays: &Arrays<'_>, name: &str) -> PyResult<Nd> {
@@ -51,7 +53,7 @@ impl Parts<'_> {
             codes: array(arrays, "codes")?,
             scales: array(arrays, "scales")?,
             zeros: optional(arrays, "zeros")?,
-            outer: optional(arrays, OUTER)?,
+            outer: outer(&format, arrays)?,
         })
     }
 }
@@ -65,6 +67,7 @@ impl Memory {
             ScaleType::BF16 => ScalesRef::BF16(self.scales.bits16()?),
             ScaleType::E8M0 => ScalesRef::E8M0(self.scales.u8s()?),
             ScaleType::E4M3 => ScalesRef::E4M3(self.scales.u8s()?),
+            ScaleType::I8 => ScalesRef::I8(self.scales.u8s()?),
         };
         let zeros = match &self.zeros {
             None => ZerosRef::None,
@@ -124,7 +127,7 @@ fn format_parts<'py>(py: Python<'py>, name: &str, rows: usize, cols: usize) -> P
 
 /// Every name that some part of a matrix has.
 #[pyfunction]
-fn part_names() -> [&'static str; 4] {
+fn part_names() -> [&'static str; PART_NAMES.len()] {
     PART_NAMES
 }
 
@@ -156,7 +159,7 @@ fn quantize(
     let method = method_of(method)?;
     let x = Nd::new(x)?;
     let (mut codes, mut scales, mut bounds) = (array(arrays, "codes")?, array(arrays, "scales")?, Nd::new(bounds)?);
-    let (mut zeros, mut outer) = (optional(arrays, "zeros")?, optional(arrays, OUTER)?);
+    let (mut zeros, mut outer) = (optional(arrays, "zeros")?, outer(&format, arrays)?);
     let x = x.mat()?;
     let dest = Dest {
         codes: codes.u8s_mut()?,
@@ -166,6 +169,7 @@ fn quantize(
             ScaleType::BF16 => ScalesMut::BF16(scales.bits16_mut()?),
             ScaleType::E8M0 => ScalesMut::E8M0(scales.u8s_mut()?),
             ScaleType::E4M3 => ScalesMut::E4M3(scales.u8s_mut()?),
+            ScaleType::I8 => ScalesMut::I8(scales.u8s_mut()?),
         },
         zeros: match &mut zeros {
             None => &mut [],

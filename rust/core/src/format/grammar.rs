@@ -1,4 +1,4 @@
-//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16>][_<rceil|ceil|even>]`.
+//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<rceil|ceil|even>]`.
 use super::{table, Element, Format, ScaleMode, ScaleType};
 use crate::{Error, Result};
 
@@ -52,14 +52,14 @@ pub(super) fn parse(name: &str) -> Result<Format> {
             if scale.is_some() {
                 return fail(format!("format {}: two scale types", quote(name)));
             }
-            scale = ScaleType::ALL.into_iter().find(|s| s.name() == t);
+            scale = ScaleType::TWO_LEVEL.into_iter().find(|s| s.name() == t);
             if scale.is_none() {
-                return fail(format!("format {}: scale type {} is none of f32, f16, bf16", quote(name), quote(t)));
+                return fail(format!("format {}: scale type {} is none of f32, f16, bf16, i8", quote(name), quote(t)));
             }
         } else {
             let modes = if element.mantissa.is_some() { " and a scale mode" } else { "" };
             return fail(format!(
-                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16>{modes}",
+                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16|i8>{modes}",
                 quote(name),
                 quote(part)
             ));

@@ -4,18 +4,35 @@
 //!   lowest code, value `-2^(b-1)`, is legal in tensors from elsewhere; the quantiser does not emit it.
 //! * `uint b`: value `u - z`. rtn: the range is extended to contain 0, `s = (max-min) / (2^b-1)`,
 //!   `z = clip(rint(-min/s), 0, 2^b-1)`, `u = clip(rint(w/s) + z, 0, 2^b-1)`.
+//!
+//! # Two levels
+//! With integer scales (`_si8`) a weight is `(u - z)*t*r`: `t` the integer of its group, from 1, and `r` the float32 of its
+//! row, with `(u - z)*t` always within a byte, so that products sum int8 by int8 over all of K (arXiv 2405.04532,
+//! section 4). rtn, with `s` the scale that a group asks for by the rules above: `int b`: `r = max(s)/T` with
+//! `T = floor(128/2^(b-1))`; `uint b`: `r = absmax(row)/R` with `R = floor(127*(2^b-1)/2^b)`; then
+//! `t = clip(rint(s/r), 1, T)`, codes and zero points as above at the scale `fl(t*r)`. The protective range: `z*t <= 128` and
+//! `(2^b-1-z)*t <= 127` hold for all that rtn makes, and are checked in tensors from elsewhere.
 use super::lanes::{self, Grid, Level};
-use super::{Codec, Element, Fit, Zero, ZeroKind};
+use super::{Codec, Element, Fit, ScaleType, Zero, ZeroKind};
 
 #[derive(Debug)]
 struct Int;
 
 const fn int(name: &'static str, bits: u8) -> Element {
-    Element::affine(name, bits, 1, 1 << (bits - 1), 1 << bits, 1, &Int)
+    Element { scales: scales(bits), ..Element::affine(name, bits, 1, 1 << (bits - 1), 1 << bits, 1, &Int) }
+}
+
+/// More bits leave too few integers between 1 and the largest inner scale.
+const fn scales(bits: u8) -> &'static [ScaleType] {
+    if bits <= 4 {
+        &ScaleType::TWO_LEVEL
+    } else {
+        &ScaleType::ALL
+    }
 }
 
 const fn uint(name: &'static str, bits: u8) -> Element {
-    Element { zero: ZeroKind::PerGroup, ..Element::affine(name, bits, 1, 0, 1 << bits, 0, &Int) }
+    Element { zero: ZeroKind::PerGroup, scales: scales(bits), ..Element::affine(name, bits, 1, 0, 1 << bits, 0, &Int) }
 }
 
 /// `int2` to `int8`.

@@ -55,13 +55,17 @@ pub enum ScaleType {
     E8M0,
     /// The positive numbers of the small float `e4m3`, as one byte.
     E4M3,
+    /// Integers from 1 up, as one byte: the inner level of two-level formats, see [`Element::inner_top`].
+    I8,
 }
 
 impl ScaleType {
     /// The types that any element may have unless it says otherwise.
     pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::BF16];
+    /// The types of elements that have two-level formats too.
+    pub const TWO_LEVEL: [Self; 4] = [Self::F32, Self::F16, Self::BF16, Self::I8];
 
-    /// Name in the grammar: `f32`, `f16`, `bf16`; the others are never written there.
+    /// Name in the grammar: `f32`, `f16`, `bf16`, `i8`; the others are never written there.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -69,6 +73,7 @@ impl ScaleType {
             Self::BF16 => "bf16",
             Self::E8M0 => "e8m0",
             Self::E4M3 => "e4m3",
+            Self::I8 => "i8",
         }
     }
 
@@ -77,7 +82,7 @@ impl ScaleType {
         match self {
             Self::F32 => 4,
             Self::F16 | Self::BF16 => 2,
-            Self::E8M0 | Self::E4M3 => 1,
+            Self::E8M0 | Self::E4M3 | Self::I8 => 1,
         }
     }
 
@@ -89,6 +94,7 @@ impl ScaleType {
             Self::BF16 => half::bf16::from_f32(s).to_f32(),
             Self::E8M0 => block::power(block::floor_log2(s)),
             Self::E4M3 => block::e4m3_round(s),
+            Self::I8 => s.round_ties_even().max(1.0),
         }
     }
 
@@ -100,6 +106,7 @@ impl ScaleType {
             Self::BF16 => f32::from_bits(1 << 16),
             Self::E8M0 => block::power(-127),
             Self::E4M3 => block::e4m3(1),
+            Self::I8 => 1.0,
         }
     }
 
@@ -119,6 +126,7 @@ impl ScaleType {
             Self::BF16 => f32::from_bits(s.to_bits() - (1 << 16)),
             Self::E8M0 => s / 2.0,
             Self::E4M3 => block::e4m3(block::e4m3_byte(s) - 1),
+            Self::I8 => (s - 1.0).max(1.0),
         }
     }
 }
@@ -378,6 +386,30 @@ impl Element {
         (u % mul == 0 && (0..i32::from(self.levels)).contains(&(u / mul))).then_some((u / mul) as u8)
     }
 
+    /// The magnitude that a quantiser gives the largest weight of a row in two-level formats with zero points, in steps of
+    /// the row: half an inner scale beyond it is still a byte (arXiv 2405.04532, section 4: 119 for four bits).
+    pub(crate) fn inner_reach(&self) -> i32 {
+        let steps = i32::from(self.levels) - 1;
+        127 * steps / i32::from(self.levels)
+    }
+
+    /// Whether codes from `codes.0` to `codes.1`, less a zero point, stay within a byte from -128 to 127 times an inner scale.
+    pub(crate) fn fits_inner(&self, inner: u8, zero: Zero, codes: (i32, i32)) -> bool {
+        let (t, z) = (i32::from(inner), if let Zero::Int(z) = zero { i32::from(z) } else { self.sub() });
+        (codes.0 - z) * t >= -128 && (codes.1 - z) * t <= 127
+    }
+
+    /// The largest inner scale of two-level formats: values times it are bytes from -128 to 127; with zero points, that of a
+    /// group which spans twice [`Self::inner_reach`].
+    pub fn inner_top(&self) -> u8 {
+        let steps = i32::from(self.levels) - 1;
+        if self.zero == ZeroKind::PerGroup {
+            return (f64::from(2 * self.inner_reach()) / f64::from(steps)).round_ties_even() as u8;
+        }
+        let (low, high) = self.values();
+        (128 / -low).min(127 / high) as u8
+    }
+
     /// Lowest and highest value.
     pub fn values(&self) -> (i32, i32) {
         (self.value(0), self.value((self.levels - 1) as u8))
@@ -451,6 +483,9 @@ impl Format {
         if let Some(g) = group.filter(|&g| g < Self::MIN_GROUP) {
             return fail(format!("group length {g} is below {}", Self::MIN_GROUP));
         }
+        if scale == Some(ScaleType::I8) && group.is_none() {
+            return fail(format!("{}_si8: integer scales belong to groups, such as {0}_g128_si8", element.name));
+        }
         if let Some(s) = scale.filter(|s| !element.scales.contains(s)) {
             let own = element.scales.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");
             return fail(format!("{} has scales of type {own}, not {}", element.name, s.name()));
@@ -460,7 +495,7 @@ impl Format {
         Ok(Self { element, group, scale, mode: ScaleMode::Floor })
     }
 
-    /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16>][_<mode>]`.
+    /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<mode>]`.
     ///
     /// # Errors
     /// [`crate::Error::Format`] naming the part that does not parse.
@@ -483,6 +518,7 @@ impl Format {
         let top = e.top() * e.unit;
         let mut s = match (self.scale, e.mantissa) {
             (ScaleType::E8M0, m) => self.mode.scale(scale, top, m.unwrap_or(0)),
+            (ScaleType::I8, _) => return Ok(ScaleType::I8.round(scale).min(e.inner_top() as f32)),
             (kind, _) => kind.round(scale),
         };
         if !s.is_finite() {
@@ -495,6 +531,11 @@ impl Format {
             s = self.scale.next_down(s);
         }
         Ok(s)
+    }
+
+    /// Whether integer scales of groups lie within a scale of the row, so that products sum integers over all of K.
+    pub fn is_two_level(&self) -> bool {
+        self.scale == ScaleType::I8
     }
 
     /// Number of groups in a row of `cols` elements.
@@ -525,7 +566,7 @@ impl Format {
         }
         let zero = usize::from(self.element.zero == ZeroKind::PerGroup);
         let row = self.row_bytes(cols) as f64 + self.groups(cols) as f64 * (self.scale.size() + zero) as f64;
-        8.0 * row / cols as f64
+        (8.0 * row + 32.0 * self.outer_len(rows) as f64 / rows as f64) / cols as f64
     }
 
     /// Names of the computes that products with this format may use.

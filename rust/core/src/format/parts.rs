@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::qtensor::area;
 
 /// Every name that some part has.
-pub const PART_NAMES: [&str; 4] = ["codes", "scales", "zeros", "tensor_scale"];
+pub const PART_NAMES: [&str; 5] = ["codes", "scales", "zeros", "tensor_scale", "row_scales"];
 
 /// Which part of an array a part of the matrix takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,9 +45,24 @@ pub struct Part {
 }
 
 impl Format {
-    /// Numbers that multiply the scales of a matrix: one of the tensor, or none.
-    pub fn outer_len(&self, _rows: usize) -> usize {
-        usize::from(self.element.tensor)
+    /// The array of the numbers that multiply scales, if there is one.
+    pub fn outer_name(&self) -> Option<&'static str> {
+        if self.is_two_level() {
+            Some("row_scales")
+        } else if self.element.tensor {
+            Some("tensor_scale")
+        } else {
+            None
+        }
+    }
+
+    /// Numbers that multiply the scales of a matrix: one of each row, one of the tensor, or none.
+    pub fn outer_len(&self, rows: usize) -> usize {
+        if self.is_two_level() {
+            rows
+        } else {
+            usize::from(self.element.tensor)
+        }
     }
 
     /// The arrays of a matrix of that shape, codes and scales first.
@@ -61,7 +76,7 @@ impl Format {
             ScaleType::F32 => &["f32"],
             ScaleType::F16 => &["f16"],
             ScaleType::BF16 => &["bf16"],
-            ScaleType::E8M0 | ScaleType::E4M3 => &["u8"],
+            ScaleType::E8M0 | ScaleType::E4M3 | ScaleType::I8 => &["u8"],
         };
         let codes = vec![rows, self.row_bytes(cols)];
         let mut parts = vec![
@@ -71,8 +86,9 @@ impl Format {
         if self.element.zero == ZeroKind::PerGroup {
             parts.push(Part { name: "zeros", types: &["u8", "f32"], shape: groups, along: Along::Groups });
         }
-        if self.element.tensor {
-            parts.push(Part { name: "tensor_scale", types: &["f32"], shape: vec![1], along: Along::Whole });
+        if let Some(name) = self.outer_name() {
+            let along = if self.is_two_level() { Along::Rows } else { Along::Whole };
+            parts.push(Part { name, types: &["f32"], shape: vec![self.outer_len(rows)], along });
         }
         Ok(parts)
     }

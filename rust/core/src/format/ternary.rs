@@ -2,13 +2,14 @@
 //!
 //! rtn: `s = mean|w|` of the group, `u = clip(rint(w/s), -1, 1) + 1`.
 use super::lanes::{self, Grid, Level};
-use super::{Codec, Element, Fit, Zero};
+use super::{Codec, Element, Fit, ScaleType, Zero};
 
 #[derive(Debug)]
 struct Ternary;
 
 /// `ternary`.
-pub static ROWS: [Element; 1] = [Element::affine("ternary", 2, 1, 1, 3, 0, &Ternary)];
+pub static ROWS: [Element; 1] =
+    [Element { scales: &ScaleType::TWO_LEVEL, ..Element::affine("ternary", 2, 1, 1, 3, 0, &Ternary) }];
 
 fn grid(scale: f32, lowest: u8) -> Grid {
     Grid { scale, zero: 1, lo: i32::from(lowest), hi: 2 }

@@ -3,7 +3,7 @@
 //! Register lanes are rows of a panel, so one accumulator register serves 16 outputs of one activation row and no sum
 //! is ever split: k ascends, one accumulator per output. That is what makes every ISA give the same bits.
 use super::simd::Simd;
-use super::{F32Args, GemmArgs, Grp, Raw, ScalePtr};
+use super::{F32Args, GemmArgs, Grp, Inner, Raw, ScalePtr};
 
 /// How a register of codes is read from a block; see `pack.rs` for the planes.
 ///
@@ -238,6 +238,21 @@ pub(crate) unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
 /// Bytes that unpacking prefetches ahead: the next panel follows in memory, so running over the end is useful too.
 const UNPACK_AHEAD: usize = 4096;
 
+/// Stores what an expression makes of the codes `$u` of every register of some blocks; `$r` is the register. A closure in
+/// its place might stay a call, and a call has no features.
+macro_rules! each_register {
+    ($u:ident, $r:ident in $src:expr, $dst:expr, $blocks:expr => $e:expr) => {
+        for b in 0..$blocks {
+            let (p, q) = ($src.add(b * 128 * U::BITS), $dst.add(b * 1024));
+            fetch::<S, 1>(p, 0, 128 * U::BITS, UNPACK_AHEAD, usize::MAX);
+            regs!(R => {
+                let ($u, $r) = (U::reg::<S>(p, R), R);
+                S::store(q.add(64 * R), $e);
+            });
+        }
+    };
+}
+
 /// Decodes `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in register order.
 ///
 /// # Safety
@@ -246,13 +261,55 @@ const UNPACK_AHEAD: usize = 4096;
 pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: usize, dbl: u8, sub: u8) {
     // SAFETY: as the contract says.
     unsafe {
-        let (dbl, sub) = (S::splat8(dbl), S::splat8(sub));
-        for b in 0..blocks {
-            let (p, q) = (src.add(b * 128 * U::BITS), dst.add(b * 1024));
-            fetch::<S, 1>(p, 0, 128 * U::BITS, UNPACK_AHEAD, usize::MAX);
-            regs!(R => {
-                let u = U::reg::<S>(p, R);
-                S::store(q.add(64 * R), S::sub8(S::add8(u, S::and(u, dbl)), sub));
+        let (twice, less) = (S::splat8(dbl), S::splat8(sub));
+        match (dbl, sub) {
+            (0, 0) => each_register!(u, _r in src, dst, blocks => u),
+            (0, _) => each_register!(u, _r in src, dst, blocks => S::sub8(u, less)),
+            _ => each_register!(u, _r in src, dst, blocks => S::sub8(S::add8(u, S::and(u, twice)), less)),
+        }
+    }
+}
+
+/// Decodes blocks of two-level weights to bytes `u*mul + add - sub` (wrapping), the factors those of group and row. Two
+/// codes are multiplied at once: a product is below 256, so that of the lower one never reaches the other.
+///
+/// # Safety
+/// The pointers in `a` hold what [`Inner`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn unpack_inner<S: Simd, U: Unpack>(a: &Inner) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (pair, quad, sub) = (S::splat(0x0001_0001), S::splat(0x0101_0101), S::splat8(a.sub));
+        macro_rules! factors {
+            ($group:expr) => {{
+                let at = $group.min(a.groups - 1) * 16;
+                let mul = S::mul(S::load_u8(a.mul.add(at)), pair);
+                (mul, S::sub8(S::mul(S::load_u8(a.add.add(at)), quad), sub))
+            }};
+        }
+        // Blocks of one group.
+        let long = (a.padded / 64).max(1);
+        let (mut group, mut into) = (a.block0 / long, a.block0 % long);
+        for b in 0..a.blocks {
+            let (src, dst) = (a.codes.add(b * 128 * U::BITS), a.bytes.add(b * 1024));
+            if a.padded >= 64 {
+                let (mul, add) = factors!(group);
+                each_register!(u, _r in src, dst, 1 => S::add8(S::mul16(u, mul), add));
+                into += 1;
+                if into == long {
+                    (group, into) = (group + 1, 0);
+                }
+                continue;
+            }
+            // Groups of 8, 16 or 32 places: at most eight in a block.
+            let mut of = [(sub, sub); 8];
+            let shift = a.padded.trailing_zeros();
+            for (i, f) in of[..64 >> shift].iter_mut().enumerate() {
+                *f = factors!((((a.block0 + b) << 6 >> shift) + i));
+            }
+            each_register!(u, r in src, dst, 1 => {
+                let (mul, add) = of[((4 * r) >> shift) & 7];
+                S::add8(S::mul16(u, mul), add)
             });
         }
     }

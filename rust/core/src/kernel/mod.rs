@@ -107,6 +107,29 @@ pub struct Raw {
     pub table: *const u8,
 }
 
+/// Arguments of the kernel that decodes two-level weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Inner {
+    /// Packed codes.
+    pub codes: *const u8,
+    /// Where bytes go, 1024 for each block.
+    pub bytes: *mut u8,
+    /// Blocks of K.
+    pub blocks: usize,
+    /// The first block within the row.
+    pub block0: usize,
+    /// Places of a group.
+    pub padded: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// Integer scales of the panel, `[group][16]`.
+    pub mul: *const u8,
+    /// What is added to the products, `[group][16]`.
+    pub add: *const u8,
+    /// What is subtracted from every byte.
+    pub sub: u8,
+}
+
 /// Arguments of the float kernels that decode as they go.
 #[derive(Debug, Clone, Copy)]
 pub struct F32Args {
@@ -186,6 +209,8 @@ pub struct Kernels {
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
     /// See [`generic::look_up_all`].
     pub look_up: unsafe fn(*mut u8, usize, *const u8, u8),
+    /// See [`generic::unpack_inner`]; for codes of 2, 3 and 4 bits.
+    pub unpack_inner: [unsafe fn(&Inner); 3],
     /// Fused grouped kernel for codes that are looked up, by (bits, registers of a segment, rows).
     pub grouped_table: fn(usize, usize, usize) -> Option<(GroupedFn, usize)>,
     /// Fused ungrouped kernel for codes that are looked up, by (bits, rows).
@@ -260,6 +285,11 @@ macro_rules! instantiate {
             unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
                 // SAFETY: as above.
                 unsafe { generic::look_up_all::<$v>(bytes, n, table, sub) }
+            }
+            $(#[$feature])*
+            unsafe fn unpack_inner<U: Unpack>(a: &Inner) {
+                // SAFETY: as above.
+                unsafe { generic::unpack_inner::<$v, U>(a) }
             }
             $(#[$feature])*
             unsafe fn grouped<U: Unpack, const Z: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
@@ -469,6 +499,7 @@ macro_rules! instantiate {
                     unpack::<U5>, unpack::<U6>, unpack::<U7>, unpack::<U8>,
                 ],
                 look_up,
+                unpack_inner: [unpack_inner::<U2>, unpack_inner::<U3>, unpack_inner::<U4>],
                 grouped_table,
                 raw_table,
                 grouped: grouped_fused,

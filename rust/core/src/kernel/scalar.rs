@@ -59,6 +59,11 @@ unsafe impl Simd for Scalar {
         add(a: I, b: I) -> I = zip(a, b, i32::wrapping_add);
         sub(a: I, b: I) -> I = zip(a, b, i32::wrapping_sub);
         mul(a: I, b: I) -> I = zip(a, b, i32::wrapping_mul);
+        mul16(a: I, b: I) -> I = zip(a, b, |x, y| {
+            let low = (x as u16).wrapping_mul(y as u16);
+            let high = ((x >> 16) as u16).wrapping_mul((y >> 16) as u16);
+            (u32::from(low) | (u32::from(high) << 16)) as i32
+        });
         maxu(a: I, b: I) -> I = zip(a, b, |x, y| (x as u32).max(y as u32) as i32);
         dot(acc: I, u: I, s: I) -> I = dot(acc, u, s);
         dot7(acc: I, u: I, s: I) -> I = dot(acc, u, s);

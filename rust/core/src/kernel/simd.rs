@@ -33,6 +33,8 @@ pub unsafe trait Simd: 'static {
     unsafe fn add(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn sub(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn mul(a: Self::I, b: Self::I) -> Self::I;
+    /// Low halves of the products of 16-bit lanes.
+    unsafe fn mul16(a: Self::I, b: Self::I) -> Self::I;
     /// Unsigned maximum of 32-bit lanes.
     unsafe fn maxu(a: Self::I, b: Self::I) -> Self::I;
     /// `acc + sum_j u[j]*s[j]` over the four bytes of each lane, u unsigned, s signed; exact for every byte.

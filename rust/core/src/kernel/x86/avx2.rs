@@ -114,6 +114,7 @@ macro_rules! common {
             add(a: I, b: I) -> I = both!(_mm256_add_epi32, a, b);
             sub(a: I, b: I) -> I = both!(_mm256_sub_epi32, a, b);
             mul(a: I, b: I) -> I = both!(_mm256_mullo_epi32, a, b);
+            mul16(a: I, b: I) -> I = both!(_mm256_mullo_epi16, a, b);
             maxu(a: I, b: I) -> I = both!(_mm256_max_epu32, a, b);
             load_u8(p: *const u8) -> I = {
                 let b = _mm_loadu_si128(p.cast());

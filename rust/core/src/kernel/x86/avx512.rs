@@ -80,6 +80,7 @@ macro_rules! common {
             add(a: I, b: I) -> I = _mm512_add_epi32(a, b);
             sub(a: I, b: I) -> I = _mm512_sub_epi32(a, b);
             mul(a: I, b: I) -> I = _mm512_mullo_epi32(a, b);
+            mul16(a: I, b: I) -> I = _mm512_mullo_epi16(a, b);
             maxu(a: I, b: I) -> I = _mm512_max_epu32(a, b);
             load_u8(p: *const u8) -> I = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
             store_i8(p: *mut i8, v: I) -> () = _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
