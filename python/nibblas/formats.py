@@ -130,9 +130,10 @@ class Format(str):
 
     @property
     def scale(self) -> str:
-        """Type of the stored scales: ``"f32"``, ``"f16"``, ``"bf16"``, ``"e8m0"``, ``"e4m3"`` or ``"i8"``.
+        """Type of the stored scales, such as ``"f16"``.
 
-        Those of type ``"i8"`` are integers within a float32 scale of the row.
+        ``"f32"``, ``"f16"``, ``"bf16"``; powers of two, ``"e8m0"``; small floats within a scale of
+        the tensor, ``"e4m3"``; integers within a scale of the row, ``"i8"``.
         """
         return self._scale
 
