@@ -114,6 +114,31 @@ print("alive")
     assert lines[:-1] == ["MemoryError"] * 5
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux")
+@pytest.mark.parametrize("fmt", ["int4_g128", "int3_g32", "int4_g32_si8", "nf4_g64"])
+def test_packing_streams(run_python: Callable[..., str], fmt: str) -> None:
+    """While a weight is packed, memory holds its codes, its panels, and a quarter more at most."""
+    out = run_python(
+        f"""
+import numpy as np, nibblas as nb
+def status(key):
+    with open("/proc/self/status") as f:
+        return next(int(line.split()[1]) << 10 for line in f if line.startswith(key))
+row = np.linspace(-1, 1, 8192, dtype=np.float32)
+q = nb.quantize(np.broadcast_to(row, (16384, 8192)), "{fmt}", threads=2)
+nb.quantize(np.ones((64, 64), np.float32), "{fmt}").pack()
+with open("/proc/self/clear_refs", "w") as f:
+    f.write("5")
+before = status("VmRSS") - q.nbytes
+q.pack()
+print(status("VmHWM") - before, q.nbytes, q._storage.packed.nbytes)
+"""
+    )
+    peak, codes, panels = (int(n) for n in out.split())
+    assert panels > codes // 2 > 16 << 20
+    assert peak <= 1.25 * (codes + panels)
+
+
 # signals
 
 
