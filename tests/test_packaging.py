@@ -27,7 +27,7 @@ UNSAFE_FILES = {
     "rust/core/src/pair.rs",
     "rust/core/src/pool.rs",
 }
-UNSAFE_FOLDERS = ("rust/core/src/kernel/", "rust/py/src/")
+UNSAFE_FOLDERS = ("rust/core/src/kernel/", "rust/core/src/sparse/", "rust/py/src/")
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +164,7 @@ def test_x86_code_lives_in_its_folder() -> None:
     """The rest of the core builds for any target."""
     allowed = (
         "rust/core/src/kernel/x86/",
+        "rust/core/src/sparse/kernel/x86/",
         "rust/core/src/isa.rs",
         "rust/core/src/format/lanes.rs",
     )

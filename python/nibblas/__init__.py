@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from . import io, testing
     from ._hadamard import hadamard
     from ._info import info
+    from ._sparse import DeltaLinear, prune
     from .io import load, save
     from .testing import self_test
 
 __all__ = [
+    "DeltaLinear",
     "Format",
     "QTensor",
     "__version__",
@@ -38,6 +40,7 @@ __all__ = [
     "io",
     "load",
     "matmul",
+    "prune",
     "quantize",
     "quantizers",
     "save",
@@ -49,10 +52,12 @@ __all__ = [
 
 # Loaded when first asked for: importing the package stays cheap.
 _LAZY = {
+    "DeltaLinear": "_sparse",
     "hadamard": "_hadamard",
     "info": "_info",
     "io": "",
     "load": "io",
+    "prune": "_sparse",
     "save": "io",
     "self_test": "testing",
     "testing": "",

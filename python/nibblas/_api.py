@@ -59,7 +59,8 @@ def quantize(
     >>> q.shape, str(q.format)
     ((4, 16), 'int4_g8')
     """
-    fmt = Format(format)
+    target = Format(format)
+    fmt = target.dense
     if not isinstance(method, str):
         raise TypeError(f"method must be a string, got {_kind(method)}")
     if method not in METHODS:
@@ -81,7 +82,10 @@ def quantize(
     }
     bounds = np.empty((rows, fmt.groups(cols)), np.float32)
     _core.quantize(w, fmt, method, arrays, bounds, count)
-    return QTensor._wrap(_Storage(fmt, rows, cols, arrays, bounds), transposed)
+    storage = _Storage(fmt, rows, cols, arrays, bounds)
+    if target.structure is not None:
+        storage = storage.sparse(target)
+    return QTensor._wrap(storage, transposed)
 
 
 def matmul(
@@ -94,6 +98,7 @@ def matmul(
     dtype: DTypeLike | None = None,
     bias: ArrayLike | None = None,
     threads: SupportsIndex | None = None,
+    skip_zeros: bool = False,
 ) -> Any:
     """Multiply where at least one operand is a QTensor, with the semantics of :func:`numpy.matmul`.
 
@@ -116,6 +121,10 @@ def matmul(
         One value per row of the weights (output feature), added last in float32.
     threads : int, optional
         At most this many threads. The result does not depend on it.
+    skip_zeros : bool, default False
+        Whether activations are expected to be mostly 0, as after a ReLU. A product of few rows then
+        visits only the columns of the weights that count, where the weights have integer codes and
+        one scale per row; they are kept a second time, by columns. The result is the same.
 
     Returns
     -------
@@ -132,9 +141,9 @@ def matmul(
     if isinstance(b, QTensor):
         if isinstance(a, QTensor):
             return _both(a, b, compute, out, dtype, bias, threads)
-        return _one(a, b, True, compute, out, dtype, bias, threads)
+        return _one(a, b, True, compute, out, dtype, bias, threads, skip_zeros)
     if isinstance(a, QTensor):
-        return _one(b, a, False, compute, out, dtype, bias, threads)
+        return _one(b, a, False, compute, out, dtype, bias, threads, skip_zeros)
     raise TypeError(
         f"nibblas.matmul needs a QTensor, got {_kind(a)} and {_kind(b)}; see nibblas.quantize"
     )
@@ -444,6 +453,7 @@ def _one(
     dtype: DTypeLike | None,
     bias: ArrayLike | None,
     threads: SupportsIndex | None,
+    skip_zeros: bool,
 ) -> Any:
     """Multiply a dense operand with a QTensor, which stands on the right or on the left."""
     if not isinstance(compute, str):
@@ -477,10 +487,36 @@ def _one(
     elif not right:
         # y = q x per matrix of the stack is y^T = x^T q^T: swapped strides, nothing copied.
         x, y = x.swapaxes(-1, -2), y.swapaxes(-1, -2)
-    _core.matmul(x, storage.pack(count), y, compute, b, count, None)
-    done = place.finish()
+    done = skip_zeros and _skipping(x, storage, y, compute, b, count)
+    if not done:
+        _core.matmul(x, storage.pack(count), y, compute, b, count, None)
+    result_array = place.finish()
     export = None if out is not None else _exporter(other)
-    return done if export is None else export(done)
+    return result_array if export is None else export(result_array)
+
+
+# Rows of activations that products by columns take.
+_FEW = 4
+
+
+def _skipping(
+    x: NDArray[Any],
+    s: _Storage,
+    y: NDArray[Any],
+    compute: str,
+    bias: NDArray[np.float32] | None,
+    threads: int,
+) -> bool:
+    """Multiply by columns where that can pay; returns whether it did."""
+    fmt = s.format
+    if x.ndim != 2 or len(x) > _FEW or compute not in ("f32", "int8") or fmt.groups(s.cols) > 1:
+        return False
+    if not fmt.element.linear or fmt.bits > 8 or "int8" not in fmt.computes:
+        return False
+    zeros = s.zeros
+    if zeros is not None and zeros.dtype.kind == "f":
+        return False
+    return s.columns(threads).matmul(x, y, compute, bias, threads, None)
 
 
 def _both(

@@ -2,9 +2,12 @@
 
 from typing import Any, TypeAlias, final
 
+import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "Columns",
+    "Delta",
     "Packed",
     "Plan",
     "SafetensorsReader",
@@ -34,6 +37,8 @@ __all__ = [
     "quantize",
     "reference",
     "set_num_threads",
+    "sparse_pack",
+    "sparse_unpack",
 ]
 
 __version__: str
@@ -70,9 +75,43 @@ class Packed:
 class Plan:
     def fields(self) -> dict[str, str]: ...
 
+@final
+class Columns:
+    def __new__(cls, parts: _Parts, threads: int, /) -> Columns: ...
+    @property
+    def nbytes(self) -> int: ...
+    def matmul(
+        self,
+        x: NDArray[Any],
+        y: NDArray[Any],
+        compute: str,
+        bias: NDArray[np.float32] | None,
+        threads: int,
+        isa: str | None,
+        /,
+    ) -> bool: ...
+
+@final
+class Delta:
+    def __new__(cls, weight: Columns, rows: int, /) -> Delta: ...
+    def step(
+        self,
+        x: NDArray[Any],
+        y: NDArray[Any],
+        scale: float | None,
+        threshold: float,
+        bias: NDArray[np.float32] | None,
+        threads: int,
+        /,
+    ) -> int: ...
+
+def sparse_pack(parts: _Parts, format: str, /) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]: ...
+def sparse_unpack(parts: _Parts, /) -> NDArray[np.uint8]: ...
 def get_num_threads() -> int: ...
 def set_num_threads(n: int, /) -> None: ...
-def parse_format(name: str, /) -> tuple[str, _Row, int | None, str, tuple[str, ...]]: ...
+def parse_format(
+    name: str, /
+) -> tuple[str, _Row, int | None, str, tuple[str, ...], str | None]: ...
 def format_parts(
     name: str, rows: int, cols: int, /
 ) -> list[tuple[str, tuple[str, ...], tuple[int, ...], str]]: ...

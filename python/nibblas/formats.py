@@ -1,7 +1,9 @@
 """Formats: how a weight is coded.
 
 The table lives in the Rust core; this module gives it a Python face. A format is named by a string
-with the grammar ``<element>[_g<n>][_s<f32|f16|bf16|i8>][_<mode>]``, for example ``int4_g128``.
+with the grammar ``<element>[_g<n>][_s<f32|f16|bf16|i8>][_<mode>][_<structure>]``, for example
+``int4_g128``. The structure of a sparse format is ``bitmap``, ``2of4``, ``bsr<g>`` or
+``block<r>x<c>``: in which units entries are kept.
 """
 
 from __future__ import annotations
@@ -27,7 +29,14 @@ class Part(NamedTuple):
     """Its shape."""
     along: str
     """How it is cut with the matrix: ``"codes"`` by rows and packed bytes, ``"groups"`` by rows and
-    groups, ``"rows"``, or ``"whole"`` not at all."""
+    groups, ``"rows"``, ``"whole"`` not at all; ``"kept"`` has one dimension, at most that long, and
+    only the kept entries of what it is cut from."""
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether an array of that shape may be this part; kept entries are counted elsewhere."""
+        if self.along == "kept":
+            return len(shape) == 1 and shape[0] <= self.shape[0]
+        return shape == self.shape
 
 
 class Element(NamedTuple):
@@ -83,23 +92,25 @@ class Format(str):
         If the name does not parse; the message names the part at fault.
     """
 
-    __slots__ = ("_computes", "_element", "_group", "_scale")
+    __slots__ = ("_computes", "_element", "_group", "_scale", "_structure")
     _computes: tuple[str, ...]
     _element: Element
     _group: int | None
     _scale: str
+    _structure: str | None
 
     def __new__(cls, name: str) -> Format:  # noqa: D102 - the class says it
         if type(name) is cls:
             return name
         if not isinstance(name, str):
             raise TypeError(f"a format is named by a string, got {type(name).__name__}")
-        canonical, element, group, scale, computes = _core.parse_format(name)
+        canonical, element, group, scale, computes, structure = _core.parse_format(name)
         self = super().__new__(cls, canonical)
         self._element = Element(*element)
         self._group = group
         self._scale = scale
         self._computes = computes
+        self._structure = structure
         return self
 
     def __repr__(self) -> str:
@@ -136,6 +147,22 @@ class Format(str):
         the tensor, ``"e4m3"``; integers within a scale of the row, ``"i8"``.
         """
         return self._scale
+
+    @property
+    def structure(self) -> str | None:
+        """In which units entries are kept, such as ``"bitmap"``; None where all are."""
+        return self._structure
+
+    @property
+    def dense(self) -> Format:
+        """The format of the same codes with all entries kept."""
+        s = self._structure
+        return self if s is None else Format(str(self)[: -len(s) - 1])
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether numbers are stored as they are: ``f32``, ``f16``, ``bf16``."""
+        return self._element.name in ("f32", "f16", "bf16")
 
     @property
     def has_zeros(self) -> bool:

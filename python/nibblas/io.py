@@ -156,7 +156,7 @@ class TensorFile:
             if found is None:
                 raise self._fault(f"matrix {_show(name)}: the tensor {_show(stored)} is missing")
             dtypes = [t.upper() for t in part.types]
-            if found[0] not in dtypes or found[1] != part.shape:
+            if found[0] not in dtypes or not part.fits(found[1]):
                 raise self._fault(
                     f"tensor {_show(stored)} of a {fmt} matrix of shape {(rows, cols)} must be "
                     f"{' or '.join(dtypes)} of shape {part.shape}, "
@@ -310,14 +310,25 @@ def _bounds(fmt: Format, rows: int, cols: int) -> Part:
 
 
 def matrix_specs(
-    name: str, fmt: Format, rows: int, cols: int, *, float_zeros: bool = False
+    name: str,
+    fmt: Format,
+    rows: int,
+    cols: int,
+    *,
+    float_zeros: bool = False,
+    kept: int | None = None,
 ) -> list[Spec]:
-    """Return the stored tensors of a matrix that is still to be quantised."""
+    """Return the stored tensors of a matrix, which may still have to be quantised.
+
+    Of sparse matrices the bytes of the kept codes must be known.
+    """
+    if fmt.structure is not None and kept is None:
+        raise ValueError(f"how much {fmt} stores is not known before: quantise, then save")
     return [
         (
             f"{name}.{p.name}",
             p.types[-1 if float_zeros and p.name == "zeros" else 0].upper(),
-            p.shape,
+            p.shape if p.along != "kept" or kept is None else (kept,),
         )
         for p in fmt.parts(rows, cols)
     ]
@@ -438,7 +449,8 @@ def save(
             s = value._storage
             flipped = value._transposed
             float_zeros = s.zeros is not None and s.zeros.dtype.kind == "f"
-            new = matrix_specs(name, s.format, s.rows, s.cols, float_zeros=float_zeros)
+            kept = s.codes.size if s.format.structure is not None else None
+            new = matrix_specs(name, s.format, s.rows, s.cols, float_zeros=float_zeros, kept=kept)
             metadata |= matrix_metadata(name, s.format, s.rows, s.cols, transposed=flipped)
             present = list(s.arrays().values())
             if bounds and s.bounds is not None:

@@ -110,6 +110,7 @@ class _Storage:
 
     __slots__ = (
         "_arrays",
+        "_columns",
         "_dropped",
         "bounds",
         "cols",
@@ -137,6 +138,7 @@ class _Storage:
         self.nbytes = sum(a.nbytes for a in self._arrays.values())
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
+        self._columns: _core.Columns | None = None
         self.device = "cpu"
         # Panels on CUDA devices that met this tensor, by the device's number.
         self.copies: dict[int, Any] = {}
@@ -185,8 +187,10 @@ class _Storage:
         return self.format, self.rows, self.cols, self.arrays()
 
     def drop(self) -> None:
-        """Let go of the portable arrays that the panels can restore."""
+        """Let go of the portable arrays that the panels can restore; not those of kept entries."""
         assert self.packed is not None
+        if self.format.structure is not None or self.format.is_plain:
+            return
         for name in ("codes", "scales", "zeros"):
             a = self._arrays.pop(name, None)
             if a is not None:
@@ -201,6 +205,67 @@ class _Storage:
                     _tell_isa()
                     packed = self.packed = _core.pack(self.parts(), threads)
         return packed
+
+    def columns(self, threads: int) -> _core.Columns:
+        """Return the weight by columns."""
+        columns = self._columns
+        if columns is None:
+            with _pack_lock:
+                columns = self._columns
+                if columns is None:
+                    columns = self._columns = _core.Columns(self.parts(), threads)
+        return columns
+
+    def dense(self) -> _Storage:
+        """Return the same matrix with all entries kept."""
+        if self.format.structure is None:
+            return self
+        fmt = self.format.dense
+        arrays = {n: a for n, a in self.arrays().items() if n != "mask"}
+        codes = _core.sparse_unpack(self.parts())
+        arrays["codes"] = codes.reshape(self.rows, -1) if codes.size else _no_codes(fmt, self)
+        return _Storage(fmt, self.rows, self.cols, arrays, self.bounds)
+
+    def sparse(self, fmt: Format) -> _Storage:
+        """Return the same matrix with the kept entries alone."""
+        codes, mask = _core.sparse_pack(self.parts(), fmt)
+        shape = next(p.shape for p in fmt.parts(self.rows, self.cols) if p.name == "mask")
+        arrays = {**self.arrays(), "codes": codes, "mask": mask.reshape(shape)}
+        return _Storage(fmt, self.rows, self.cols, arrays, self.bounds)
+
+
+def _numbers(s: _Storage) -> NDArray[Any]:
+    """Return numbers that are not quantised; bfloat16 as float32 without ml_dtypes."""
+    name = s.format.element.name
+    if name != "bf16":
+        return _freeze(s.codes.view({"f32": "<f4", "f16": "<f2"}[name]))
+    bits = s.codes.view("<u2")
+    bf16 = _small_dtype("bfloat16")
+    if bf16 is not None:
+        return _freeze(bits.view(bf16))
+    return _freeze((bits.astype(np.uint32) << 16).view(np.float32))
+
+
+def _plain(
+    fmt: Format,
+    values: NDArray[Any],
+    scales: ArrayLike,
+    zeros: ArrayLike | None,
+    shape: tuple[int, int] | None,
+    further: dict[str, Any],
+) -> QTensor:
+    """Build a tensor of numbers that are not quantised."""
+    from ._api import quantize
+
+    if zeros is not None or further:
+        raise ValueError(f"{fmt} has neither zero points nor further arrays")
+    if not (np.asarray(scales) == 1).all():
+        raise ValueError(f"the scales of {fmt} are 1")
+    return quantize(values if shape is None else values.reshape(_pair(shape)), fmt)
+
+
+def _no_codes(fmt: Format, s: _Storage) -> NDArray[np.uint8]:
+    return np.zeros((s.rows, fmt.row_bytes(s.cols)), np.uint8)
 
 
 def _tell_isa() -> None:
@@ -270,7 +335,8 @@ class QTensor:
             Format name.
         codes : array_like of int
             Code values, shape (N, K): ``q`` for int, ``u`` for uint, odd integers for bipolar,
-            -1, 0 and 1 for ternary. What :meth:`codes` returns.
+            -1, 0 and 1 for ternary. What :meth:`codes` returns. Of sparse formats those of all
+            entries; of formats that are not quantised (``f32``) the numbers.
         scales : array_like
             Shape (N, groups), or (N,) where there is one group per row; rounded to the format's
             scale type.
@@ -296,8 +362,11 @@ class QTensor:
         TypeError
             If codes are not integers, or no format has an array of such a name.
         """
-        fmt = Format(format)
+        target = Format(format)
+        fmt = target.dense
         values = np.asarray(codes)
+        if fmt.is_plain:
+            return _plain(target, values, scales, zeros, shape, further)
         if values.dtype.kind == "V" and values.dtype.name in ("int2", "int4", "uint2", "uint4"):
             values = values.astype(np.int8)
         if values.dtype.kind not in "iu":
@@ -329,6 +398,8 @@ class QTensor:
             arrays["zeros"] = zero
         storage = _Storage(fmt, rows, cols, arrays | _further(fmt, rows, cols, further))
         _core.check(storage.parts())
+        if target.structure is not None:
+            storage = storage.sparse(target)
         return cls._wrap(storage)
 
     @property
@@ -444,10 +515,12 @@ class QTensor:
         -------
         ndarray
             int8 (uint8 for uint formats, int16 for bipolar8), in the shape of the tensor: what
-            :meth:`from_parts` takes.
+            :meth:`from_parts` takes. Entries that a sparse format dropped have the code of 0.
         """
         s = self._storage
         element = s.format.element
+        if s.format.is_plain:
+            return self._orient(_numbers(s.dense()))
         wide = np.empty((s.rows, s.cols), np.int16)
         _core.decode_codes(s.parts(), wide, _threads.get_num_threads())
         dtype: type = np.int16
@@ -547,6 +620,9 @@ class QTensor:
         if self._transposed:
             row, col = col, row
         s = self._storage
+        if s.format.structure is not None:
+            part = QTensor._wrap(s.dense(), self._transposed)[key]._storage
+            return QTensor._wrap(part.sparse(s.format), self._transposed)
         along = {p.name: p.along for p in s.format.parts(s.rows, s.cols)}
         arrays, bounds = s.arrays(), s.bounds
         rows, cols = s.rows, s.cols
@@ -641,7 +717,7 @@ def _rebuild(
         raise ValueError(f"{fmt} has the arrays {', '.join(parts)}, got {', '.join(arrays)}")
     for name, part in parts.items():
         a = np.asarray(arrays[name])
-        if a.shape != part.shape or a.dtype not in [_PART_DTYPE[t] for t in part.types]:
+        if not part.fits(a.shape) or a.dtype not in [_PART_DTYPE[t] for t in part.types]:
             raise ValueError(
                 f"{name} of a {fmt} matrix must be {' or '.join(part.types)} of shape "
                 f"{part.shape}, got {a.dtype} of shape {a.shape}"

@@ -10,7 +10,9 @@ Each name is accepted as ``method=`` by :func:`nibblas.quantize`.
 
 from __future__ import annotations
 
-__all__ = ["METHODS"]
+from ._obs import obs_scores
+
+__all__ = ["METHODS", "obs_scores"]
 
 METHODS: tuple[str, ...] = ("rtn", "mse")
 """Names accepted as ``method=``."""

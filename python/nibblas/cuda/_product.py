@@ -247,6 +247,8 @@ class Panels:
 
 def _linear(fmt: Format) -> tuple[int, int]:
     """Return mul and sub of a format whose code u stands for mul*u - sub."""
+    if fmt.structure is not None or fmt.is_plain:
+        raise ValueError(f"{fmt} is not available on CUDA")
     values = fmt.element.values.astype(np.float64)
     mul = values[1] - values[0] if len(values) > 1 else 0.0
     if (

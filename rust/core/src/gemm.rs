@@ -385,7 +385,7 @@ const RAW_WINDOW: usize = 16;
 const BYTE_WINDOW: usize = 64;
 
 /// The bias of some panels, zero-padded; null where there is none.
-fn padded_bias(
+pub(crate) fn padded_bias(
     slot: &mut Option<Buf<f32>>,
     bias: Option<&[f32]>,
     p0: usize,
@@ -470,7 +470,7 @@ impl IntJob<'_> {
         if let Some(bytes) = &self.w.bytes {
             // SAFETY: the caller's buffer holds `blocks` KiB, the table has 64 entries.
             unsafe {
-                (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, 0, 0);
+                self.w.unpack(self.t, panel, block, blocks, 0, 0, out);
                 (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
             }
             return;
@@ -493,7 +493,7 @@ impl IntJob<'_> {
             return;
         }
         // SAFETY: as above.
-        unsafe { (self.t.unpack[self.w.bits])(self.codes(panel, block), out, blocks, dbl, sub) };
+        unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, out) };
     }
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
@@ -517,6 +517,11 @@ impl IntJob<'_> {
         ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
+        if let Some(sparse) = &self.w.sparse {
+            if sparse.raw(self, p0, np, m0, rows, b0, blocks, c, ldc) {
+                return Ok(());
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
@@ -738,9 +743,9 @@ impl IntJob<'_> {
 }
 
 /// Float activations in padded places: read in place when they can be.
-struct Floats {
+pub(crate) struct Floats {
     ptr: *const f32,
-    stride: isize,
+    pub stride: isize,
     _own: Option<Taken<f32>>,
 }
 // SAFETY: read only, and the owner outlives the job.
@@ -752,7 +757,7 @@ impl Floats {
     }
 
     /// Row `m` from place `k` on.
-    fn at(&self, m: usize, k: usize) -> *const f32 {
+    pub fn at(&self, m: usize, k: usize) -> *const f32 {
         self.ptr.wrapping_offset(m as isize * self.stride).wrapping_add(k)
     }
 }
@@ -773,7 +778,7 @@ fn read_padded(x: &MatRef, m: usize, w: &Packed, t: &Kernels, bf16: bool, row: &
 
 /// `mr`: rows are wanted side by side, `[block of mr][k][mr]` (the last block as narrow as its rows), which the dense
 /// kernel reads in order; rows a power of two apart would fall on one cache set. 0 keeps rows apart.
-fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
+pub(crate) fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
     let g = &w.geometry;
     let kp = g.kp;
     let threads = if x.rows * kp < 1 << 17 { 1 } else { threads };
@@ -946,8 +951,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                 unsafe {
                     for i in 0..count {
                         let panel = p0 + p + i;
-                        let src = w.codes.as_ptr().wrapping_add(panel * w.panel_bytes() + k * w.block_bytes());
-                        (t.unpack[w.bits])(src, bytes.as_mut_ptr(), n, 0, 0);
+                        w.unpack(t, panel, k, n, 0, 0, bytes.as_mut_ptr());
                         let args = F32Args { bytes: bytes.as_ptr(), ..decode_args(w, panel, k, n) };
                         decode(&args, tiles.wrapping_add(i * window * 2048));
                     }
@@ -1006,7 +1010,7 @@ const NO_SUMS: kernel::ActRows = kernel::ActRows {
 };
 
 /// Finishes a row of float sums: the activation scale, then the bias.
-fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {
+pub(crate) fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {
     if bias.is_null() && act_scale == 1.0 {
         return;
     }
@@ -1052,6 +1056,9 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
 fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
     let t = kernel::table(o.isa);
     let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
+    if let Some(p) = &w.floats {
+        return p.matmul(x, w, y, o, &b);
+    }
     #[cfg(target_arch = "x86_64")]
     if b.path == Path::TilesBf16 {
         return float_tiles(x, w, y, o, &b);
@@ -1079,7 +1086,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
         };
         let blocks = g.blocks();
         let mut first = 0;
-        if b.path == Path::Gemv && mode != W_FLOAT {
+        if b.path == Path::Gemv && mode != W_FLOAT && w.sparse.is_none() {
             let zeros = matches!(w.zeros, PanelZeros::Int(_));
             if let Some((f, fp)) = (t.gemv_table)(w.bits, zeros, bf16, b.mr) {
                 while first + fp <= np {
@@ -1112,9 +1119,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 let count = if wide { b.np } else { 1 };
                 let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
                 for i in 0..count {
-                    let src = w.codes.as_ptr().wrapping_add((p0 + p + i) * w.panel_bytes() + k * w.block_bytes());
                     // SAFETY: see above.
-                    unsafe { (t.unpack[w.bits])(src, bytes.as_mut_ptr().add(i * b.window * 1024), n, 0, 0) };
+                    unsafe { w.unpack(t, p0 + p + i, k, n, 0, 0, bytes.as_mut_ptr().add(i * b.window * 1024)) };
                 }
                 if b.path == Path::Gemv {
                     let mut m = 0;

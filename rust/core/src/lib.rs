@@ -8,6 +8,7 @@
 //! * [`kernel`] multiplies tiles of one compute class on one ISA.
 //! * [`plan`] picks kernel and blocking for a shape; [`gemm`] is the loop nest, [`pair`] the products of two
 //!   quantised matrices.
+//! * [`sparse`] stores the kept entries of a matrix alone, and skips the others where that pays.
 #![allow(unsafe_code)]
 
 pub mod activation;
@@ -26,6 +27,7 @@ pub mod pool;
 pub mod qtensor;
 pub mod quantize;
 pub mod reference;
+pub mod sparse;
 
 pub use error::{Error, Result};
 pub use format::{Element, Format, ScaleType, ValueMap, ZeroKind};

@@ -25,9 +25,13 @@ use crate::bits;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::{e4m3_byte, e8m0_byte, Format, ScaleType, ValueMap, Zero};
+use crate::kernel::Kernels;
 use crate::pool;
 use crate::qtensor::{QView, ScalesRef, ZerosRef};
 use crate::quantize::ScalesMut;
+use crate::sparse::floats::FloatPanels;
+use crate::sparse::kernel::Fill;
+use crate::sparse::Panels;
 
 use std::borrow::Cow;
 
@@ -183,6 +187,10 @@ pub struct Packed {
     pub zeros: PanelZeros,
     /// The inner level, of two-level weights.
     pub inner: Option<Inner>,
+    /// Kept entries, in the place of `codes`, of sparse formats.
+    pub sparse: Option<Panels>,
+    /// Numbers that are not quantised, in the place of `codes`.
+    pub floats: Option<FloatPanels>,
     /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
     /// up instead of making them.
     segments: [Option<Segments>; 3],
@@ -258,12 +266,47 @@ impl Packed {
 
     /// Whether the codes are the bytes of integer products, in their order.
     pub(crate) fn is_bytes(&self) -> bool {
-        self.bits == 8 && self.bytes.is_none() && self.inner.is_none()
+        self.bits == 8 && self.bytes.is_none() && self.inner.is_none() && self.sparse.is_none()
     }
 
     /// Whether values are looked up in a table.
     pub fn is_table(&self) -> bool {
         !self.format.element.is_linear()
+    }
+
+    /// Decodes blocks of one panel to bytes `v = u + (u & dbl) - sub` (wrapping), in the order of registers.
+    ///
+    /// # Safety
+    /// `out` has 1024 bytes for each block, and the CPU the features of `t`.
+    pub(crate) unsafe fn unpack(
+        &self,
+        t: &Kernels,
+        panel: usize,
+        block: usize,
+        blocks: usize,
+        dbl: u8,
+        sub: u8,
+        out: *mut u8,
+    ) {
+        // SAFETY: the caller's buffer; panels are whole.
+        unsafe {
+            if let Some(s) = &self.sparse {
+                s.unpack(t, panel, blocks, &self.fill(panel, block, dbl, sub), out);
+            } else {
+                let src = self.codes.as_ptr().wrapping_add(panel * self.panel_bytes() + block * self.block_bytes());
+                (t.unpack[self.bits])(src, out, blocks, dbl, sub);
+            }
+        }
+    }
+
+    /// What the dropped codes of a panel are from a block on.
+    pub(crate) fn fill(&self, panel: usize, block: usize, dbl: u8, sub: u8) -> Fill {
+        let zeros = match &self.zeros {
+            PanelZeros::Int(z) => z.as_ptr().wrapping_add(panel * self.geometry.groups * PANEL),
+            _ => std::ptr::null(),
+        };
+        let (padded, groups) = (self.geometry.padded, self.geometry.groups);
+        Fill { code: self.format.element.zero_code(), zeros, padded, groups, block0: block, dbl, sub }
     }
 
     /// Bytes of one block.
@@ -284,6 +327,9 @@ impl Packed {
         let (k, kp) = (self.geometry.k, self.geometry.kp);
         let row_bytes = (k * self.bits).div_ceil(8);
         fits("codes", out.len(), self.n * row_bytes)?;
+        if self.sparse.is_some() || self.floats.is_some() {
+            return Err(Error::Unsupported(format!("panels of {} give no portable codes back", self.format)));
+        }
         let out = Shared(out.as_mut_ptr());
         let (panel_bytes, block_bytes) = (self.panel_bytes(), self.block_bytes());
         pool::try_run(threads, self.panels(), None, |p| {
@@ -376,7 +422,8 @@ impl Packed {
             PanelZeros::Float(b) => b.len() * 4,
         };
         let inner = self.inner.as_ref().map_or(0, |i| i.mul.len() + i.add.len() + i.rows.nbytes());
-        self.codes.len() + self.scales.nbytes() + z + inner
+        let kept = self.sparse.as_ref().map_or(0, Panels::nbytes) + self.floats.as_ref().map_or(0, FloatPanels::nbytes);
+        self.codes.len() + kept + self.scales.nbytes() + z + inner
     }
 }
 
@@ -404,10 +451,12 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let panels = q.rows.div_ceil(PANEL);
     let block_bytes = 128 * bits;
     let panel_bytes = geometry.blocks() * block_bytes;
-    let mut codes = Buf::<u8>::zeroed(panels.checked_mul(panel_bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+    let plain = q.format.element.plain;
+    let dense = if q.mask.is_none() && plain.is_none() { panels } else { 0 };
+    let mut codes = Buf::<u8>::zeroed(dense.checked_mul(panel_bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
     let row_bytes = (q.cols * bits).div_ceil(8);
     let out = Shared(codes.as_mut_ptr());
-    pool::try_run(threads, panels, None, |p| {
+    pool::try_run(threads, dense, None, |p| {
         let mut rows = Taken::<u8>::new(PANEL * geometry.kp)?;
         let mut flat = Taken::<u8>::new(geometry.k)?;
         rows.fill(0);
@@ -449,6 +498,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     };
     let e = q.format.element;
     let (mul, sub, bytes, byte_top) = match e.map {
+        ValueMap::Affine { .. } if plain.is_some() => (1, 0, None, 0),
         ValueMap::Affine { mul, sub } => (mul, sub, None, (1 << bits) - 1),
         ValueMap::Table(book) if e.has_integers() => {
             let low = book.integers().iter().copied().min().unwrap_or(0);
@@ -459,7 +509,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         }
         ValueMap::Table(_) => (1, 0, None, 255),
     };
-    let mut values = Buf::<f32>::zeroed(64.max(1 << bits))?;
+    let mut values = Buf::<f32>::zeroed(if plain.is_some() { 0 } else { 64.max(1 << bits) })?;
     for (u, v) in values.iter_mut().enumerate() {
         *v = e.number((u & ((1 << bits) - 1)) as u8);
     }
@@ -486,6 +536,9 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let segments = SEGMENT_GROUPS.map(|act| integer_segments(&geometry, inner.is_some(), act).ok());
     let (step, tensor) = (q.step(), q.tensor());
     let format = q.format;
+    let floats = plain.map(|kind| FloatPanels::new(q, &geometry, kind, threads)).transpose()?;
+    let mask = if plain.is_some() { None } else { q.mask };
+    let sparse = mask.map(|m| Panels::new(q, m, &geometry, &scales, threads)).transpose()?;
     Ok(Packed {
         format,
         n: q.rows,
@@ -503,6 +556,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         scales,
         zeros,
         inner,
+        sparse,
+        floats,
         segments,
     })
 }
@@ -589,7 +644,7 @@ fn fits(what: &str, got: usize, want: usize) -> Result<()> {
 }
 
 /// Writes one block from 16 rows of unpacked codes (`rows[n*stride + k0 + k]`).
-fn pack_block(rows: &[u8], stride: usize, k0: usize, bits: usize, out: &mut [u8]) {
+pub(crate) fn pack_block(rows: &[u8], stride: usize, k0: usize, bits: usize, out: &mut [u8]) {
     let mut at = 0;
     let mut low = 0;
     for &w in planes(bits) {

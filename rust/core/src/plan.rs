@@ -124,7 +124,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         (false, false) => (t.grouped)(w.bits, w.sums_have_zeros(), segs.registers(), mr).map(|f| f.1),
         (false, true) => (t.grouped_table)(w.bits, segs.registers(), mr).map(|f| f.1),
     };
-    if let (Some(np), true) = (fused, m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
+    if let (Some(np), true) = (fused, w.sparse.is_none() && m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };
         return b.cut(m, panels, n, k, threads, np);
     }
@@ -152,7 +152,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     }
     if m <= 4 {
         let mr = if m == 3 { 2 } else { m }.min(t.max_mr);
-        let (_, np) = (t.gemv)(0, false, mr, false);
+        let np = w.floats.as_ref().map_or_else(|| (t.gemv)(0, false, mr, false).1, |p| p.gemv_panels(isa, mr));
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);
     }

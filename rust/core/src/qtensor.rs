@@ -5,6 +5,7 @@
 use crate::bits;
 use crate::format::{Format, Level, ScaleType, Zero, ZeroKind};
 use crate::pool;
+use crate::sparse::{mask, Mask};
 use crate::{Error, Result};
 
 /// Owned scales; 16-bit types are kept as their bits.
@@ -72,7 +73,7 @@ pub struct QView<'a> {
     pub rows: usize,
     /// K, the columns.
     pub cols: usize,
-    /// `rows * row_bytes` bytes.
+    /// `rows * row_bytes` bytes, or those of the kept entries.
     pub codes: &'a [u8],
     /// `[rows][groups]`.
     pub scales: ScalesRef<'a>,
@@ -80,6 +81,8 @@ pub struct QView<'a> {
     pub zeros: ZerosRef<'a>,
     /// What multiplies the scales: one number of each row, one of the tensor, or nothing.
     pub outer: &'a [f32],
+    /// Which entries are kept, of sparse formats.
+    pub mask: Option<&'a Mask>,
 }
 
 /// A matrix in the portable layout, owned.
@@ -99,6 +102,8 @@ pub struct QTensor {
     pub zeros: Zeros,
     /// What multiplies the scales: one number of each row, one of the tensor, or nothing.
     pub outer: Vec<f32>,
+    /// Which entries are kept, of sparse formats.
+    pub mask: Option<Mask>,
 }
 
 /// Rows that one task of a parallel pass takes: enough to be worth handing out, few enough to stop soon after a poll.
@@ -227,9 +232,34 @@ impl<'a> QView<'a> {
         scales: ScalesRef<'a>,
         zeros: ZerosRef<'a>,
     ) -> Result<Self> {
+        Self::with_mask(format, rows, cols, codes, scales, zeros, None)
+    }
+
+    /// As [`QView::new`], with the mask that a sparse format has.
+    ///
+    /// # Errors
+    /// As [`QView::new`], and [`Error::Value`] where the mask is missing, or one too many, or of another structure.
+    pub fn with_mask(
+        format: Format,
+        rows: usize,
+        cols: usize,
+        codes: &'a [u8],
+        scales: ScalesRef<'a>,
+        zeros: ZerosRef<'a>,
+        mask: Option<&'a Mask>,
+    ) -> Result<Self> {
         area(rows, cols)?;
-        let view = Self { format, rows, cols, codes, scales, zeros, outer: &[] };
-        let want = rows * format.row_bytes(cols);
+        let view = Self { format, rows, cols, codes, scales, zeros, outer: &[], mask };
+        if mask.map(Mask::structure) != format.structure {
+            return Err(Error::Value(format!("{format} needs the mask of its structure, and no other")));
+        }
+        if mask.is_some_and(|m| m.shape() != (rows, cols)) {
+            return Err(Error::Shape(format!("the mask is of another shape than ({rows}, {cols})")));
+        }
+        if mask.is_some() && matches!(zeros, ZerosRef::Float(_)) {
+            return Err(Error::Value(format!("{format} with float zero points has no code for 0")));
+        }
+        let want = mask.map_or(rows * format.row_bytes(cols), Mask::code_bytes);
         if codes.len() != want {
             return Err(Error::Shape(format!(
                 "{format} of shape ({rows}, {cols}) has {want} bytes of codes, not {}",
@@ -240,6 +270,27 @@ impl<'a> QView<'a> {
         view.check_codes()?;
         view.check_inner()?;
         Ok(view)
+    }
+
+    /// The code of an entry of group `g` of row `n` that is worth 0.
+    pub fn zero_code(&self, n: usize, g: usize) -> u8 {
+        match self.zero(n, g) {
+            Zero::Int(z) => z,
+            _ => self.format.element.zero_code(),
+        }
+    }
+
+    /// Stored codes of a row of a sparse matrix from column `k0` on, with those of 0 where entries were dropped.
+    fn unpack_kept(&self, m: &Mask, n: usize, k0: usize, out: &mut [u8]) {
+        let len = self.group_len();
+        let (mut k, mut rest) = (k0, &mut *out);
+        while !rest.is_empty() {
+            let here = (len - k % len).min(rest.len());
+            let (part, tail) = rest.split_at_mut(here);
+            part.fill(self.zero_code(n, k / len));
+            (k, rest) = (k + here, tail);
+        }
+        mask::spread_row(m, self.format.element.bits, n, &self.codes[m.span(n)], k0, out);
     }
 
     /// The view with what multiplies its scales; without this it is 1.
@@ -350,6 +401,18 @@ impl<'a> QView<'a> {
         if self.rows == 0 || self.cols == 0 {
             return Ok(());
         }
+        if let Some(kind) = e.plain {
+            if let Some(n) = (0..self.rows).find(|&n| self.scales.get(n).to_bits() != 1f32.to_bits()) {
+                return Err(Error::Value(format!("the scale of row {n} of {} is not 1", e.name)));
+            }
+            return match self.codes.chunks_exact(kind.size()).position(|b| !kind.read(b).is_finite()) {
+                None => Ok(()),
+                Some(i) => Err(Error::Value(format!("number {i} of those stored is not finite"))),
+            };
+        }
+        if let Some(m) = self.mask {
+            return mask::check_codes(m, e, self.codes);
+        }
         let used = (self.cols % 8 * e.bits as usize) % 8;
         if used != 0 {
             let stray = !0u8 << used;
@@ -391,10 +454,10 @@ impl<'a> QView<'a> {
         self.format.row_bytes(self.cols)
     }
 
-    /// Packed codes of row `n`.
+    /// Packed codes of row `n`; of sparse matrices those that are kept.
     pub fn row(&self, n: usize) -> &'a [u8] {
         let b = self.row_bytes();
-        &self.codes[n * b..(n + 1) * b]
+        self.mask.map_or_else(|| &self.codes[n * b..(n + 1) * b], |m| &self.codes[m.span(n)])
     }
 
     /// What multiplies the values of group `g` of row `n`: the stored scale times the unit of the element, exactly.
@@ -443,12 +506,38 @@ impl<'a> QView<'a> {
     /// If the position is outside the matrix.
     pub fn code(&self, n: usize, k: usize) -> u8 {
         assert!(k < self.cols, "column {k} of {}", self.cols);
+        if let Some(m) = self.mask {
+            let mut u = [0];
+            self.unpack_kept(m, n, k, &mut u);
+            return u[0];
+        }
         bits::get(self.format.element.bits, self.row(n), k)
+    }
+
+    /// The numbers of row `n` of a matrix that is not quantised, 0 where entries were dropped.
+    ///
+    /// # Panics
+    /// If `out` has not as many bytes as a dense row.
+    pub fn number_row(&self, n: usize, out: &mut [u8]) {
+        let Some(m) = self.mask else {
+            out.copy_from_slice(self.row(n));
+            return;
+        };
+        out.fill(0);
+        let mut words = vec![0; self.cols.div_ceil(64)];
+        m.row_words(n, &mut words);
+        if self.format.element.bits == 32 {
+            mask::scatter(&words, self.row(n).as_chunks::<4>().0, out.as_chunks_mut::<4>().0);
+        } else {
+            mask::scatter(&words, self.row(n).as_chunks::<2>().0, out.as_chunks_mut::<2>().0);
+        }
     }
 
     fn unpack(&self, level: Level, n: usize, k0: usize, out: &mut [u8]) {
         let bits = self.format.element.bits;
-        if k0.is_multiple_of(8) {
+        if let Some(m) = self.mask {
+            self.unpack_kept(m, n, k0, out);
+        } else if k0.is_multiple_of(8) {
             crate::format::lanes::unpack(level, bits, &self.row(n)[bits::row_bytes(bits, k0)..], out);
         } else {
             bits::unpack_from(bits, self.row(n), k0, out);
@@ -474,6 +563,13 @@ impl<'a> QView<'a> {
 
     fn dequantize_row_at(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
         assert!(n < self.rows && k0 + out.len() <= self.cols);
+        if let Some(kind) = self.format.element.plain {
+            let size = kind.size();
+            let mut row = vec![0; self.cols * size];
+            self.number_row(n, &mut row);
+            out.iter_mut().zip(row[k0 * size..].chunks_exact(size)).for_each(|(o, b)| *o = kind.read(b));
+            return;
+        }
         let (e, g) = (self.format.element, self.group_len());
         let mut buf = [0u8; 1024];
         let (mut k, mut rest) = (k0, out);
@@ -508,6 +604,9 @@ impl<'a> QView<'a> {
     /// [`Error::Shape`] if `out` is not `rows * cols` long.
     pub fn codes_into(&self, out: &mut [i16], threads: usize) -> Result<()> {
         let e = self.format.element;
+        if e.plain.is_some() {
+            return Err(Error::Unsupported(format!("{} has no codes but its numbers", self.format)));
+        }
         self.fill(out, threads, |level, n, values| {
             let mut buf = [0u8; 1024];
             for (i, part) in values.chunks_mut(buf.len()).enumerate() {
@@ -567,6 +666,7 @@ impl<'a> QView<'a> {
                 ZerosRef::Float(v) => Zeros::Float(copy(v)?),
             },
             outer: copy(self.outer)?,
+            mask: self.mask.cloned(),
         })
     }
 }
@@ -643,7 +743,7 @@ impl QTensor {
         let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
         pack_values(format, rows, cols, values, &mut codes)?;
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
-        Ok(Self { format, rows, cols, codes, scales, zeros, outer: vec![1.0; format.outer_len(rows)] })
+        Ok(Self { format, rows, cols, codes, scales, zeros, outer: vec![1.0; format.outer_len(rows)], mask: None })
     }
 
     /// Borrows the matrix.
@@ -656,6 +756,7 @@ impl QTensor {
             scales: self.scales.view(),
             zeros: self.zeros.view(),
             outer: &self.outer,
+            mask: self.mask.as_ref(),
         }
     }
 
@@ -677,6 +778,7 @@ impl PartialEq for QTensor {
             && (self.rows, self.cols) == (other.rows, other.cols)
             && same_bits(&self.outer, &other.outer)
             && self.codes == other.codes
+            && self.mask == other.mask
             && match (&self.scales, &other.scales) {
                 (Scales::F32(a), Scales::F32(b)) => same_bits(a, b),
                 (a, b) => a == b,

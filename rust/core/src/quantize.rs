@@ -195,7 +195,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     };
     quantize_into(x, format, method, threads, dest)?;
     let zeros = if format.element.zero == ZeroKind::PerGroup { Zeros::Int(zeros) } else { Zeros::None };
-    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, outer }, bounds })
+    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, outer, mask: None }, bounds })
 }
 
 /// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
@@ -236,6 +236,9 @@ pub fn quantize_at(
 ) -> Result<()> {
     let (rows, cols) = (x.rows, x.cols);
     area(rows, cols)?;
+    if format.structure.is_some() {
+        return Err(Error::Unsupported(format!("{format} is packed from {}, see sparse::pack", format.dense())));
+    }
     dest.check(format, rows, cols)?;
     let tensor = if format.element.tensor { tensor_scale(level, x, format, threads)? } else { 1.0 };
     dest.outer.fill(tensor);
@@ -319,6 +322,25 @@ fn rows_of(
             x.read_row(row, 0, &mut copy);
             &copy[..]
         };
+        if let Some(kind) = e.plain {
+            part.scales.set(i, 1.0);
+            let mut worst = 0.0f32;
+            for (k, (&w, b)) in values.iter().zip(part.codes[i * row_bytes..].chunks_exact_mut(kind.size())).enumerate()
+            {
+                kind.write(w, b);
+                let v = kind.read(b);
+                if !v.is_finite() {
+                    let fault =
+                        if w.is_finite() { format!("overflows {}", kind.name()) } else { "is not finite".into() };
+                    return Err(Error::Value(format!("{w} at row {row}, column {k} {fault}")));
+                }
+                worst = worst.max((w - v).abs());
+            }
+            if !part.bounds.is_empty() {
+                part.bounds[i] = upper(worst);
+            }
+            continue;
+        }
         let outer = if format.is_two_level() {
             part.outer[i] = row_scale(level, format, values);
             part.outer[i]

@@ -242,6 +242,7 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
             Zeros::Float(v) => Zeros::Float(v[span].to_vec()),
         },
         outer: q.outer.clone(),
+        mask: None,
     }
 }
 

@@ -7,6 +7,7 @@ mod array;
 mod convert;
 mod io;
 mod product;
+mod sparse;
 mod tensor;
 mod threads;
 
@@ -17,5 +18,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     threads::register(m)?;
     tensor::register(m)?;
     product::register(m)?;
+    sparse::register(m)?;
     io::register(m)
 }

@@ -99,11 +99,11 @@ fn pack_parts(py: Python<'_>, parts: Parts<'_>, threads: usize) -> PyResult<Pack
     Ok(Packed { inner })
 }
 
-fn compute_of(name: &str) -> PyResult<Compute> {
+pub fn compute_of(name: &str) -> PyResult<Compute> {
     name.parse().map_err(to_py)
 }
 
-fn isa_of(name: Option<&str>) -> PyResult<Isa> {
+pub fn isa_of(name: Option<&str>) -> PyResult<Isa> {
     let Some(name) = name else { return Ok(isa::active()) };
     let want: Isa = name.parse().map_err(PyValueError::new_err)?;
     if want > isa::active() || !want.is_available() {

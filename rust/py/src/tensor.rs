@@ -5,6 +5,7 @@ use crate::product::computes;
 use nibblas_core::format::{table, PART_NAMES};
 use nibblas_core::qtensor::pack_values;
 use nibblas_core::quantize::{quantize_polled, Dest, Method, ScalesMut};
+use nibblas_core::sparse::Mask;
 use nibblas_core::{Element, Format, QView, ScaleType, ScalesRef, ZeroKind, ZerosRef};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
@@ -26,6 +27,7 @@ pub struct Memory {
     scales: Nd,
     zeros: Option<Nd>,
     outer: Option<Nd>,
+    mask: Option<Mask>,
 }
 
 fn optional(arrays: &Arrays<'_>, name: &str) -> PyResult<Option<Nd>> {
@@ -46,6 +48,13 @@ impl Parts<'_> {
     pub fn memory(&self) -> PyResult<Memory> {
         let format = Format::parse(&self.0).map_err(to_py)?;
         let arrays = &self.3;
+        let mask = match (optional(arrays, "mask")?, format.structure) {
+            (Some(a), Some(s)) => {
+                Some(Mask::new(s, self.1, self.2, format.element.bits.into(), a.u8s()?).map_err(to_py)?)
+            }
+            (None, None) => None,
+            _ => return Err(PyValueError::new_err(format!("{format} needs the mask of its structure, and no other"))),
+        };
         Ok(Memory {
             format,
             rows: self.1,
@@ -54,6 +63,7 @@ impl Parts<'_> {
             scales: array(arrays, "scales")?,
             zeros: optional(arrays, "zeros")?,
             outer: outer(&format, arrays)?,
+            mask,
         })
     }
 }
@@ -77,7 +87,7 @@ impl Memory {
             },
         };
         let outer = self.outer.as_ref().map_or(Ok(&[][..]), Nd::f32s)?;
-        QView::new(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros)
+        QView::with_mask(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros, self.mask.as_ref())
             .and_then(|v| v.with_outer(outer))
             .map_err(to_py)
     }
@@ -107,10 +117,11 @@ fn code_values(name: &str) -> PyResult<Vec<f32>> {
 fn parse_format<'py>(
     py: Python<'py>,
     name: &str,
-) -> PyResult<(String, Bound<'py, PyTuple>, Option<u32>, &'static str, Bound<'py, PyTuple>)> {
+) -> PyResult<(String, Bound<'py, PyTuple>, Option<u32>, &'static str, Bound<'py, PyTuple>, Option<String>)> {
     let f = Format::parse(name).map_err(to_py)?;
     let computes = PyTuple::new(py, computes(&f).collect::<Vec<_>>())?;
-    Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name(), computes))
+    let structure = f.structure.map(|s| s.to_string());
+    Ok((f.to_string(), row_tuple(py, f.element)?, f.group, f.scale.name(), computes, structure))
 }
 
 /// Name, types, shape and kind of each array of a matrix.

@@ -1,5 +1,7 @@
-//! Names of formats: `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<rceil|ceil|even>]`.
-use super::{table, Element, Format, ScaleMode, ScaleType};
+//! Names of formats:
+//! `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<rceil|ceil|even>][_<bitmap|2of4|bsr<g>|block<r>x<c>>]`.
+use super::{plain_elements, table, Element, Format, ScaleMode, ScaleType};
+use crate::sparse::Structure;
 use crate::{Error, Result};
 
 fn fail<T>(text: String) -> Result<T> {
@@ -30,11 +32,21 @@ pub(super) fn parse(name: &str) -> Result<Format> {
     let parts = &spelled[..];
     // Names of elements may hold underscores: the longest that fits.
     let fits = |e: &&Element| starts(parts, e.name);
-    let Some(element) = table().filter(fits).max_by_key(|e| e.name.len()) else {
+    let Some(element) = table().chain(plain_elements()).filter(fits).max_by_key(|e| e.name.len()) else {
         return unknown(name);
     };
-    let (mut group, mut scale, mut mode) = (None, None, None);
+    let (mut group, mut scale, mut mode, mut structure) = (None, None, None, None);
     for part in parts[element.name.len()..].split('_').skip(1) {
+        if structure.is_some() {
+            return fail(format!("format {}: {} after the structure of kept entries", quote(name), quote(part)));
+        }
+        if let Some(s) = Structure::parse(part) {
+            if s.is_none() {
+                return fail(format!("format {}: lengths of {} are not numbers from 1 on", quote(name), quote(part)));
+            }
+            structure = s;
+            continue;
+        }
         if mode.is_some() {
             return fail(format!("format {}: {} after the scale mode", quote(name), quote(part)));
         }
@@ -57,16 +69,18 @@ pub(super) fn parse(name: &str) -> Result<Format> {
                 return fail(format!("format {}: scale type {} is none of f32, f16, bf16, i8", quote(name), quote(t)));
             }
         } else {
-            let modes = if element.mantissa.is_some() { " and a scale mode" } else { "" };
+            let modes = if element.mantissa.is_some() { ", a scale mode" } else { "" };
             return fail(format!(
-                "format {}: unknown suffix {}; allowed are _g<length> and _s<f32|f16|bf16|i8>{modes}",
+                "format {}: unknown suffix {}; allowed are _g<length>, _s<f32|f16|bf16|i8>{modes}, and _bitmap, _2of4, \
+                 _bsr<length> or _block<rows>x<columns>",
                 quote(name),
                 quote(part)
             ));
         }
     }
     let format = Format::with(element, group, scale)?;
-    Ok(Format { mode: mode.unwrap_or(ScaleMode::Floor), ..format })
+    let format = Format { mode: mode.unwrap_or(ScaleMode::Floor), ..format };
+    structure.map_or(Ok(format), |s| format.sparse(s))
 }
 
 fn group_length(name: &str, digits: &str) -> Result<u32> {

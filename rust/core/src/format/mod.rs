@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::LazyLock;
 
 use crate::error::Result;
+use crate::sparse::Structure;
 
 mod bipolar;
 mod block;
@@ -16,6 +17,7 @@ mod grammar;
 mod int;
 pub mod lanes;
 mod parts;
+mod plain;
 mod ternary;
 
 pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
@@ -36,6 +38,11 @@ static FAMILIES: [&[Element]; 10] = [
     &block::MX,
     &block::NVFP4,
 ];
+
+/// Elements that are not quantised: they are named and stored as the others, and no row of the table.
+pub fn plain_elements() -> impl Iterator<Item = &'static Element> {
+    plain::ROWS.iter()
+}
 
 /// The rows of the format table.
 pub fn table() -> impl Iterator<Item = &'static Element> {
@@ -243,6 +250,8 @@ pub struct Element {
     pub tensor: bool,
     /// Mantissa bits of elements whose formats name how they pick the power of two (see [`ScaleMode`]).
     pub mantissa: Option<u32>,
+    /// The type of numbers that are stored as they are.
+    pub plain: Option<ScaleType>,
     /// Fits, encodes and decodes.
     pub codec: &'static dyn Codec,
 }
@@ -276,6 +285,7 @@ impl Element {
             nan: false,
             tensor: false,
             mantissa: None,
+            plain: None,
             codec,
         }
     }
@@ -292,7 +302,7 @@ impl Element {
 
     /// The row of that name.
     pub fn find(name: &str) -> Option<&'static Self> {
-        table().find(|e| e.name == name)
+        table().chain(plain_elements()).find(|e| e.name == name)
     }
 
     /// The table of values, of elements that have one.
@@ -376,6 +386,15 @@ impl Element {
         }
     }
 
+    /// Whether a code is worth exactly 0 under every scale and integer zero point.
+    pub fn has_zero(&self) -> bool {
+        match self.map {
+            ValueMap::Affine { mul: 1, .. } => self.zero == ZeroKind::PerGroup || self.values().0 <= 0,
+            ValueMap::Affine { .. } => false,
+            ValueMap::Table(book) => book.zero().is_some_and(|u| self.number(u) == 0.0),
+        }
+    }
+
     /// The code of a value, if there is one.
     pub fn code(&self, value: i32) -> Option<u8> {
         let (mul, sub) = match self.map {
@@ -427,11 +446,13 @@ pub struct Format {
     pub scale: ScaleType,
     /// How the power of two is picked; [`ScaleMode::Floor`] where scales are not powers of two.
     pub mode: ScaleMode,
+    /// In which units entries are kept; `None` where all are.
+    pub structure: Option<Structure>,
 }
 
 impl PartialEq for Format {
     fn eq(&self, other: &Self) -> bool {
-        let parts = |f: &Self| (f.element.name, f.group, f.scale, f.mode);
+        let parts = |f: &Self| (f.element.name, f.group, f.scale, f.mode, f.structure);
         parts(self) == parts(other)
     }
 }
@@ -440,7 +461,7 @@ impl Eq for Format {}
 
 impl std::hash::Hash for Format {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        (self.element.name, self.group, self.scale, self.mode).hash(state);
+        (self.element.name, self.group, self.scale, self.mode, self.structure).hash(state);
     }
 }
 
@@ -456,6 +477,9 @@ impl fmt::Display for Format {
         }
         if self.mode != ScaleMode::Floor {
             write!(f, "_{}", self.mode.name())?;
+        }
+        if let Some(s) = self.structure {
+            write!(f, "_{s}")?;
         }
         Ok(())
     }
@@ -486,16 +510,41 @@ impl Format {
         if scale == Some(ScaleType::I8) && group.is_none() {
             return fail(format!("{}_si8: integer scales belong to groups, such as {0}_g128_si8", element.name));
         }
+        if element.plain.is_some() && (group.is_some() || scale.is_some()) {
+            return fail(format!("{} has neither groups nor scales", element.name));
+        }
         if let Some(s) = scale.filter(|s| !element.scales.contains(s)) {
             let own = element.scales.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");
             return fail(format!("{} has scales of type {own}, not {}", element.name, s.name()));
         }
         let group = group.or(element.group);
         let scale = scale.unwrap_or(Self::default_scale(element, group));
-        Ok(Self { element, group, scale, mode: ScaleMode::Floor })
+        Ok(Self { element, group, scale, mode: ScaleMode::Floor, structure: None })
     }
 
-    /// Parses a format name, such as `int4_g128`: `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<mode>]`.
+    /// The format of the same codes with all entries kept.
+    #[must_use]
+    pub fn dense(self) -> Self {
+        Self { structure: None, ..self }
+    }
+
+    /// The format of the same codes with entries kept in units.
+    ///
+    /// # Errors
+    /// [`crate::Error::Format`] where no code is worth exactly 0, which dropped entries are, and for two-level formats.
+    pub fn sparse(self, structure: Structure) -> Result<Self> {
+        let name = self.element.name;
+        if self.is_two_level() {
+            return Err(crate::Error::Format(format!("{self} has integer scales, and cannot be sparse")));
+        }
+        if self.element.has_zero() {
+            return Ok(Self { structure: Some(structure), ..self });
+        }
+        Err(crate::Error::Format(format!("{name} has no code for 0, so its entries cannot be dropped")))
+    }
+
+    /// Parses a format name, such as `int4_g128`:
+    /// `<element>[_g<length>][_s<f32|f16|bf16|i8>][_<mode>][_<bitmap|2of4|bsr<g>|block<r>x<c>>]`.
     ///
     /// # Errors
     /// [`crate::Error::Format`] naming the part that does not parse.
@@ -556,7 +605,7 @@ impl Format {
     /// # Panics
     /// If `cols` is 2^61 or more.
     pub fn row_bytes(&self, cols: usize) -> usize {
-        crate::bits::row_bytes(self.element.bits, cols)
+        self.element.plain.map_or_else(|| crate::bits::row_bytes(self.element.bits, cols), |kind| cols * kind.size())
     }
 
     /// Stored bits per weight, scales, zero points and padding included; the bits of a code if there is no weight.

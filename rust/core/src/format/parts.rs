@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::qtensor::area;
 
 /// Every name that some part has.
-pub const PART_NAMES: [&str; 5] = ["codes", "scales", "zeros", "tensor_scale", "row_scales"];
+pub const PART_NAMES: [&str; 6] = ["codes", "scales", "zeros", "tensor_scale", "row_scales", "mask"];
 
 /// Which part of an array a part of the matrix takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Along {
     Rows,
     /// All of it.
     Whole,
+    /// What is kept of it: of one dimension, and as long as the mask says, at most as its shape says.
+    Kept,
 }
 
 impl Along {
@@ -27,6 +29,7 @@ impl Along {
             Self::Groups => "groups",
             Self::Rows => "rows",
             Self::Whole => "whole",
+            Self::Kept => "kept",
         }
     }
 }
@@ -78,9 +81,13 @@ impl Format {
             ScaleType::BF16 => &["bf16"],
             ScaleType::E8M0 | ScaleType::E4M3 | ScaleType::I8 => &["u8"],
         };
-        let codes = vec![rows, self.row_bytes(cols)];
+        let row_bytes = self.row_bytes(cols);
+        let (codes, along) = match self.structure {
+            None => (vec![rows, row_bytes], Along::Codes),
+            Some(_) => (vec![rows * row_bytes], Along::Kept),
+        };
         let mut parts = vec![
-            Part { name: "codes", types: &["u8"], shape: codes, along: Along::Codes },
+            Part { name: "codes", types: &["u8"], shape: codes, along },
             Part { name: "scales", types: scales, shape: groups.clone(), along: Along::Groups },
         ];
         if self.element.zero == ZeroKind::PerGroup {
@@ -89,6 +96,10 @@ impl Format {
         if let Some(name) = self.outer_name() {
             let along = if self.is_two_level() { Along::Rows } else { Along::Whole };
             parts.push(Part { name, types: &["f32"], shape: vec![self.outer_len(rows)], along });
+        }
+        if let Some(s) = self.structure {
+            let (unit_rows, bytes) = s.mask_shape(rows, cols);
+            parts.push(Part { name: "mask", types: &["u8"], shape: vec![unit_rows, bytes], along: Along::Whole });
         }
         Ok(parts)
     }

@@ -1,0 +1,209 @@
+//! Panels of numbers that are not quantised: f32, f16, bf16, all of them or the kept ones.
+//!
+//! ```text
+//! all    [panel][k][16]         numbers of 16 rows side by side
+//! kept   block of 64 k:  64 masks of 16 bits     bit n of mask k: row n
+//!                        kept numbers of k = 0 in the order of rows, of k = 1, ...
+//! ```
+//!
+//! Blocks of kept numbers are found by an offset each. Products are float32 sums as everywhere: k ascending, one
+//! accumulator per output, fused multiply-adds; a dropped number is multiplied as 0.
+use super::kernel::generic::MASKS;
+use super::kernel::{self, FloatGemv, MAX_NP};
+use super::panels::{sum_up, Rows, SLACK};
+use crate::buf::{Buf, Taken};
+use crate::error::{Error, Result};
+use crate::format::ScaleType;
+use crate::gemm::{finish_floats, floats, grown, padded_bias, store_row, tasks, Options};
+use crate::kernel::{table, GemmArgs};
+use crate::matrix::{MatMut, MatRef};
+use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
+use crate::plan::{Blocking, Path};
+use crate::pool;
+use crate::qtensor::{zeros_vec, QView};
+
+/// A weight of plain numbers in panels.
+#[derive(Debug)]
+pub struct FloatPanels {
+    kind: ScaleType,
+    all: bool,
+    data: Buf<u8>,
+    /// Where blocks begin: `[panel][block]`, and the end.
+    offsets: Vec<usize>,
+    blocks: usize,
+}
+
+impl FloatPanels {
+    /// Rearranges a matrix of plain numbers.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(q: &QView, g: &Geometry, kind: ScaleType, threads: usize) -> Result<Self> {
+        let (panels, blocks, size) = (q.rows.div_ceil(PANEL), g.blocks(), kind.size());
+        let all = q.mask.is_none();
+        let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
+        let out = Shared(offsets.as_mut_ptr());
+        pool::try_run(threads, panels, None, |p| {
+            let mut rows = Rows::new(g)?;
+            if !all {
+                rows.read(q, g, p);
+            }
+            for b in 0..blocks {
+                let kept = (0..PANEL).map(|n| rows.words[n * blocks + b].count_ones() as usize).sum::<usize>();
+                let bytes = if all { BLOCK * PANEL * size } else { MASKS + kept * size };
+                // SAFETY: the sizes of panel p belong to this task.
+                unsafe { *out.get().add(p * blocks + b) = bytes };
+            }
+            Ok(())
+        })?;
+        let total = sum_up(&mut offsets)?;
+        let mut data = Buf::<u8>::zeroed(total.checked_add(SLACK).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+        let out = Shared(data.as_mut_ptr());
+        let offsets_ref = &offsets;
+        pool::try_run(threads, panels, None, |p| {
+            let mut rows = Rows::new(g)?;
+            rows.read(q, g, p);
+            let stride = g.kp * size;
+            let mut numbers = Taken::<u8>::new(PANEL * stride)?;
+            numbers.fill(0);
+            for i in 0..PANEL.min(q.rows - p * PANEL) {
+                q.number_row(p * PANEL + i, &mut numbers[i * stride..][..g.k * size]);
+            }
+            for b in 0..blocks {
+                let (from, to) = (offsets_ref[p * blocks + b], offsets_ref[p * blocks + b + 1]);
+                // SAFETY: the blocks of panel p belong to this task.
+                let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(from), to - from) };
+                let mut at = if all { 0 } else { MASKS };
+                for k in 0..BLOCK {
+                    let mut mask = 0u16;
+                    for n in 0..PANEL {
+                        let kept = rows.words[n * blocks + b] >> k & 1 == 1;
+                        mask |= u16::from(kept) << n;
+                        if all || kept {
+                            let number = &numbers[n * stride + (b * BLOCK + k) * size..][..size];
+                            block[at..at + size].copy_from_slice(number);
+                            at += size;
+                        }
+                    }
+                    if !all {
+                        block[2 * k..2 * k + 2].copy_from_slice(&mask.to_le_bytes());
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { kind, all, data, offsets, blocks })
+    }
+
+    fn at(&self, panel: usize, block: usize) -> *const u8 {
+        self.data[self.offsets[panel * self.blocks + block]..].as_ptr()
+    }
+
+    /// Index of the kernels' arrays.
+    fn index(&self) -> usize {
+        match self.kind {
+            ScaleType::F16 => 1,
+            ScaleType::BF16 => 2,
+            _ => 0,
+        }
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        self.data.len() + self.offsets.len() * size_of::<usize>()
+    }
+
+    /// Panels of a register tile of few rows.
+    pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
+        (kernel::table(isa).gemv)(self.index(), self.all, mr, false).1
+    }
+
+    /// `y = x @ w.T` in float32.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`], [`Error::Interrupted`].
+    pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
+        let (t, s) = (table(o.isa), kernel::table(o.isa));
+        let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
+        let (xs, blocks) = (&xs, self.blocks);
+        let plain = self.all && self.kind == ScaleType::F32;
+        tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, scratch| {
+            let ldc = np * PANEL;
+            let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
+            let c = grown(&mut scratch.floats, rows * ldc)?;
+            c[..rows * ldc].fill(0.0);
+            let cp = c.as_mut_ptr();
+            if b.path == Path::Gemv {
+                let mut m = 0;
+                while m < rows {
+                    let mr = match rows - m {
+                        1 => 1,
+                        2 | 3 => 2,
+                        _ => 4,
+                    }
+                    .min(s.max_mr);
+                    let mut p = 0;
+                    while p < np {
+                        let (mut f, mut count) = (s.gemv)(self.index(), self.all, mr, false);
+                        if p + count > np {
+                            (f, count) = (s.gemv)(self.index(), self.all, mr, true);
+                        }
+                        let mut src = [std::ptr::null(); MAX_NP];
+                        for (i, to) in src.iter_mut().enumerate().take(count) {
+                            *to = self.at(p0 + p + i, 0);
+                        }
+                        let c = cp.wrapping_add(m * ldc + p * PANEL);
+                        let a = FloatGemv { src, blocks, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                        // SAFETY: whole panels, existing rows.
+                        unsafe { f(&a) };
+                        p += count;
+                    }
+                    m += mr;
+                }
+            } else {
+                let span = b.window * BLOCK * PANEL;
+                for k in (0..blocks).step_by(b.window) {
+                    let n = b.window.min(blocks - k);
+                    let mut p = 0;
+                    while p < np {
+                        let wide = np - p >= b.np;
+                        let count = if wide { b.np } else { 1 };
+                        let (weights, stride) = if plain {
+                            (self.at(p0 + p, k).cast::<f32>(), blocks * BLOCK * PANEL)
+                        } else {
+                            let to = grown(&mut scratch.weights, b.np * span)?;
+                            for i in 0..count {
+                                let f = s.floats[self.index()][usize::from(self.all)];
+                                // SAFETY: whole blocks, and a buffer of the plan's window.
+                                unsafe { f(self.at(p0 + p + i, k), to.as_mut_ptr().add(i * span), n) };
+                            }
+                            (to.as_ptr(), span)
+                        };
+                        let mut m = 0;
+                        while m < rows {
+                            let mr = (rows - m).min(b.mr);
+                            let a = GemmArgs {
+                                x: xs.at(m0 + m, k * BLOCK * mr),
+                                w: weights,
+                                panel_stride: stride,
+                                k: n * BLOCK,
+                                c: cp.wrapping_add(m * ldc + p * PANEL),
+                                ldc,
+                            };
+                            // SAFETY: whole windows and existing rows.
+                            unsafe { (t.gemm)(mr, !wide)(&a) };
+                            m += mr;
+                        }
+                        p += count;
+                    }
+                }
+            }
+            for m in 0..rows {
+                let row = &mut c[m * ldc..][..ldc];
+                finish_floats(t, row, 1.0, bias);
+                store_row(y, m0 + m, p0 * PANEL, row, false);
+            }
+            Ok(())
+        })
+    }
+}

@@ -1,0 +1,299 @@
+//! The kernels, written once over [`Expand`].
+use super::{BitRaw, Fill, FloatColumns, FloatGemv};
+use crate::kernel::simd::Simd;
+use crate::pack::PANEL;
+use crate::sparse::mask::code_bytes;
+
+/// Spreads entries to where the bits of a mask are set.
+///
+/// # Safety
+/// Methods need the CPU features of the implementation; pointers have 64 readable bytes.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Expand: 'static {
+    /// The operations on registers.
+    type S: Simd;
+    /// The first bytes at `p` in the bytes whose bit is set, `fill` in the others.
+    unsafe fn bytes(fill: <Self::S as Simd>::I, mask: u64, p: *const u8) -> <Self::S as Simd>::I;
+    /// The same of codes of four bits, the lower half of a byte first.
+    unsafe fn nibbles(fill: <Self::S as Simd>::I, mask: u64, p: *const u8) -> <Self::S as Simd>::I;
+    /// The first lanes of `v` in the lanes whose bit is set, +0 in the others.
+    unsafe fn lanes(mask: u16, v: <Self::S as Simd>::F) -> <Self::S as Simd>::F;
+}
+
+/// A type of stored numbers.
+///
+/// # Safety
+/// 16 numbers are readable at `p`.
+#[allow(clippy::missing_safety_doc)]
+pub unsafe trait Number: 'static {
+    /// Bytes of one.
+    const SIZE: usize;
+    /// 16 numbers.
+    unsafe fn load<S: Simd>(p: *const u8) -> S::F;
+}
+
+macro_rules! numbers {
+    ($($(#[$doc:meta])* $name:ident $size:literal $load:ident $t:ty;)*) => { $(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name;
+        // SAFETY: reads 16 numbers.
+        unsafe impl Number for $name {
+            const SIZE: usize = $size;
+            #[inline(always)]
+            unsafe fn load<S: Simd>(p: *const u8) -> S::F {
+                // SAFETY: the caller's pointer; loads need no alignment.
+                #[allow(clippy::cast_ptr_alignment)]
+                unsafe { S::$load(p.cast::<$t>()) }
+            }
+        }
+    )* };
+}
+numbers! {
+    /// binary32
+    F32 4 loadf f32;
+    /// binary16
+    F16 2 load_f16 u16;
+    /// bfloat16
+    BF16 2 load_bf16 u16;
+}
+
+/// Bytes of the masks of a block: 16 words of 64 bits over codes, or 64 of 16 over numbers.
+pub const MASKS: usize = 128;
+
+/// How far ahead of the entries in use memory is asked for.
+const AHEAD: usize = 1024;
+
+/// One register of a block whose codes have `W` bits: the mask, and where its codes begin, which moves on.
+#[inline(always)]
+unsafe fn register<E: Expand, const W: usize>(
+    fill: <E::S as Simd>::I,
+    masks: *const u8,
+    r: usize,
+    codes: &mut *const u8,
+) -> <E::S as Simd>::I {
+    // SAFETY: the caller's block, and 64 readable bytes after it.
+    unsafe {
+        let mask = masks.add(8 * r).cast::<u64>().read_unaligned();
+        let p = *codes;
+        E::S::prefetch(p.wrapping_add(AHEAD));
+        *codes = p.add(code_bytes(W, mask.count_ones() as usize));
+        if W == 4 {
+            E::nibbles(fill, mask, p)
+        } else {
+            E::bytes(fill, mask, p)
+        }
+    }
+}
+
+/// What dropped codes of register `r` of block `b` are.
+#[inline(always)]
+unsafe fn filler<S: Simd>(f: &Fill, b: usize, r: usize) -> S::I {
+    // SAFETY: zeros have an entry for each group.
+    unsafe {
+        if f.zeros.is_null() {
+            return S::splat8(f.code);
+        }
+        let g = (((f.block0 + b) * 64 + 4 * r) / f.padded).min(f.groups - 1);
+        S::mul(S::load_u8(f.zeros.add(g * PANEL)), S::splat(0x0101_0101))
+    }
+}
+
+/// Spreads `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in the order of registers.
+///
+/// # Safety
+/// `src` holds the blocks and 64 bytes more, `out` 1024 bytes for each; the CPU has the features of `E`.
+#[inline(always)]
+pub unsafe fn expand<E: Expand, const W: usize>(src: *const u8, out: *mut u8, blocks: usize, f: &Fill) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (dbl, sub) = (E::S::splat8(f.dbl), E::S::splat8(f.sub));
+        let mut src = src;
+        for b in 0..blocks {
+            let mut codes = src.add(MASKS);
+            for r in 0..16 {
+                let u = register::<E, W>(filler::<E::S>(f, b, r), src, r, &mut codes);
+                let v = E::S::sub8(E::S::add8(u, E::S::and(u, dbl)), sub);
+                E::S::store(out.add(b * 1024 + 64 * r), v);
+            }
+            src = codes;
+        }
+    }
+}
+
+/// Ungrouped product with one panel: `c += sum u*a` over all blocks, dropped codes included.
+///
+/// # Safety
+/// The pointers in `a` hold what [`BitRaw`] says, `src` 64 bytes more; the CPU has the features of `E`.
+#[inline(always)]
+pub unsafe fn raw<E: Expand, const W: usize, const MR: usize>(a: &BitRaw) {
+    // SAFETY: as the contract says.
+    unsafe {
+        // Four chains of sums hide the latency of the dot product.
+        let mut acc = [[E::S::splat(0); 4]; MR];
+        let mut src = a.src;
+        for b in 0..a.blocks {
+            let x = a.act.codes.add(b * a.act.block_stride);
+            let mut codes = src.add(MASKS);
+            macro_rules! steps { ($($r:literal)*) => { $(
+                let u = register::<E, W>(filler::<E::S>(&a.fill, b, $r), src, $r, &mut codes);
+                for m in 0..MR {
+                    let q = E::S::splat(x.add(64 * m + 4 * $r).cast::<i32>().read_unaligned());
+                    acc[m][$r % 4] = E::S::dot(acc[m][$r % 4], u, q);
+                }
+            )* } }
+            steps!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
+            src = codes;
+        }
+        for m in 0..MR {
+            let c = a.c.add(m * a.ldc);
+            let pairs = [E::S::add(acc[m][0], acc[m][1]), E::S::add(acc[m][2], acc[m][3])];
+            let d = E::S::add(E::S::load(c.cast()), E::S::add(pairs[0], pairs[1]));
+            E::S::store(c.cast(), d);
+        }
+    }
+}
+
+/// `c[m][16p..] = fma(x[m][k], w[k], c)` for k ascending; `ALL`: every number is stored, there are no masks.
+///
+/// # Safety
+/// The pointers in `a` hold what [`FloatGemv`] says, each panel 64 bytes more; the CPU has the features of `E`.
+#[inline(always)]
+pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const MR: usize>(a: &FloatGemv) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut f = [[E::S::splatf(0.0); MR]; NP];
+        let mut src = [std::ptr::null::<u8>(); NP];
+        for p in 0..NP {
+            src[p] = a.src[p];
+            for m in 0..MR {
+                f[p][m] = E::S::loadf(a.c.add(m * a.ldc + p * PANEL));
+            }
+        }
+        for b in 0..a.blocks {
+            let masks = src;
+            if !ALL {
+                for s in &mut src {
+                    *s = s.add(MASKS);
+                }
+            }
+            for k in 0..64 {
+                for p in 0..NP {
+                    let w = number::<E, T, ALL>(masks[p], k, &mut src[p]);
+                    for m in 0..MR {
+                        let x = E::S::splatf(*a.x.offset(m as isize * a.x_stride).add(b * 64 + k));
+                        f[p][m] = E::S::fma(x, w, f[p][m]);
+                    }
+                }
+            }
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                E::S::storef(a.c.add(m * a.ldc + p * PANEL), f[p][m]);
+            }
+        }
+    }
+}
+
+/// The 16 numbers of column `k` of a block.
+#[inline(always)]
+unsafe fn number<E: Expand, T: Number, const ALL: bool>(
+    masks: *const u8,
+    k: usize,
+    src: &mut *const u8,
+) -> <E::S as Simd>::F {
+    // SAFETY: the caller's block.
+    unsafe {
+        let p = *src;
+        E::S::prefetch(p.wrapping_add(AHEAD));
+        if ALL {
+            *src = p.add(16 * T::SIZE);
+            return T::load::<E::S>(p);
+        }
+        let mask = masks.add(2 * k).cast::<u16>().read_unaligned();
+        *src = p.add(T::SIZE * mask.count_ones() as usize);
+        E::lanes(mask, T::load::<E::S>(p))
+    }
+}
+
+/// Spreads `blocks` blocks to f32 `[k][16]`.
+///
+/// # Safety
+/// `src` holds the blocks and 64 bytes more, `out` 1024 floats for each; the CPU has the features of `E`.
+#[inline(always)]
+pub unsafe fn floats<E: Expand, T: Number, const ALL: bool>(src: *const u8, out: *mut f32, blocks: usize) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut src = src;
+        for b in 0..blocks {
+            let masks = src;
+            if !ALL {
+                src = src.add(MASKS);
+            }
+            for k in 0..64 {
+                E::S::storef(out.add((b * 64 + k) * 16), number::<E, T, ALL>(masks, k, &mut src));
+            }
+        }
+    }
+}
+
+/// `acc[n] += d * w[k][n]` for every `(k, d)` of the list and the first `len` bytes of a column; columns are `stride` apart.
+///
+/// # Safety
+/// `w` has `len` bytes of every column of the list, `acc` as many sums.
+#[inline(always)]
+pub unsafe fn add_columns(w: *const u8, stride: usize, len: usize, list: &[(u32, i8)], acc: *mut i32) {
+    // SAFETY: as the contract says.
+    let acc = unsafe { std::slice::from_raw_parts_mut(acc, len) };
+    // A stretch of sums stays in the first-level cache while the columns pass.
+    for (i, part) in acc.chunks_mut(2048).enumerate() {
+        for &(k, d) in list {
+            // SAFETY: as above.
+            let column = unsafe { std::slice::from_raw_parts(w.add(k as usize * stride + i * 2048), part.len()) };
+            for (a, &u) in part.iter_mut().zip(column) {
+                *a += i32::from(d) * i32::from(u);
+            }
+        }
+    }
+}
+
+/// `acc[n] = fma(x, w[k][n], acc[n])` for every `(k, x)` of the list in order, with `w = fl((mul*u - zero) * scale)`.
+///
+/// # Safety
+/// The pointers in `a` hold what [`FloatColumns`] says.
+#[inline(always)]
+pub unsafe fn add_float_columns(a: &FloatColumns, list: &[(u32, f32)]) {
+    for at in (0..a.len).step_by(2048) {
+        let len = 2048.min(a.len - at);
+        // SAFETY: as the contract says.
+        let acc = unsafe { std::slice::from_raw_parts_mut(a.acc.add(at), len) };
+        // SAFETY: see above.
+        let scales = unsafe { std::slice::from_raw_parts(a.scales.add(at), len) };
+        for &(k, x) in list {
+            // SAFETY: see above.
+            let column = unsafe { std::slice::from_raw_parts(a.w.add(k as usize * a.stride + at), len) };
+            if a.zeros.is_null() {
+                for ((o, &u), &s) in acc.iter_mut().zip(column).zip(scales) {
+                    *o = x.mul_add((a.mul * i32::from(u) - a.sub) as f32 * s, *o);
+                }
+            } else {
+                // SAFETY: see above.
+                let zeros = unsafe { std::slice::from_raw_parts(a.zeros.add(at), len) };
+                for (((o, &u), &s), &z) in acc.iter_mut().zip(column).zip(scales).zip(zeros) {
+                    *o = x.mul_add((a.mul * i32::from(u) - i32::from(z)) as f32 * s, *o);
+                }
+            }
+        }
+    }
+}
+
+/// The bytes of a filled register with entries put where bits are set: what the vector forms are held to.
+#[inline(always)]
+pub(super) fn spread(fill: &mut [u8; 64], mask: u64, entry: impl Fn(usize) -> u8) {
+    let (mut rest, mut at) = (mask, 0);
+    while rest != 0 {
+        fill[rest.trailing_zeros() as usize] = entry(at);
+        at += 1;
+        rest &= rest - 1;
+    }
+}

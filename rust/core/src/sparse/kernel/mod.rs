@@ -1,0 +1,205 @@
+//! Kernels of sparse weights: each spreads kept entries into a dense register and multiplies that.
+//!
+//! The kernels are written once over [`Expand`], whose three implementations are `VPEXPANDB`/`VPEXPANDPS`, `PDEP`, and a
+//! loop; where the next register's entries begin is a count of bits.
+use crate::isa::Isa;
+use crate::kernel::ActRows;
+
+pub mod generic;
+mod scalar;
+#[cfg(target_arch = "x86_64")]
+pub mod x86;
+
+pub use generic::Expand;
+
+/// What dropped codes are, and what becomes of every code.
+#[derive(Debug, Clone, Copy)]
+pub struct Fill {
+    /// The code of 0 where it is constant.
+    pub code: u8,
+    /// Zero points of the panel, `[group][16]`, or null.
+    pub zeros: *const u8,
+    /// Places of a group.
+    pub padded: usize,
+    /// Groups in a row.
+    pub groups: usize,
+    /// The first block within the row.
+    pub block0: usize,
+    /// All ones where codes are to be doubled.
+    pub dbl: u8,
+    /// What is taken off at last.
+    pub sub: u8,
+}
+
+/// Arguments of the ungrouped integer kernels over bitmap panels.
+#[derive(Debug, Clone, Copy)]
+pub struct BitRaw {
+    /// First block of the panel.
+    pub src: *const u8,
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Dropped codes; codes are taken as they are.
+    pub fill: Fill,
+    /// Activations.
+    pub act: ActRows,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut i32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// Arguments of the float kernels over panels of numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct FloatGemv {
+    /// First block of each panel.
+    pub src: [*const u8; MAX_NP],
+    /// Blocks of K.
+    pub blocks: usize,
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// Panels of a float kernel, at most.
+pub const MAX_NP: usize = 4;
+
+/// Spreads blocks of a bitmap panel to bytes.
+pub type ExpandFn = unsafe fn(*const u8, *mut u8, usize, &Fill);
+/// An ungrouped integer kernel over a bitmap panel.
+pub type BitRawFn = unsafe fn(&BitRaw);
+/// A float kernel over panels of numbers.
+pub type FloatGemvFn = unsafe fn(&FloatGemv);
+/// Spreads blocks of a panel of numbers to f32 `[k][16]`.
+pub type FloatExpandFn = unsafe fn(*const u8, *mut f32, usize);
+/// Adds multiples of columns to sums: see [`generic::add_columns`].
+pub type ColumnsFn = unsafe fn(*const u8, usize, usize, &[(u32, i8)], *mut i32);
+
+/// Adds multiples of decoded columns to sums: see [`generic::add_float_columns`].
+pub type FloatColumnsFn = unsafe fn(&FloatColumns, &[(u32, f32)]);
+
+/// Arguments of the float kernel over columns of codes.
+#[derive(Debug, Clone, Copy)]
+pub struct FloatColumns {
+    /// First column.
+    pub w: *const u8,
+    /// Bytes between columns.
+    pub stride: usize,
+    /// Sums.
+    pub len: usize,
+    /// Values are `(mul*u - zero) * scale`.
+    pub mul: i32,
+    /// The zero where it is constant.
+    pub sub: i32,
+    /// Zero of each sum's row, or null.
+    pub zeros: *const u8,
+    /// Scale of each sum's row.
+    pub scales: *const f32,
+    /// Sums, read and written.
+    pub acc: *mut f32,
+}
+
+/// Everything one level offers.
+#[derive(Debug)]
+pub struct SparseKernels {
+    /// Rows of the integer and float kernels at most.
+    pub max_mr: usize,
+    /// By bits of a stored code, 4 or 8.
+    pub expand: [ExpandFn; 2],
+    /// By bits of a stored code, then rows 1, 2, 4.
+    pub raw: [[BitRawFn; 3]; 2],
+    /// By type of number (f32, f16, bf16), whether all are kept, rows 1, 2, 4: kernel and panels.
+    pub gemv: fn(usize, bool, usize, bool) -> (FloatGemvFn, usize),
+    /// By type of number, whether all are kept.
+    pub floats: [[FloatExpandFn; 2]; 3],
+    /// Sums of columns.
+    pub columns: ColumnsFn,
+    /// Sums of decoded columns.
+    pub float_columns: FloatColumnsFn,
+}
+
+/// The kernels of a level on this CPU.
+pub fn table(isa: Isa) -> &'static SparseKernels {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(t) = x86::table(isa) {
+        return t;
+    }
+    let _ = isa;
+    &scalar::SCALAR
+}
+
+/// Instantiates the generic kernels for one implementation of [`Expand`].
+macro_rules! instantiate {
+    ($(#[$feature:meta])* $name:ident, $e:ty, rows [$r2:literal, $r4:literal], gemv [$np:literal, $bp1:literal, $bp4:literal], columns $columns:path) => {
+        pub(in crate::sparse::kernel) static $name: crate::sparse::kernel::SparseKernels = {
+            use crate::sparse::kernel::generic::{self, Number, BF16, F16, F32};
+            use crate::sparse::kernel::*;
+            $(#[$feature])*
+            unsafe fn expand<const W: usize>(src: *const u8, out: *mut u8, blocks: usize, f: &Fill) {
+                // SAFETY: the caller's contract is that of the generic kernel.
+                unsafe { generic::expand::<$e, W>(src, out, blocks, f) }
+            }
+            $(#[$feature])*
+            unsafe fn raw<const W: usize, const MR: usize>(a: &BitRaw) {
+                // SAFETY: as above.
+                unsafe { generic::raw::<$e, W, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn gemv<T: Number, const ALL: bool, const NP: usize, const MR: usize>(a: &FloatGemv) {
+                // SAFETY: as above.
+                unsafe { generic::gemv::<$e, T, ALL, NP, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn floats<T: Number, const ALL: bool>(src: *const u8, out: *mut f32, blocks: usize) {
+                // SAFETY: as above.
+                unsafe { generic::floats::<$e, T, ALL>(src, out, blocks) }
+            }
+            $(#[$feature])*
+            unsafe fn columns(w: *const u8, stride: usize, len: usize, list: &[(u32, i8)], acc: *mut i32) {
+                // SAFETY: as above.
+                unsafe { $columns(w, stride, len, list, acc) }
+            }
+            $(#[$feature])*
+            unsafe fn float_columns(a: &FloatColumns, list: &[(u32, f32)]) {
+                // SAFETY: as above.
+                unsafe { generic::add_float_columns(a, list) }
+            }
+            fn pick(kind: usize, all: bool, mr: usize, single: bool) -> (FloatGemvFn, usize) {
+                macro_rules! rows { ($t:ty, $all:literal, $n1:literal, $n4:literal) => { match (mr, single) {
+                    (1, false) => (gemv::<$t, $all, $n1, 1> as FloatGemvFn, $n1),
+                    (2, false) => (gemv::<$t, $all, $n4, $r2>, $n4),
+                    (_, false) => (gemv::<$t, $all, $n4, $r4>, $n4),
+                    (1, true) => (gemv::<$t, $all, 1, 1>, 1),
+                    (2, true) => (gemv::<$t, $all, 1, $r2>, 1),
+                    (_, true) => (gemv::<$t, $all, 1, $r4>, 1),
+                } } }
+                match (kind, all) {
+                    (0, true) => rows!(F32, true, $np, $np),
+                    (0, false) => rows!(F32, false, $bp1, $bp4),
+                    (1, true) => rows!(F16, true, $np, $np),
+                    (1, false) => rows!(F16, false, $bp1, $bp4),
+                    (_, true) => rows!(BF16, true, $np, $np),
+                    (_, false) => rows!(BF16, false, $bp1, $bp4),
+                }
+            }
+            crate::sparse::kernel::SparseKernels {
+                max_mr: $r4,
+                expand: [expand::<4>, expand::<8>],
+                raw: [[raw::<4, 1>, raw::<4, $r2>, raw::<4, $r4>], [raw::<8, 1>, raw::<8, $r2>, raw::<8, $r4>]],
+                gemv: pick,
+                floats: [
+                    [floats::<F32, false>, floats::<F32, true>],
+                    [floats::<F16, false>, floats::<F16, true>],
+                    [floats::<BF16, false>, floats::<BF16, true>],
+                ],
+                columns,
+                float_columns,
+            }
+        };
+    };
+}
+pub(crate) use instantiate;

@@ -1,0 +1,191 @@
+//! Sparse weights: stored as kept entries and a mask, multiplied as dense (Flash-LLM's idea, arXiv 2309.10285).
+//!
+//! * [`Structure`] says in which units entries are kept; it is the last suffix of a format's name.
+//! * [`mask`] is the portable layout: which entries are kept, and codes of those alone.
+//! * [`panels`], [`floats`], [`rows`] and [`tiles`] are the rearrangements for the kernels.
+//! * [`columns`] holds a weight by columns, for activations that are mostly zero or mostly unchanged.
+//!
+//! A dropped entry is worth what the code of 0 decodes to. A sparse matrix is thus a dense one written shorter: every
+//! product equals that of the dense format bit for bit for finite activations, -0 and +0 compared as equal.
+pub mod columns;
+pub mod convert;
+pub mod floats;
+pub mod kernel;
+pub mod mask;
+pub mod panels;
+pub mod rows;
+pub mod tiles;
+
+pub use convert::{pack, unpack};
+pub use mask::Mask;
+
+use crate::error::Result;
+use crate::gemm::IntJob;
+use crate::kernel::Kernels;
+use crate::pack::{Geometry, PanelScales};
+use crate::qtensor::QView;
+use kernel::Fill;
+
+use std::fmt;
+
+/// The units in which entries are kept or dropped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Structure {
+    /// Each entry by itself.
+    Bitmap,
+    /// Two of every four entries along K.
+    TwoOfFour,
+    /// Runs of so many entries along K, as quantised groups are (GQSA, arXiv 2412.17560).
+    Groups(u32),
+    /// Blocks of so many rows and columns.
+    Blocks(u32, u32),
+}
+
+impl fmt::Display for Structure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bitmap => f.write_str("bitmap"),
+            Self::TwoOfFour => f.write_str("2of4"),
+            Self::Groups(g) => write!(f, "bsr{g}"),
+            Self::Blocks(r, c) => write!(f, "block{r}x{c}"),
+        }
+    }
+}
+
+impl Structure {
+    /// The structure that a suffix names; `None` where it names none, the inner `None` where its lengths are not
+    /// numbers from 1 on.
+    pub fn parse(suffix: &str) -> Option<Option<Self>> {
+        let length = |s: &str| {
+            let plain = !s.is_empty() && !s.starts_with('0') && s.bytes().all(|b| b.is_ascii_digit());
+            plain.then(|| s.parse::<u32>().ok()).flatten()
+        };
+        match suffix {
+            "bitmap" => Some(Some(Self::Bitmap)),
+            "2of4" => Some(Some(Self::TwoOfFour)),
+            _ => {
+                if let Some(g) = suffix.strip_prefix("bsr") {
+                    return Some(length(g).map(Self::Groups));
+                }
+                let sides = suffix.strip_prefix("block")?;
+                let both = sides.split_once('x').and_then(|(r, c)| Some(Self::Blocks(length(r)?, length(c)?)));
+                Some(both)
+            }
+        }
+    }
+
+    /// Rows and columns of a unit, cut to the matrix.
+    pub fn unit(self, rows: usize, cols: usize) -> (usize, usize) {
+        match self {
+            Self::Bitmap | Self::TwoOfFour => (1, 1),
+            Self::Groups(g) => (1, (g as usize).min(cols).max(1)),
+            Self::Blocks(r, c) => ((r as usize).min(rows).max(1), (c as usize).min(cols).max(1)),
+        }
+    }
+
+    /// Rows and bytes per row of the mask of a matrix: a bit for each unit.
+    pub fn mask_shape(self, rows: usize, cols: usize) -> (usize, usize) {
+        let (r, c) = self.unit(rows, cols);
+        (rows.div_ceil(r), cols.div_ceil(c).div_ceil(8))
+    }
+}
+
+/// The rearrangement of a sparse weight.
+#[derive(Debug)]
+pub enum Panels {
+    /// Masks and kept codes; serves every structure.
+    Bits(panels::BitPanels),
+    /// Kept tiles of 16 x 64.
+    Tiles(tiles::TilePanels),
+    /// Kept groups of 32, row by row.
+    Rows(rows::RowPanels),
+}
+
+impl Panels {
+    /// Rearranges a sparse matrix.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    pub(crate) fn new(q: &QView, mask: &Mask, g: &Geometry, scales: &PanelScales, threads: usize) -> Result<Self> {
+        let stored = !matches!(q.zeros, crate::ZerosRef::None);
+        let zero = q.format.element.zero_code();
+        if !stored && tiles::TilePanels::serves(mask.structure(), g) {
+            return tiles::TilePanels::new(q, mask, g, zero, threads).map(Self::Tiles);
+        }
+        if rows::RowPanels::serves(q, g) {
+            return rows::RowPanels::new(q, g, zero, scales, threads).map(Self::Rows);
+        }
+        panels::BitPanels::new(q, g, threads).map(Self::Bits)
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        match self {
+            Self::Bits(p) => p.nbytes(),
+            Self::Tiles(p) => p.nbytes(),
+            Self::Rows(p) => p.nbytes(),
+        }
+    }
+
+    /// An ungrouped integer product, `c += sum u*a` with dropped codes included, where these panels have a kernel for it.
+    pub(crate) fn raw(
+        &self,
+        job: &IntJob,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: &mut [i32],
+        ldc: usize,
+    ) -> bool {
+        match self {
+            Self::Bits(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
+            _ => false,
+        }
+    }
+
+    /// Decodes blocks of a panel to bytes `v = u + (u & dbl) - sub`, dropped entries too, in the order of registers.
+    ///
+    /// # Safety
+    /// `out` has 1024 bytes for each block; `fill` describes the panel.
+    pub(crate) unsafe fn unpack(&self, t: &Kernels, panel: usize, blocks: usize, fill: &Fill, out: *mut u8) {
+        let block = fill.block0;
+        // SAFETY: the caller's buffer.
+        unsafe {
+            match self {
+                Self::Bits(p) => p.unpack(kernel::table(t.isa), panel, block, blocks, fill, out),
+                Self::Tiles(p) => p.unpack(t, panel, block, blocks, fill.dbl, fill.sub, out),
+                Self::Rows(p) => p.unpack(panel, block, blocks, fill.dbl, fill.sub, out),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn suffixes_round_trip() {
+        for s in [Structure::Bitmap, Structure::TwoOfFour, Structure::Groups(32), Structure::Blocks(16, 64)] {
+            assert_eq!(Structure::parse(&s.to_string()), Some(Some(s)));
+        }
+        for bad in ["bsr", "bsr0", "bsr-1", "bsr032", "block16", "block16x", "blockx16", "block1x0", "bsr99999999999"] {
+            assert_eq!(Structure::parse(bad), Some(None), "{bad}");
+        }
+        for other in ["g32", "sf16", "2of8", "bitmaps", "even"] {
+            assert_eq!(Structure::parse(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn units_never_leave_the_matrix() {
+        assert_eq!(Structure::Groups(32).unit(4, 20), (1, 20));
+        assert_eq!(Structure::Blocks(16, 64).unit(5, 100), (5, 64));
+        assert_eq!(Structure::Blocks(16, 64).mask_shape(17, 100), (2, 1));
+        assert_eq!(Structure::Bitmap.mask_shape(3, 9), (3, 2));
+        assert_eq!(Structure::Bitmap.mask_shape(0, 0), (0, 0));
+    }
+}

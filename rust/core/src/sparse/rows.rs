@@ -1,0 +1,179 @@
+//! Kept groups of 32 codes of at most 4 bits, row by row: what GQSA (arXiv 2412.17560) does for one activation row.
+//!
+//! ```text
+//! slot   16 rows side by side, of each its next kept group (rows with fewer end in groups of zeros)
+//!   codes   [row][16 bytes]    byte i: value i of the group in the low half, value 16 + i in the high half
+//!   index   [row]              which group of 32 along K
+//!   scale   [row]              where groups of 32 have a scale each
+//! ```
+//!
+//! A product visits kept groups alone, so its time goes with their number; rows of a panel wait for its fullest, which is
+//! why pruning keeps as many groups in every row.
+use crate::buf::{Buf, Taken};
+use crate::error::{Error, Result};
+use crate::pack::{Geometry, PanelScales, Shared, PANEL};
+use crate::pool;
+use crate::qtensor::{zeros_vec, QView};
+
+/// Values of a group.
+pub const RUN: usize = 32;
+
+/// The kept groups of a weight.
+#[derive(Debug)]
+pub struct RowPanels {
+    /// The code of 0.
+    zero: u8,
+    /// `[slot][16][16]` bytes.
+    codes: Buf<u8>,
+    /// `[slot][16]`.
+    index: Buf<u16>,
+    /// `[slot][16]`, empty where rows have one scale.
+    scales: Buf<u16>,
+    /// Where the slots of each panel begin, and the end.
+    starts: Vec<usize>,
+    /// Kept groups of each row.
+    kept: Vec<u32>,
+}
+
+/// A slot as a kernel sees it.
+#[derive(Debug, Clone, Copy)]
+pub struct Slots {
+    /// Codes.
+    pub codes: *const u8,
+    /// Groups.
+    pub index: *const u16,
+    /// Scales or null.
+    pub scales: *const u16,
+    /// How many.
+    pub count: usize,
+}
+
+impl RowPanels {
+    /// Whether a matrix can be laid out so: its kept runs are of 32, its groups of 32 or whole rows, with f16 scales where
+    /// they are 32, and no padding moves them.
+    pub fn serves(q: &QView, g: &Geometry) -> bool {
+        let e = q.format.element;
+        let grouped = g.groups > 1;
+        q.mask.is_some_and(|m| m.structure() == super::Structure::Groups(RUN as u32))
+            && e.is_linear()
+            && e.bits == 4
+            && e.zero == crate::format::ZeroKind::None
+            && g.is_plain()
+            && u16::try_from(g.kp / RUN).is_ok()
+            && (!grouped || (g.group == RUN && q.format.scale == crate::format::ScaleType::F16))
+    }
+
+    /// Rearranges a sparse matrix.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(q: &QView, g: &Geometry, zero: u8, scales: &PanelScales, threads: usize) -> Result<Self> {
+        let Some(mask) = q.mask else { return Err(Error::Unsupported("a dense matrix has no kept groups".to_owned())) };
+        let panels = q.rows.div_ceil(PANEL);
+        let runs = q.cols.div_ceil(RUN);
+        let mut kept = zeros_vec::<u32>(panels * PANEL)?;
+        for (n, k) in kept.iter_mut().enumerate().take(q.rows) {
+            *k = (0..runs).filter(|&j| mask.unit(n, j)).count() as u32;
+        }
+        let mut starts = zeros_vec::<usize>(panels + 1)?;
+        for (p, rows) in kept.chunks_exact(PANEL).enumerate() {
+            starts[p + 1] = starts[p] + rows.iter().copied().max().unwrap_or(0) as usize;
+        }
+        let slots = starts[panels];
+        let size = |each: usize| slots.checked_mul(PANEL * each).ok_or(Error::OutOfMemory(usize::MAX));
+        let mut codes = Buf::<u8>::zeroed(size(RUN / 2)?)?;
+        let mut index = Buf::<u16>::zeroed(size(1)?)?;
+        let own = match scales {
+            PanelScales::F16(s) if g.groups > 1 => Some(s),
+            _ => None,
+        };
+        let mut out_scales = Buf::<u16>::zeroed(if own.is_some() { size(1)? } else { 0 })?;
+        codes.fill(zero * 17);
+        let to = (Shared(codes.as_mut_ptr()), Shared(index.as_mut_ptr()), Shared(out_scales.as_mut_ptr()));
+        let starts_ref = &starts;
+        pool::try_run(threads, panels, None, |p| {
+            let mut row = Taken::<u8>::new(runs * RUN)?;
+            let row = &mut row[..runs * RUN];
+            for i in 0..PANEL.min(q.rows - p * PANEL) {
+                let n = p * PANEL + i;
+                row.fill(zero);
+                q.unpack_row(n, 0, &mut row[..q.cols]);
+                for (slot, j) in (0..runs).filter(|&j| mask.unit(n, j)).enumerate() {
+                    let at = (starts_ref[p] + slot) * PANEL + i;
+                    let run = &row[j * RUN..][..RUN];
+                    // SAFETY: the slots of panel p belong to this task.
+                    unsafe {
+                        for t in 0..RUN / 2 {
+                            *to.0.get().add(at * (RUN / 2) + t) = run[t] | run[t + RUN / 2] << 4;
+                        }
+                        *to.1.get().add(at) = j as u16;
+                        if let Some(s) = own {
+                            *to.2.get().add(at) = s[(p * g.groups + j) * PANEL + i];
+                        }
+                    }
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { zero, codes, index, scales: out_scales, starts, kept })
+    }
+
+    /// The slots of a panel.
+    pub fn slots(&self, panel: usize) -> Slots {
+        let (from, to) = (self.starts[panel], self.starts[panel + 1]);
+        Slots {
+            codes: self.codes.as_ptr().wrapping_add(from * PANEL * RUN / 2),
+            index: self.index.as_ptr().wrapping_add(from * PANEL),
+            scales: if self.scales.is_empty() {
+                std::ptr::null()
+            } else {
+                self.scales.as_ptr().wrapping_add(from * PANEL)
+            },
+            count: to - from,
+        }
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        let small = 2 * (self.index.len() + self.scales.len()) + 4 * self.kept.len();
+        self.codes.len() + small + self.starts.len() * size_of::<usize>()
+    }
+
+    /// Decodes blocks of a panel to bytes, dropped groups too.
+    ///
+    /// # Safety
+    /// `out` has 1024 bytes for each block.
+    pub(crate) unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, dbl: u8, sub: u8, out: *mut u8) {
+        let map = |u: u8| (u + (u & dbl)).wrapping_sub(sub);
+        // SAFETY: the caller's buffer.
+        let out = unsafe { std::slice::from_raw_parts_mut(out, blocks * 1024) };
+        out.fill(map(self.zero));
+        let (first, last) = (2 * block, 2 * (block + blocks));
+        for i in 0..PANEL {
+            let at = |slot: usize| (self.starts[panel] + slot) * PANEL + i;
+            let kept = self.kept[panel * PANEL + i] as usize;
+            let (mut slot, mut end) = (0, kept);
+            while slot < end {
+                let middle = usize::midpoint(slot, end);
+                if usize::from(self.index[at(middle)]) < first {
+                    slot = middle + 1;
+                } else {
+                    end = middle;
+                }
+            }
+            for slot in slot..kept {
+                let j = usize::from(self.index[at(slot)]);
+                if j >= last {
+                    break;
+                }
+                let codes = &self.codes[at(slot) * (RUN / 2)..][..RUN / 2];
+                // Byte 4*row + k % 4 of register k / 4.
+                let to = &mut out[(j - first) * RUN / 4 * 64..][..RUN / 4 * 64];
+                for (t, &u) in codes.iter().enumerate() {
+                    to[t / 4 * 64 + 4 * i + t % 4] = map(u & 15);
+                    to[(t / 4 + 4) * 64 + 4 * i + t % 4] = map(u >> 4);
+                }
+            }
+        }
+    }
+}

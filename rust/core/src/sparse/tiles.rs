@@ -1,0 +1,135 @@
+//! Kept tiles: where whole blocks of a panel are kept or dropped, the kept ones alone, and a list of which they are.
+//!
+//! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
+//! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
+use super::mask::Mask;
+use super::Structure;
+use crate::buf::{Buf, Taken};
+use crate::error::{Error, Result};
+use crate::kernel::Kernels;
+use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
+use crate::pool;
+use crate::qtensor::{zeros_vec, QView};
+
+/// The kept tiles of a weight.
+#[derive(Debug)]
+pub struct TilePanels {
+    bits: usize,
+    /// What was taken off each code: 128 where values are stored as signed bytes.
+    offset: u8,
+    /// The code of 0.
+    zero: u8,
+    data: Buf<u8>,
+    /// Blocks along K of the kept tiles, ascending within a panel.
+    index: Vec<u32>,
+    /// Where the tiles of each panel begin in `index`, and the end.
+    starts: Vec<usize>,
+}
+
+impl TilePanels {
+    /// Whether a structure drops whole tiles of panels laid out so.
+    pub fn serves(structure: Structure, g: &Geometry) -> bool {
+        let Structure::Blocks(r, c) = structure else { return false };
+        r.is_multiple_of(PANEL as u32) && c.is_multiple_of(BLOCK as u32) && g.is_plain()
+    }
+
+    /// Rearranges a sparse matrix whose zero code is constant.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(q: &QView, mask: &Mask, g: &Geometry, zero: u8, threads: usize) -> Result<Self> {
+        let bits = usize::from(q.format.element.bits);
+        let (panels, bytes) = (q.rows.div_ceil(PANEL), 128 * bits);
+        let (r, c) = mask.structure().unit(q.rows, q.cols);
+        let kept = |p: usize, b: usize| mask.unit(p * PANEL / r, b * BLOCK / c);
+        let mut index = Vec::new();
+        let mut starts = zeros_vec::<usize>(panels + 1)?;
+        for p in 0..panels {
+            for b in (0..g.blocks()).filter(|&b| kept(p, b)) {
+                index.try_reserve(1).map_err(|_| Error::OutOfMemory(index.len()))?;
+                index.push(b as u32);
+            }
+            starts[p + 1] = index.len();
+        }
+        let offset = if bits == 8 && zero == 128 { 128 } else { 0 };
+        let mut data = Buf::<u8>::zeroed(index.len().checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+        let out = Shared(data.as_mut_ptr());
+        let (index_ref, starts_ref) = (&index, &starts);
+        pool::try_run(threads, panels, None, |p| {
+            let mut codes = Taken::<u8>::new(PANEL * g.kp)?;
+            let codes = &mut codes[..PANEL * g.kp];
+            codes.fill(zero);
+            for i in 0..PANEL.min(q.rows - p * PANEL) {
+                q.unpack_row(p * PANEL + i, 0, &mut codes[i * g.kp..][..g.k]);
+            }
+            for u in codes.iter_mut() {
+                *u = u.wrapping_sub(offset);
+            }
+            for i in starts_ref[p]..starts_ref[p + 1] {
+                // SAFETY: the tiles of panel p belong to this task.
+                let tile = unsafe { std::slice::from_raw_parts_mut(out.get().add(i * bytes), bytes) };
+                pack_block(codes, g.kp, index_ref[i] as usize * BLOCK, bits, tile);
+            }
+            Ok(())
+        })?;
+        Ok(Self { bits, offset, zero, data, index, starts })
+    }
+
+    /// The blocks along K of the kept tiles of a panel that lie in a range, and the first of their codes.
+    pub fn kept(&self, panel: usize, blocks: std::ops::Range<usize>) -> (&[u32], *const u8) {
+        let all = &self.index[self.starts[panel]..self.starts[panel + 1]];
+        let from = all.partition_point(|&b| (b as usize) < blocks.start);
+        let to = all.partition_point(|&b| (b as usize) < blocks.end);
+        (&all[from..to], self.data.as_ptr().wrapping_add((self.starts[panel] + from) * 128 * self.bits))
+    }
+
+    /// Whether tiles are signed bytes, to be multiplied as they are.
+    pub fn signed(&self) -> bool {
+        self.offset == 128
+    }
+
+    /// Kept tiles in all.
+    pub fn len(&self) -> usize {
+        self.index.len()
+    }
+
+    /// Whether no tile is kept.
+    pub fn is_empty(&self) -> bool {
+        self.index.is_empty()
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        self.data.len() + self.index.len() * 4 + self.starts.len() * size_of::<usize>()
+    }
+
+    /// Decodes blocks of a panel to bytes, dropped ones too.
+    ///
+    /// # Safety
+    /// `out` has 1024 bytes for each block.
+    pub(crate) unsafe fn unpack(
+        &self,
+        t: &Kernels,
+        panel: usize,
+        block: usize,
+        blocks: usize,
+        dbl: u8,
+        sub: u8,
+        out: *mut u8,
+    ) {
+        let (kept, mut src) = self.kept(panel, block..block + blocks);
+        let zero = (self.zero + (self.zero & dbl)).wrapping_sub(sub);
+        let mut next = kept.iter().map(|&b| b as usize - block).peekable();
+        for b in 0..blocks {
+            // SAFETY: the caller's buffer; a kept block has its codes.
+            unsafe {
+                if next.next_if_eq(&b).is_some() {
+                    (t.unpack[self.bits])(src, out.add(b * 1024), 1, dbl, sub.wrapping_sub(self.offset));
+                    src = src.wrapping_add(128 * self.bits);
+                } else {
+                    out.add(b * 1024).write_bytes(zero, 1024);
+                }
+            }
+        }
+    }
+}
