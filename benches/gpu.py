@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 import cupy
 
 import nibblas as nb
-from nibblas.cuda._product import Storage
+from nibblas.cuda import Storage
 from nibblas.qtensor import _Storage
 
 BYTES = 320 << 20
@@ -44,7 +44,10 @@ def random_storage(fmt: str, n: int, k: int, seed: int = 0) -> _Storage:
     zeros = None
     if f.has_zeros:
         zeros = rng.integers(0, f.element.levels, scales.shape).astype(np.uint8)
-    typed = scales.astype(np.float16) if f.scale == "f16" else scales
+    typed: Any = scales.astype(np.float16) if f.scale == "f16" else scales
+    if f.scale in ("e8m0", "e4m3"):
+        low, high = (118, 122) if f.scale == "e8m0" else (40, 60)
+        typed = rng.integers(low, high, scales.shape).astype(np.uint8)
     arrays = {"codes": codes, "scales": typed}
     return _Storage(f, n, k, arrays if zeros is None else arrays | {"zeros": zeros})
 

@@ -13,6 +13,9 @@ struct Args {
     int m, n, k, places, group, padded;
     int kind, out_kind, y_kind;
     int plain; // rows of whole runs of 16, 16-byte aligned, without gaps
+    int tables; // combine: that the weights were cut into
+    float step; // int8: what multiplies the scale of a row
+    int length, segment, segments; // groups of activations, places that share one scale of W and one of X, how many
 };
 
 // Index along K of a place, or -1.
@@ -47,12 +50,15 @@ extern "C" __global__ void place(const Args a) {
     }
 }
 
-// y = the sum of three parts, and the bias.
+// y = the sum of three parts, for each part of the weights, and the bias.
 extern "C" __global__ void combine(const Args a) {
     const int m = blockIdx.y;
     for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < a.n; n += gridDim.x * blockDim.x) {
-        const float *p = a.parts_in + (i64)(3 * m) * a.n + n;
-        float v = __fadd_rn(p[0], __fadd_rn(p[a.n], p[2 * (i64)a.n]));
+        float v = 0.0f;
+        for (int i = a.tables - 1; i >= 0; i--) {
+            const float *p = a.parts_in + ((i64)i * 3 * a.m + 3 * m) * a.n + n;
+            v = __fadd_rn(__fadd_rn(p[0], __fadd_rn(p[a.n], p[2 * (i64)a.n])), v);
+        }
         if (a.bias) v = __fadd_rn(v, a.bias[n]);
         store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
     }
@@ -63,6 +69,10 @@ DEVICE u32 warp_max(u32 v) {
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
     return r;
 }
+
+DEVICE u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+// clip(rint(x/s), -127, 127), ties to even; the caller has seen to s.
+DEVICE int nearest(float x, float s) { return (int)fminf(fmaxf(rintf(__fdiv_rn(x, s)), -127.0f), 127.0f); }
 
 // Sixteen consecutive elements of a row of floats.
 DEVICE void load_run(const Args &a, i64 m, int run, float v[16]) {
@@ -104,11 +114,11 @@ extern "C" __global__ void quantise(const Args a) {
                 float v[16];
                 load_run(a, m, run, v);
 #pragma unroll
-                for (int i = 0; i < 16; i++) top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
+                for (int i = 0; i < 16; i++) top = max(top, magnitude(v[i]));
             }
         } else {
             for (int k = threadIdx.x; k < a.k; k += blockDim.x)
-                top = max(top, __float_as_uint(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)) & 0x7fffffffu);
+                top = max(top, magnitude(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)));
         }
         top = warp_max(top);
         if ((threadIdx.x & 31) == 0) tops[threadIdx.x >> 5] = top;
@@ -118,7 +128,7 @@ extern "C" __global__ void quantise(const Args a) {
         bad = top >= 0x7f800000u;
         s = __fdiv_rn(__uint_as_float(top), 127.0f);
     }
-    if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : s;
+    if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : __fmul_rn(s, a.step);
     if (a.plain) {
         for (int run = threadIdx.x; run < a.places / 16; run += blockDim.x) {
             u32 w[4] = {0, 0, 0, 0};
@@ -127,9 +137,7 @@ extern "C" __global__ void quantise(const Args a) {
                 load_run(a, m, run, v);
 #pragma unroll
                 for (int i = 0; i < 16; i++) {
-                    const float r = rintf(__fdiv_rn(v[i], s));
-                    const int q = (int)fminf(fmaxf(r, -127.0f), 127.0f);
-                    const int at = byte_order(i);
+                    const int q = nearest(v[i], s), at = byte_order(i);
                     w[at / 4] |= (u32)(q & 255) << (8 * (at % 4));
                 }
             }
@@ -148,13 +156,40 @@ extern "C" __global__ void quantise(const Args a) {
             if (k >= 0) {
                 if (codes)
                     q = ((const i8 *)a.x)[m * a.x_row + k * a.x_col];
-                else if (!bad && s != 0.0f) {
-                    const float r = rintf(__fdiv_rn(load_float(a.x, m * a.x_row + k * a.x_col, a.kind), s));
-                    q = (int)fminf(fmaxf(r, -127.0f), 127.0f);
-                }
+                else if (!bad && s != 0.0f)
+                    q = nearest(load_float(a.x, m * a.x_row + k * a.x_col, a.kind), s);
             }
             word |= (u32)(q & 255) << (8 * i);
         }
         *(u32 *)(out + p) = word;
     }
+}
+
+// As quantise, with one scale per `length` values of a row: `scale` is [rows][segments]. A warp takes every eighth group.
+extern "C" __global__ void __launch_bounds__(256) quantise_groups(const Args a) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const i64 m = blockIdx.x;
+    u8 *out = (u8 *)a.out + m * a.places;
+    float *scale = a.scale + m * a.segments;
+    for (int p = threadIdx.x; p < a.places / 16; p += 256) ((uint4 *)out)[p] = make_uint4(0, 0, 0, 0);
+    for (int p = threadIdx.x; p < a.segments; p += 256) scale[p] = 0.0f;
+    __syncthreads();
+    bool bad = false;
+    for (int first = warp * a.length; first < a.k; first += 8 * a.length) {
+        const int end = min(first + a.length, a.k);
+        u32 top = 0;
+        for (int k = first + lane; k < end; k += 32)
+            top = max(top, magnitude(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)));
+        top = warp_max(top);
+        bad |= top >= 0x7f800000u;
+        const float s = __fdiv_rn(__uint_as_float(top), 127.0f);
+        for (int k = first + lane; k < end; k += 32) {
+            const int place = k / a.group * a.padded + k % a.group;
+            const float x = load_float(a.x, m * a.x_row + k * a.x_col, a.kind);
+            if (s != 0.0f && top < 0x7f800000u) out[(place & ~15) + byte_order(place & 15)] = (u8)nearest(x, s);
+            scale[place / a.segment] = s; // the same number from every lane that writes here
+        }
+    }
+    if (__syncthreads_or(bad))
+        for (int p = threadIdx.x; p < a.segments; p += 256) scale[p] = __uint_as_float(0x7fc00000u);
 }

@@ -7,7 +7,10 @@
 // The sums of u and v are one number per row, made once. Pairs of planes with the highest i + j come first and the counts
 // are doubled from one i + j to the next, so all pairs share one set of accumulators.
 //
-// Set on the command line: T (rows of X of a block), WG, STAGES.
+// Here X is the first operand of the tensor cores: a thread's neighbouring accumulators are neighbours in a row of Y, and
+// go there without a detour. Results leave while the copies of the next tile are under way.
+//
+// Set on the command line: T (rows of W of a block), WG (warpgroups, of 64 rows of X each), STAGES.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/wgmma.cuh>
@@ -26,15 +29,17 @@ struct Args {
     int w_rows, x_rows; // of a plane
     int p, q;           // planes of W and X
     int y_kind;         // -1: int32, the sums themselves
+    int wide;           // pairs of a row of Y may be written at once
+    int x_box;          // rows of X that are fetched: R, or fewer where there are fewer
     int m_blocks, n_blocks;
 };
 
-// Blocks in bands of eight rows of blocks, so that what is in the cache is used.
+// Blocks in bands of eight blocks of W, so that what is in the cache is used.
 DEVICE void tile_of(int i, const Args &a, int &m0, int &n0) {
     const int band = 8, per = band * a.m_blocks;
     const int first = i / per * band, high = min(band, a.n_blocks - first), in = i % per;
-    n0 = (first + in % high) * R;
-    m0 = in / high * T;
+    n0 = (first + in % high) * T;
+    m0 = in / high * R;
 }
 
 extern __shared__ __align__(1024) char dynamic[];
@@ -44,14 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
-    if (tid == 0) {
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&ready[i]), 1);
-            barrier_init(shared_address(&empty[i]), 4 * WG);
-        }
-        barrier_init_fence();
-    }
+    if (tid == 0) ring_init(ready, 1, empty, 4 * WG);
     __syncthreads();
     const int tiles = a.m_blocks * a.n_blocks, levels = a.p + a.q - 1;
     int stage = 0, phase = 0;
@@ -66,9 +64,9 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                         for (int chunk = 0; chunk < a.chunks; chunk++) {
                             const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
                             barrier_wait(shared_address(&empty[stage]), phase ^ 1);
-                            barrier_expect(bar, SLOT);
-                            copy_box(to, &map_w, bar, chunk * 128, i * a.w_rows + n0);
-                            copy_box(to + R * 128, &map_x, bar, chunk * 128, (level - i) * a.x_rows + m0);
+                            barrier_expect(bar, (a.x_box + T) * 128);
+                            copy_box(to, &map_x, bar, chunk * 128, (level - i) * a.x_rows + m0);
+                            copy_box(to + R * 128, &map_w, bar, chunk * 128, i * a.w_rows + n0);
                             if (++stage == STAGES) {
                                 stage = 0;
                                 phase ^= 1;
@@ -92,11 +90,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             for (int step = 0; step < pairs * a.chunks; step++) {
                 barrier_wait(shared_address(&ready[stage]), phase);
                 const u32 at = shared_address(shared + stage * SLOT);
-                const u64 w = describe(at + (warp >> 2) * 8192), x = describe(at + R * 128);
+                const u64 x = describe(at + (warp >> 2) * 8192), w = describe(at + R * 128);
                 wgmma_fence();
 #pragma unroll
                 for (int k = 0; k < 4; k++) {
-                    BitWgmma<T>::multiply(acc, w + 2 * k, x + 2 * k, add);
+                    BitWgmma<T>::multiply(acc, x + 2 * k, w + 2 * k, add);
                     add = 1;
                 }
                 wgmma_commit();
@@ -116,21 +114,52 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             }
             pin(acc);
         }
+        // The copies of the next tile need this slot while results leave.
+        if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
+        held = -1;
         const int top_w = (1 << a.p) - 1, top_x = (1 << a.q) - 1;
-        const int constant = a.k * top_w * top_x;
+        // Calls put(place in Y, row of X, row of W, sums of it and the next) for the pairs of this thread.
+        auto pairs = [&](auto put) {
 #pragma unroll
-        for (int i = 0; i < C; i++) {
-            const int n = n0 + warp * 16 + g + (i & 2) * 4, m = m0 + (i >> 2) * 8 + 2 * t + (i & 1);
-            if (n >= a.n || m >= a.m) continue;
-            const int d = 4 * acc[i] - 2 * top_x * a.w_sums[n] - 2 * top_w * a.x_sums[m] + constant;
-            const i64 to = m * a.y_row + n * a.y_col;
-            if (a.y_kind < 0) {
-                ((int *)a.y)[to] = d;
-            } else {
-                float v = __fmul_rn(__fmaf_rn((float)d, a.w_scales[n], 0.0f), a.x_scales[m]);
-                if (a.bias) v = __fadd_rn(v, a.bias[n]);
-                store_float(a.y, to, a.y_kind, v);
+            for (int row = 0; row < 2; row++) {
+                const int m = m0 + warp * 16 + row * 8 + g;
+                if (m >= a.m) continue;
+                const int of_row = a.k * top_w * top_x - 2 * top_w * a.x_sums[m];
+#pragma unroll
+                for (int j = 0; j < C / 4; j++) {
+                    const int n = n0 + j * 8 + 2 * t; // the sums of W are padded to whole tiles
+                    const int2 w = *(const int2 *)(a.w_sums + n);
+                    if (n < a.n)
+                        put(m * a.y_row + n * a.y_col, m, n, 4 * acc[4 * j + 2 * row] + of_row - 2 * top_x * w.x,
+                            4 * acc[4 * j + 2 * row + 1] + of_row - 2 * top_x * w.y);
+                }
             }
-        }
+        };
+        auto numbers = [&](auto put) {
+            pairs([&](i64 at, int m, int n, int p, int q) {
+                const float s = a.x_scales[m];
+                const float2 w = *(const float2 *)(a.w_scales + n);
+                float2 v = make_float2(__fmul_rn(__fmaf_rn((float)p, w.x, 0.0f), s), __fmul_rn(__fmaf_rn((float)q, w.y, 0.0f), s));
+                if (a.bias) {
+                    v.x = __fadd_rn(v.x, a.bias[n]);
+                    v.y = __fadd_rn(v.y, a.bias[min(n + 1, a.n - 1)]);
+                }
+                put(at, n, v);
+            });
+        };
+        if (a.y_kind < 0 && a.wide)
+            pairs([&](i64 at, int, int, int p, int q) { *(int2 *)((int *)a.y + at) = make_int2(p, q); });
+        else if (a.y_kind < 0)
+            pairs([&](i64 at, int, int n, int p, int q) {
+                ((int *)a.y)[at] = p;
+                if (n + 1 < a.n) ((int *)a.y)[at + a.y_col] = q;
+            });
+        else if (a.y_kind == KIND_F32 && a.wide)
+            numbers([&](i64 at, int, float2 v) { *(float2 *)((float *)a.y + at) = v; });
+        else
+            numbers([&](i64 at, int n, float2 v) {
+                store_float(a.y, at, a.y_kind, v.x);
+                if (n + 1 < a.n) store_float(a.y, at + a.y_col, a.y_kind, v.y);
+            });
     }
 }

@@ -13,21 +13,23 @@
 //            (float zero points of int8 products want GROUPED, as one group if need be)
 //   PARK     int8 with groups and WK > 1: the integer sums of all groups wait in shared memory, so that the float sum
 //            still runs over the groups in order
+//   ASCALE   int8 with one scale per group of activations: row_scale is [rows of X][groups]
+//   BULK     copies by the copy engine (sm_90a): one lane asks for all of them; else every lane copies (cp.async)
 #include <nibblas/base.cuh>
+#include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
 #include <nibblas/mma.cuh>
 #include <nibblas/scheduler.cuh>
 
 constexpr int ACT = NB_ACT, BITS = NB_BITS, NT = NB_NT, WN = NB_WN, WR = NB_WR, WK = NB_WK, STAGES = NB_STAGES;
-constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, SC16 = NB_SC16, PARK = NB_PARK;
+constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, PARK = NB_PARK, BULK = NB_BULK, ASCALE = NB_ASCALE;
 
 constexpr int R = 16 * WN * WR, T = 8 * NT, THREADS = 32 * WR * WK;
 constexpr bool INT = ACT == ACT_S8;
-constexpr int XB = INT ? 1 : 2;
-constexpr int X_ROW = 128 * XB;
-constexpr int X_STAGE = T * X_ROW;
+constexpr int PARTS = INT ? 1 : 2; // of 128 bytes, in a row of a chunk of X
+constexpr int X_STAGE = T * 128 * PARTS;
 constexpr int W_STAGE = WN * 256 * BITS;
-constexpr int SB = SC16 ? 2 : 4;
+constexpr int SB = SCALE_BYTES;
 constexpr int ZB = ZERO == 1 ? 1 : ZERO == 2 ? 4 : 0;
 constexpr int S_STAGE = GROUPED ? GROUPED * WN * 16 * SB : 0;
 constexpr int Z_STAGE = GROUPED ? GROUPED * WN * 16 * ZB : 0;
@@ -41,14 +43,11 @@ template <> struct Number<true> {
 };
 typedef Number<INT>::type Sum;
 
-DEVICE float scale_at(const void *p, int i) {
-    return SC16 ? f32_of_f16(((const u16 *)p)[i]) : ((const float *)p)[i];
-}
 DEVICE int int_zero_at(const void *p, int i) { return ((const u8 *)p)[i]; }
 DEVICE float float_zero_at(const void *p, int i) { return ((const float *)p)[i]; }
 
 DEVICE void finish(const Args &a, int m, int n, float v) {
-    if (INT) v = __fmul_rn(v, a.row_scale[m]);
+    if (INT) v = __fmul_rn(v, ASCALE ? a.unit : a.row_scale[m]);
     if (a.bias) v = __fadd_rn(v, a.bias[n]);
     store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
 }
@@ -57,24 +56,42 @@ DEVICE void finish(const Args &a, int m, int n, float v) {
 DEVICE float scaled(const Args &a, int n, Sum d) {
     float s = scale_at(a.scales, n);
     // The integer contract starts from +0.
-    return INT ? __fmaf_rn((float)d, s, 0.0f) : __fmul_rn((float)d, s);
+    return INT ? __fmaf_rn((float)d, s, 0.0f) : __fmul_rn((float)d * a.unit, s);
 }
 
-extern __shared__ __align__(128) char shared[];
+extern __shared__ __align__(1024) char dynamic[];
 
-extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
+#if NB_BULK
+extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant__ Args a, const __grid_constant__ Map map) {
+#else
+extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant__ Args a) {
+#endif
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     const int wr = warp % WR, wk = warp / WR;
     const int g = lane >> 2, t = lane & 3;
     const int m0 = blockIdx.y * T;
     const int tiles = a.n_padded / 16;
 
-    // The rings of this warp, and of the warps that share a chunk of X.
-    char *w_ring = shared + warp * STAGES * W_STAGE;
-    char *x_ring = shared + WR * WK * STAGES * W_STAGE + wk * STAGES * X_STAGE;
-    char *s_ring = shared + WR * WK * STAGES * W_STAGE + WK * STAGES * X_STAGE + warp * STAGES * (S_STAGE + Z_STAGE);
-    char *rest = shared + WR * WK * STAGES * (W_STAGE + S_STAGE + Z_STAGE) + WK * STAGES * X_STAGE;
-    const u32 x_base = shared_address(x_ring);
+    // X of the warps that share a chunk, the table, codes and scales of this warp.
+    char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
+    const u32 x_base = shared_address(shared + wk * STAGES * X_STAGE);
+    char *table = shared + WK * STAGES * X_STAGE;
+    char *w_ring = table + Book<ACT>::BYTES + warp * STAGES * W_STAGE;
+    char *s_ring = table + Book<ACT>::BYTES + WR * WK * STAGES * W_STAGE + warp * STAGES * (S_STAGE + Z_STAGE);
+    char *rest = table + Book<ACT>::BYTES + WR * WK * STAGES * (W_STAGE + S_STAGE + Z_STAGE);
+
+    Book<ACT> book;
+    book.load(table, a.book, tid, THREADS);
+#if NB_BULK
+    __shared__ u64 ready[WK][STAGES];
+    if (tid == 0) {
+#pragma unroll
+        for (int i = 0; i < WK * STAGES; i++) barrier_init(shared_address(&ready[i / STAGES][i % STAGES]), WR);
+        barrier_init_fence();
+    }
+    u32 phases = 0; // of the barriers, a bit each
+#endif
+    if (BULK || Book<ACT>::BYTES) __syncthreads();
 
     const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
     const int columns = min(T, a.m - m0);
@@ -83,104 +100,113 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
     here.start(begin, end, a.chunks);
 
     auto issue = [&](int stage) {
-        if (!load.done() && load.chunk + wk < load.stop) {
+        const bool mine = !load.done() && load.chunk + wk < load.stop;
+        if (mine && (!BULK || lane == 0)) {
             const int chunk = load.chunk + wk;
-            const int tile0 = load.row_block * (WN * WR) + wr * WN;
+            const int tile0 = min(load.row_block * (WN * WR) + wr * WN, tiles - WN);
+            const i64 at = ((i64)(tile0 >> 2) * a.chunks + chunk) * 4 + (tile0 & 3);
+            const int group0 = GROUPED > 1 ? chunk * GROUPED : GROUPED ? chunk / a.chunks_per_group : 0;
             const u32 to = shared_address(w_ring + stage * W_STAGE);
+            const u32 st = shared_address(s_ring + stage * (S_STAGE + Z_STAGE)), xt = x_base + stage * X_STAGE;
+#if NB_BULK
+            const u32 bar = shared_address(&ready[wk][stage]);
+            barrier_expect(bar, W_STAGE + S_STAGE + Z_STAGE + (wr == 0 ? X_STAGE : 0));
 #pragma unroll
-            for (int i = 0; i < WN; i++) {
-                const int tile = min(tile0 + i, tiles - 1);
-                const i64 at = ((i64)(tile >> 2) * a.chunks + chunk) * 4 + (tile & 3);
-                int below = 0;
-#pragma unroll
-                for (int p = 0; p < Planes<BITS>::count; p++) {
-                    const int pb = Planes<BITS>::bits(p);
-                    const char *from = a.planes[p] + at * (256 * pb);
-                    const u32 dst = to + (i * BITS + below) * 256;
-                    if (pb == 1) {
-                        copy8(dst + lane * 8, from + lane * 8);
-                    } else {
-#pragma unroll
-                        for (int v = 0; v < pb / 2; v++) copy16(dst + v * 512 + lane * 16, from + v * 512 + lane * 16);
-                    }
-                    below += pb;
-                }
+            for (int p = 0; p < Planes<BITS>::count; p++) {
+                const int pb = Planes<BITS>::bits(p);
+                copy_run(to + WN * Planes<BITS>::below(p) * 256, a.planes[p] + at * (256 * pb), WN * 256 * pb, bar);
             }
-            if (GROUPED) {
-                const int group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
-                const int row0 = min(tile0, tiles - WN) * 16;
-                const u32 st = shared_address(s_ring + stage * (S_STAGE + Z_STAGE));
-                constexpr int per = WN * SB, total = GROUPED * per; // pieces of 16 bytes
 #pragma unroll
-                for (int j = 0; j < (total + 31) / 32; j++) {
-                    const int i = j * 32 + lane;
-                    const int q = min(group0 + i / per, a.groups - 1);
-                    if (i < total)
-                        copy16(st + i * 16, (const char *)a.scales + ((i64)q * a.n_padded + row0) * SB + (i % per) * 16);
-                }
-                if (ZERO) {
-                    constexpr int zper = WN * (ZB ? ZB : 1), ztotal = GROUPED * zper;
-#pragma unroll
-                    for (int j = 0; j < (ztotal + 31) / 32; j++) {
-                        const int i = j * 32 + lane;
-                        const int q = min(group0 + i / zper, a.groups - 1);
-                        if (i < ztotal)
-                            copy16(st + S_STAGE + i * 16,
-                                   (const char *)a.zeros + ((i64)q * a.n_padded + row0) * ZB + (i % zper) * 16);
-                    }
-                }
+            for (int q = 0; q < GROUPED; q++) {
+                const i64 row = (i64)min(group0 + q, a.groups - 1) * a.n_padded + tile0 * 16;
+                copy_run(st + q * WN * 16 * SB, (const char *)a.scales + row * SB, WN * 16 * SB, bar);
+                if (ZERO) copy_run(st + S_STAGE + q * WN * 16 * ZB, (const char *)a.zeros + row * ZB, WN * 16 * ZB, bar);
             }
-            // X: T rows of X_ROW bytes, its 16-byte pieces exchanged so that no two rows of a matrix share banks.
-            constexpr int pieces = T * (X_ROW / 16);
-            const u32 xt = x_base + stage * X_STAGE;
+            if (wr == 0)
 #pragma unroll
-            for (int j = 0; j < (pieces + 32 * WR - 1) / (32 * WR); j++) {
-                const int i = (j * WR + wr) * 32 + lane;
-                if (pieces % (32 * WR) == 0 || i < pieces) {
-                    const int row = i / (X_ROW / 16), piece = i % (X_ROW / 16);
-                    const int byte = chunk * X_ROW + piece * 16;
-                    const int m = m0 + row;
-                    int valid = a.k_bytes - byte;
-                    valid = m < a.m ? min(max(valid, 0), 16) : 0;
-                    const char *from = valid > 0 ? a.x + m * a.ldx + byte : a.x;
-                    copy16(xt + row * X_ROW + ((piece ^ (row & 7)) * 16), from, valid);
-                }
+                for (int p = 0; p < PARTS; p++) copy_box(xt + p * (T * 128), &map, bar, chunk * 128 + p * 64, m0);
+#else
+            // Calls f(i) for i below `count`, from `first` on in steps of `step`.
+            auto share_out = [&](int count, int first, int step, auto f) {
+#pragma unroll
+                for (int j = 0; j < (count + step - 1) / step; j++)
+                    if (count % step == 0 || j * step + first < count) f(j * step + first);
+            };
+#pragma unroll
+            for (int p = 0; p < Planes<BITS>::count; p++) {
+                const int pb = Planes<BITS>::bits(p);
+                const char *from = a.planes[p] + at * (256 * pb);
+                const u32 dst = to + WN * Planes<BITS>::below(p) * 256;
+                share_out(WN * 16 * pb, lane, 32, [&](int i) { copy16(dst + i * 16, from + i * 16); });
             }
+            // Scales, zero points: rows of 16-byte pieces, a row per group.
+            auto per_group = [&](u32 to, const void *from, int size) {
+                const int per = max(WN * size, 1);
+                share_out(GROUPED * per, lane, 32, [&](int i) {
+                    const i64 row = (i64)min(group0 + i / per, a.groups - 1) * a.n_padded + tile0 * 16;
+                    copy16(to + i * 16, (const char *)from + row * size + (i % per) * 16);
+                });
+            };
+            per_group(st, a.scales, SB);
+            if (ZERO) per_group(st + S_STAGE, a.zeros, ZB);
+            // X as the copy engine would leave it: pieces of 16 bytes exchanged so that no two rows of a matrix share
+            // banks.
+            share_out(T * 8 * PARTS, wr * 32 + lane, 32 * WR, [&](int i) {
+                const int part = i / (T * 8), row = i / 8 % T, piece = i % 8;
+                const int byte = (chunk * PARTS + part) * 128 + piece * 16;
+                int valid = a.k_bytes - byte;
+                valid = m0 + row < a.m ? min(max(valid, 0), 16) : 0;
+                const char *from = valid > 0 ? a.x + (m0 + row) * a.ldx + byte : a.x;
+                copy16(xt + part * (T * 128) + row * 128 + ((piece ^ (row & 7)) * 16), from, valid);
+            });
+#endif
         }
-        commit();
+        if (!BULK) commit();
         if (!load.done()) load.next(a.chunks);
+    };
+    // Waits for the chunk of this warp in a slot, and for the other warps to be done with the one before.
+    auto arrive = [&](int stage, bool mine) {
+#if NB_BULK
+        if (mine) {
+            barrier_wait(shared_address(&ready[wk][stage]), phases >> stage & 1);
+            phases ^= 1u << stage;
+        }
+#else
+        wait_pending<STAGES - 2>();
+#endif
+        if (WR > 1)
+            __syncthreads();
+        else
+            __syncwarp();
     };
 
     Sum acc[WN][NT][SETS][4];   // of the group at hand
     Sum ones[NT][4];            // sums of X over the same stretch
     float total[GROUPED && !PARK ? WN : 1][GROUPED && !PARK ? NT : 1][4];
-    auto clear = [&]() {
+    // Calls f(tile, eight columns, element, row of the block, column of the block) for every output of a thread.
+    auto each = [&](auto f) {
 #pragma unroll
         for (int i = 0; i < WN; i++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
-                for (int s = 0; s < SETS; s++)
+                for (int e = 0; e < 4; e++)
+                    f(i, j, e, (wr * WN + i) * 16 + (e >> 1) * 8 + g, j * 8 + 2 * t + (e & 1));
+    };
+    auto clear = [&]() {
+        each([&](int i, int j, int e, int, int) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++) acc[i][j][s][e] = 0;
-#pragma unroll
-        for (int j = 0; j < NT; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) ones[j][e] = 0;
+            for (int s = 0; s < SETS; s++) acc[i][j][s][e] = 0;
+            ones[j][e] = 0;
+        });
     };
     auto clear_total = [&]() {
-        if (GROUPED && !PARK) {
-#pragma unroll
-            for (int i = 0; i < WN; i++)
-#pragma unroll
-                for (int j = 0; j < NT; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) total[i][j][e] = 0.0f;
-        }
+        if (GROUPED && !PARK) each([&](int i, int j, int e, int, int) { total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e] = 0.0f; });
     };
     // sum over the stretch of x * (mul*u - z), or of x * mul*u where z is a float
     auto difference = [&](int i, int j, int e, int z) -> Sum {
         const int row = e >> 1;
+        if (NB_WORTH != LINE) return acc[i][j][0][e];
         if (INT) {
             const int sub = ZERO == 1 ? z : a.sub;
             return (Sum)(a.mul * (int)acc[i][j][0][e] - (ZERO == 2 ? 0 : sub * (int)ones[j][e]));
@@ -197,6 +223,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
     auto flush = [&](int stage, int q, int group) {
         const char *s_at = s_ring + stage * (S_STAGE + Z_STAGE) + q * WN * 16 * SB;
         const char *z_at = s_ring + stage * (S_STAGE + Z_STAGE) + S_STAGE + q * WN * 16 * ZB;
+        float of_x[NT][2]; // scales of the activations
+        if (ASCALE && !PARK)
+#pragma unroll
+            for (int j = 0; j < NT; j++)
+#pragma unroll
+                for (int c = 0; c < 2; c++)
+                    of_x[j][c] = a.row_scale[(i64)min(m0 + j * 8 + 2 * t + c, a.m - 1) * a.groups + group];
 #pragma unroll
         for (int i = 0; i < WN; i++)
 #pragma unroll
@@ -219,9 +252,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
                                 atomicAdd(park, (int)d);
                         } else {
                             float &y = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
-                            if (ZERO == 2 && INT) {
-                                y = __fmaf_rn((float)d, s, y);
-                                y = __fmaf_rn((float)ones[j][e], -__fmul_rn(s, zf), y);
+                            const float both = ASCALE ? __fmul_rn(s, of_x[j][c]) : s;
+                            if (INT) {
+                                y = __fmaf_rn((float)d, both, y);
+                                if (ZERO == 2) y = __fmaf_rn((float)ones[j][e], -__fmul_rn(both, zf), y);
                             } else if (ZERO == 2) {
                                 y = __fmaf_rn(s, __fmaf_rn(-zf, (float)ones[j][e], (float)d), y);
                             } else {
@@ -239,7 +273,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
         const Share share(a, row_block, R * T);
         float *mine = share.slot(blockIdx.x, a);
         auto value = [&](int i, int j, int e) -> float {
-            if (GROUPED) return total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+            if (GROUPED) {
+                const float v = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+                return INT ? v : v * a.unit;
+            }
             const int n = min((row_block * WN * WR + wr * WN + i) * 16 + (e >> 1) * 8 + g, a.n - 1);
             const int z = ZERO == 1 ? int_zero_at(a.zeros, n) : 0;
             Sum d = difference(i, j, e, z);
@@ -258,15 +295,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
         };
         if (WK > 1) {
             float *red = (float *)rest;
-#pragma unroll
-            for (int i = 0; i < WN; i++)
-#pragma unroll
-                for (int j = 0; j < NT; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int row = (wr * WN + i) * 16 + (e >> 1) * 8 + g, col = j * 8 + 2 * t + (e & 1);
-                        if (col < columns) red[(wk * T + col) * R + row] = value(i, j, e);
-                    }
+            each([&](int i, int j, int e, int row, int col) {
+                if (col < columns) red[(wk * T + col) * R + row] = value(i, j, e);
+            });
             __syncthreads();
             for (int q = tid; q < R * columns; q += THREADS) {
                 float v = red[q];
@@ -278,19 +309,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
                     mine[q] = v;
             }
         } else {
-#pragma unroll
-            for (int i = 0; i < WN; i++)
-#pragma unroll
-                for (int j = 0; j < NT; j++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int row = (wr * WN + i) * 16 + (e >> 1) * 8 + g, col = j * 8 + 2 * t + (e & 1);
-                        const float v = value(i, j, e);
-                        if (whole)
-                            out(row, col, v);
-                        else if (col < columns)
-                            mine[col * R + row] = v;
-                    }
+            each([&](int i, int j, int e, int row, int col) {
+                const float v = value(i, j, e);
+                if (whole)
+                    out(row, col, v);
+                else if (col < columns)
+                    mine[col * R + row] = v;
+            });
         }
         if (!whole && share.complete<THREADS>(a, row_block)) {
             for (int q = 4 * tid; q < R * columns; q += 4 * THREADS) {
@@ -318,8 +343,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
             const int n = row_block * R + q % R, m = m0 + q / R;
             if (n < a.n && m < a.m) {
                 float c = 0.0f;
-                for (int k = 0; k < a.groups; k++)
-                    c = __fmaf_rn((float)park[(i64)k * R * T + q], scale_at(a.scales, k * a.n_padded + n), c);
+                for (int k = 0; k < a.groups; k++) {
+                    float s = scale_at(a.scales, k * a.n_padded + n);
+                    if (ASCALE) s = __fmul_rn(s, a.row_scale[(i64)m * a.groups + k]);
+                    c = __fmaf_rn((float)park[(i64)k * R * T + q], s, c);
+                }
                 finish(a, m, n, c);
             }
         }
@@ -331,6 +359,55 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
             __syncthreads();
         }
     };
+    // X of a block of 32 k as the second operand.
+    auto load_x = [&](u32 xs, int block, u32 b[NT][4]) {
+        if (INT) {
+            // One load covers two blocks; loading per block keeps fewer registers.
+#pragma unroll
+            for (int j = 0; j < NT; j += 2) {
+                const int row = (NT > 1 ? j * 8 + (lane >> 4) * 8 : 0) + (lane & 7);
+                const int piece = block * 2 + ((lane >> 3) & 1);
+                u32 r[4];
+                load_matrices(r, xs + row * 128 + ((piece ^ (row & 7)) * 16));
+                b[j][0] = r[0];
+                b[j][1] = r[1];
+                if (j + 1 < NT) {
+                    b[j + 1 < NT ? j + 1 : j][0] = r[2];
+                    b[j + 1 < NT ? j + 1 : j][1] = r[3];
+                }
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < NT; j++) {
+                const int row = j * 8 + (lane & 7), piece = (block & 1) * 4 + (lane >> 3);
+                load_matrices(b[j], xs + (block >> 1) * (T * 128) + row * 128 + ((piece ^ (row & 7)) * 16));
+            }
+        }
+    };
+    // Words of a block, as they are first needed. 8 bits: a vector per block; 4: one per two; 2: one for all.
+    auto load_words = [&](int stage, int block, Words<BITS> words[WN]) {
+#pragma unroll
+        for (int i = 0; i < WN; i++)
+#pragma unroll
+            for (int p = 0; p < Planes<BITS>::count; p++) {
+                const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
+                const char *from = w_ring + stage * W_STAGE + (WN * below + i * pb) * 256;
+                if (pb == 1) {
+                    if (block == 0) {
+                        const uint2 v = *(const uint2 *)(from + lane * 8);
+                        words[i].w[2 * below] = v.x;
+                        words[i].w[2 * below + 1] = v.y;
+                    }
+                } else if (block * pb % 8 == 0) {
+                    const int v4 = block * pb / 8;
+                    const uint4 v = *(const uint4 *)(from + v4 * 512 + lane * 16);
+                    words[i].w[2 * below + v4 * 4] = v.x;
+                    words[i].w[2 * below + v4 * 4 + 1] = v.y;
+                    words[i].w[2 * below + v4 * 4 + 2] = v.z;
+                    words[i].w[2 * below + v4 * 4 + 3] = v.w;
+                }
+            }
+    };
 
 #pragma unroll
     for (int s = 0; s < STAGES - 1; s++) issue(s);
@@ -338,99 +415,41 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
     clear_total();
     clear_park();
     int stage = 0;
+    // bfloat16 or float16; signed or unsigned codes.
+    constexpr bool kind = INT ? NB_WORTH != LINE : ACT == ACT_BF16;
+    const bool sums = NB_WORTH == LINE && (ZERO || a.sub != 0 || ACT == ACT_BF16);
     while (!here.done()) {
-        wait_pending<STAGES - 2>();
-        if (WR > 1)
-            __syncthreads();
-        else
-            __syncwarp();
-        issue(stage == 0 ? STAGES - 1 : stage - 1);
         const int chunk = here.chunk + wk;
+        arrive(stage, chunk < here.stop);
+        issue(stage == 0 ? STAGES - 1 : stage - 1);
         if (chunk < here.stop) {
             Words<BITS> words[WN];
-            const u32 xs = x_base + stage * X_STAGE;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
-                // Words of this block, as they are first needed.
-#pragma unroll
-                for (int i = 0; i < WN; i++) {
-                    const char *from = w_ring + stage * W_STAGE + i * BITS * 256;
-#pragma unroll
-                    for (int p = 0; p < Planes<BITS>::count; p++) {
-                        const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
-                        if (pb == 1) {
-                            if (block == 0) {
-                                const uint2 v = *(const uint2 *)(from + below * 256 + lane * 8);
-                                words[i].w[2 * below] = v.x;
-                                words[i].w[2 * below + 1] = v.y;
-                            }
-                        } else if (block * pb % 8 == 0) {
-                            const int v4 = block * pb / 8;
-                            // 8 bits: a vector per block; 4: one per two; 2: one for all.
-                            const uint4 v = *(const uint4 *)(from + below * 256 + v4 * 512 + lane * 16);
-                            words[i].w[2 * below + v4 * 4] = v.x;
-                            words[i].w[2 * below + v4 * 4 + 1] = v.y;
-                            words[i].w[2 * below + v4 * 4 + 2] = v.z;
-                            words[i].w[2 * below + v4 * 4 + 3] = v.w;
-                        }
-                    }
-                }
+                load_words(stage, block, words);
                 u32 b[NT][4];
-                if (INT) {
-                    // One load covers two blocks; loading per block keeps fewer registers.
-#pragma unroll
-                    for (int j = 0; j < NT; j += 2) {
-                        const int row = (NT > 1 ? j * 8 + (lane >> 4) * 8 : 0) + (lane & 7);
-                        const int piece = block * 2 + ((lane >> 3) & 1);
-                        u32 r[4];
-                        load_matrices(r, xs + row * X_ROW + ((piece ^ (row & 7)) * 16));
-                        b[j][0] = r[0];
-                        b[j][1] = r[1];
-                        if (j + 1 < NT) {
-                            b[j + 1 < NT ? j + 1 : j][0] = r[2];
-                            b[j + 1 < NT ? j + 1 : j][1] = r[3];
-                        }
-                    }
-                } else {
+                load_x(x_base + stage * X_STAGE, block, b);
+                constexpr u32 pair = INT ? 0x01010101u : ACT == ACT_BF16 ? 0x3f803f80u : 0x3c003c00u;
+                const u32 one[4] = {pair, pair, pair, pair};
+                if (sums)
 #pragma unroll
                     for (int j = 0; j < NT; j++) {
-                        const int row = j * 8 + (lane & 7), piece = block * 4 + (lane >> 3);
-                        load_matrices(b[j], xs + row * X_ROW + ((piece ^ (row & 7)) * 16));
+                        mma(ones[j], one, b[j][0], b[j][1], kind);
+                        if (!INT) mma(ones[j], one, b[j][2], b[j][3], kind);
                     }
-                }
-                const bool sums = ZERO || a.sub != 0 || ACT == ACT_BF16;
-                if (INT) {
-                    const u32 one[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
-                    if (sums)
 #pragma unroll
-                        for (int j = 0; j < NT; j++) mma(ones[j], one, b[j][0], b[j][1], 0);
+                for (int i = 0; i < WN; i++)
 #pragma unroll
-                    for (int i = 0; i < WN; i++) {
+                    for (int step = 0; step < PARTS; step++) {
                         u32 w[4];
-                        decode8<BITS>(words[i], block, w);
+                        if (INT)
+                            decode8(book, words[i], block, w);
+                        else
+                            decode16(book, words[i], block, step, w);
 #pragma unroll
-                        for (int j = 0; j < NT; j++) mma(acc[i][j][0], w, b[j][0], b[j][1], 0);
+                        for (int j = 0; j < NT; j++)
+                            mma(acc[i][j][step % SETS], w, b[j][2 * step], b[j][2 * step + 1], kind);
                     }
-                } else {
-                    constexpr u32 pair = ACT == ACT_BF16 ? 0x3f803f80u : 0x3c003c00u;
-                    const u32 one[4] = {pair, pair, pair, pair};
-                    if (sums)
-#pragma unroll
-                        for (int j = 0; j < NT; j++) {
-                            mma(ones[j], one, b[j][0], b[j][1], ACT == ACT_BF16);
-                            mma(ones[j], one, b[j][2], b[j][3], ACT == ACT_BF16);
-                        }
-#pragma unroll
-                    for (int i = 0; i < WN; i++)
-#pragma unroll
-                        for (int step = 0; step < 2; step++) {
-                            u32 w[4];
-                            decode16<ACT, BITS>(words[i], block, step, w);
-#pragma unroll
-                            for (int j = 0; j < NT; j++)
-                                mma(acc[i][j][step % SETS], w, b[j][2 * step], b[j][2 * step + 1], ACT == ACT_BF16);
-                        }
-                }
                 if (GROUPED > 1 && (block + 1) % (4 / GROUPED) == 0) {
                     const int q = block / (4 / GROUPED);
                     const int group = chunk * GROUPED + q;
@@ -460,5 +479,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const Args a) {
         here.next(a.chunks);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
-    wait_pending<0>();
+    if (!BULK) wait_pending<0>();
 }

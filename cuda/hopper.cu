@@ -2,19 +2,22 @@
 //
 // A block has WG warpgroups, each with 64 rows of W, and T rows of X that all of them read from shared memory. One more warp
 // does nothing but ask the copy engine for chunks, as slots become free. (Ordinary copies would need a proxy fence per
-// chunk, which waits for every copy in flight.) Weights are decoded to the numbers they stand for without their scale (integers, exact in every type), so that a group needs one
-// fused multiply-add per output when it ends. While the tensor cores work on a block of 32 k the next one is decoded.
+// chunk, which waits for every copy in flight.) CL blocks of a cluster have rows of W below each other and the same rows of
+// X: each fetches a CL-th of X for all. Weights are decoded to the numbers they stand for without their scale (integers or
+// entries of a table), so that a group needs one fused multiply-add per output when it ends. While the tensor cores work
+// on a block of 32 k the next one is decoded, across chunks and rows. Results leave through shared memory, as whole lines
+// of Y.
 //
-// Set on the command line, as NB_ACT and so on: ACT BITS T WG GROUPED ZERO SC16 STAGES MUL, as in gemm.cu. ZERO is 0 or 1,
-// with zero points below 128; 8-bit codes of int8 products stand for u - 128.
+// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu. ZERO is 0 or 1,
+// with zero points below 128; 8-bit codes of int8 products stand for u - 128. CL > 1 wants blocks that take all of K.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
 #include <nibblas/scheduler.cuh>
 #include <nibblas/wgmma.cuh>
 
-constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, STAGES = NB_STAGES, MUL = NB_MUL;
-constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, SC16 = NB_SC16;
+constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, CL = NB_CL, STAGES = NB_STAGES, MUL = NB_MUL;
+constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO;
 
 constexpr int R = 64 * WG, THREADS = 128 * WG; // threads that multiply
 // The warp that copies, and its company where registers are handed over: HANDED for each thread that multiplies, no more in
@@ -25,12 +28,14 @@ constexpr bool INT = ACT == ACT_S8;
 constexpr int PARTS = INT ? 1 : 2; // of 128 bytes, in a row of a chunk
 constexpr int X_STAGE = T * 128 * PARTS;
 constexpr int W_PART = 1024 * BITS; // of a warpgroup
-constexpr int SB = SC16 ? 2 : 4;
+constexpr int SB = SCALE_BYTES;
 constexpr int S_AT = X_STAGE + WG * W_PART;
 constexpr int Z_AT = S_AT + GROUPED * R * SB;
 constexpr int BYTES = Z_AT + (ZERO ? GROUPED * R : 0);
 constexpr int SLOT = (BYTES + 1023) / 1024 * 1024;
 constexpr int C = T / 2;          // accumulators of a thread
+constexpr int OUT_ROW = 64 + 4;   // floats of a row of X on its way out: no two lanes of a store share a bank
+constexpr int PER = GROUPED ? 4 / GROUPED : 4; // blocks of 32 k that share a scale, or all
 
 template <bool I> struct Number {
     typedef float type;
@@ -40,10 +45,6 @@ template <> struct Number<true> {
 };
 typedef Number<INT>::type Sum;
 
-DEVICE float scale_at(const void *p, int i) {
-    return SC16 ? f32_of_f16(((const u16 *)p)[i]) : ((const float *)p)[i];
-}
-
 DEVICE u32 fma2(u32 a, u32 b, u32 c) {
     u32 r;
     if (ACT == ACT_F16)
@@ -52,31 +53,40 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
-DEVICE u32 twice(u16 h) { return (u32)h * 0x00010001u; }
 DEVICE u16 typed(float f) { return ACT == ACT_F16 ? f16_of_f32(f) : bf16_of_f32(f); }
-
-// What is subtracted from the codes of a row, in the form that `centred` wants.
-DEVICE u32 centre(int sub) {
-    if (INT) return (u32)(MUL == 2 ? (sub + 1) / 2 : sub) * 0x01010101u;
-    if (MUL == 2 || (ACT == ACT_BF16 && BITS == 8)) return (u32)sub;
-    return twice(typed(-(float)((ACT == ACT_F16 ? 1024 : 128) + sub)));
+DEVICE u32 and_or(u32 a, u32 b, u32 c) {
+    u32 r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
 }
 
-// Two codes in the low bits of the halves -> mul*u - sub.
-DEVICE u32 centred(u32 v, u32 by) {
+// Fields that are left where they are, 2^high up: float16 has the room.
+constexpr bool IN_PLACE = ACT == ACT_F16 && Direct<BITS>::value;
+DEVICE constexpr int high(int row, int step) {
+    return !IN_PLACE ? 0 : BITS == 4 ? 4 * step : BITS == 2 ? 4 * step + 2 * row : 2 * step + row;
+}
+DEVICE constexpr bool two_steps(int row, int step) { return MUL == 2 && high(row, step) == 0; }
+
+// What is subtracted from the codes of a row, in the form that `centred` wants.
+DEVICE u32 centre(int sub, int row, int step) {
+    if (INT) return (u32)(MUL == 2 ? (sub + 1) / 2 : sub) * 0x01010101u;
+    if (two_steps(row, step) || (ACT == ACT_BF16 && BITS == 8)) return (u32)sub;
+    const int whole = MUL * (ACT == ACT_F16 ? 1024 : 128) >> high(row, step);
+    return both(typed(-(float)(whole + sub)));
+}
+
+// Two codes in the halves of a word, `high` bits up, other bits 0 -> mul*u - sub. `field` is where they may have bits.
+DEVICE u32 centred(u32 word, u32 field, u32 magic, u32 by, int row, int step) {
     if (ACT == ACT_BF16 && BITS == 8) {
-        u32 r;
-        const float low = __fmaf_rn((float)MUL, __uint2float_rn(v & 0xffffu), -(float)(int)by);
-        const float high = __fmaf_rn((float)MUL, __uint2float_rn(v >> 16), -(float)(int)by);
-        asm("prmt.b32 %0, %1, %2, 0x7632;" : "=r"(r) : "r"(__float_as_uint(low)), "r"(__float_as_uint(high)));
-        return r;
+        const float low = __fmaf_rn((float)MUL, __uint2float_rn(word & 0xffu), -(float)(int)by);
+        const float up = __fmaf_rn((float)MUL, __uint2float_rn(word >> 16 & 0xffu), -(float)(int)by);
+        return permute(__float_as_uint(low), __float_as_uint(up), 0x7632);
     }
+    const u32 v = and_or(word, field, magic);
     constexpr u32 one = ACT == ACT_F16 ? 0x3c003c00u : 0x3f803f80u, two = ACT == ACT_F16 ? 0x40004000u : 0x40004000u;
-    v |= ACT == ACT_F16 ? 0x64006400u : 0x43004300u;
-    if (MUL == 1) return fma2(v, one, by);
-    // 2048 + 2u - sub has no exact constant: first u, then 2u - sub.
-    v = fma2(v, one, ACT == ACT_F16 ? 0xe400e400u : 0xc300c300u);
-    return fma2(v, two, twice(typed(-(float)(int)by)));
+    if (two_steps(row, step)) // 2048 + 2u - sub has no exact constant: first u, then 2u - sub.
+        return fma2(fma2(v, one, ACT == ACT_F16 ? 0xe400e400u : 0xc300c300u), two, both(typed(-(float)(int)by)));
+    return fma2(v, (MUL == 2 ? two : one) - both(high(row, step) << 10), by);
 }
 
 DEVICE u32 centred8(u32 q, u32 by) {
@@ -91,23 +101,29 @@ DEVICE u32 centred8(u32 q, u32 by) {
 
 extern __shared__ __align__(1024) char dynamic[];
 
-extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __grid_constant__ Args a, const __grid_constant__ Map map) {
+#if NB_CL > 1
+#define CLUSTER __cluster_dims__(NB_CL, 1, 1)
+#else
+#define CLUSTER
+#endif
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(const __grid_constant__ Args a, const __grid_constant__ Map map) {
     const int tid = threadIdx.x, lane = tid & 31;
     const int warp = tid >> 5;
     const int g = lane >> 2, t = lane & 3;
     const int m0 = blockIdx.y * T;
+    const int rank = blockIdx.x % CL;
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
-    if (tid == 0) {
-#pragma unroll
-        for (int i = 0; i < STAGES; i++) {
-            barrier_init(shared_address(&ready[i]), 1);
-            barrier_init(shared_address(&empty[i]), 4 * WG);
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
+    char *table = shared + STAGES * SLOT;
+    float *leaving = (float *)(table + Book<ACT>::BYTES) + (warp >> 2) * 32 * OUT_ROW;
+    Book<ACT> book;
+    book.load(table, a.book, tid, THREADS + EXTRA);
+    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * CL);
+    if (CL > 1)
+        cluster_sync();
+    else
+        __syncthreads();
+    const int begin = span_start(blockIdx.x / CL, a), end = span_start(blockIdx.x / CL + 1, a);
     Place<1> here;
     here.start(begin, end, a.chunks);
     int stage = 0, phase = 0;
@@ -122,11 +138,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
                 barrier_wait(shared_address(&empty[stage]), phase ^ 1);
                 barrier_expect(bar, BYTES);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) copy_box(to + p * (T * 128), &map, bar, chunk * 128 + p * 64, m0);
+                for (int p = 0; p < PARTS; p++) {
+                    const u32 x_to = to + (p * T + rank * (T / CL)) * 128;
+                    const int row = m0 + rank * (T / CL);
+                    if (CL > 1)
+                        copy_box(x_to, &map, bar, chunk * 128 + p * 64, row, (1u << CL) - 1);
+                    else
+                        copy_box(x_to, &map, bar, chunk * 128 + p * 64, row);
+                }
                 const int group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
 #pragma unroll
                 for (int w = 0; w < WG; w++) {
-                    const int band = min(here.row_block * WG + w, last);
+                    const int band = min((here.row_block * CL + rank) * WG + w, last);
 #pragma unroll
                     for (int p = 0; p < Planes<BITS>::count; p++) {
                         const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
@@ -147,82 +170,122 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
                 }
             }
         }
+        // Others may still write here, and count on the barriers.
+        if (CL > 1) cluster_sync();
         return;
     }
 
     if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
     Sum acc[C];
     float total[GROUPED ? C : 1];
-    u32 w[2][8];
+    u32 w[2][8]; // a block that is multiplied and the one after it
+    // 1024 or 128, whose lowest bits are worth 1; in a register, for `and_or`.
+    u32 magic;
+    asm volatile("mov.b32 %0, %1;" : "=r"(magic) : "n"(ACT == ACT_F16 ? 0x64006400 : 0x43004300));
     int fresh; // the next product starts the sums anew
 #pragma unroll
     for (int i = 0; i < C; i++) acc[i] = 0;
-    int held = -1; // the slot of the chunk before, whose last products may be under way
+    auto release = [&](int slot) {
+        if (CL == 1) {
+            if (lane == 0) barrier_arrive(shared_address(&empty[slot]));
+        } else {
+            if (lane < CL) barrier_arrive(shared_address(&empty[slot]), lane);
+        }
+    };
+    Words<BITS> words;
+    u32 by[2][2]; // [row][step]
+    auto set_centre = [&](int row, int sub) {
+        by[row][0] = centre(sub, row, 0);
+        by[row][1] = centre(sub, row, 1);
+    };
+    if (!ZERO) {
+        set_centre(0, a.sub);
+        set_centre(1, a.sub);
+    }
+    // Reads the codes of a chunk; where there is none, whatever is there: codes that come on one of two ways would have the
+    // compiler serialise the tensor cores.
+    auto load = [&](int row_block, bool there) {
+        if (there) barrier_wait(shared_address(&ready[stage]), phase);
+        const char *codes = shared + stage * SLOT + X_STAGE + (warp >> 2) * W_PART;
+#pragma unroll
+        for (int p = 0; p < Planes<BITS>::count; p++) {
+            const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
+            const char *from = codes + below * 1024 + (warp & 3) * (256 * pb);
+            if (pb == 1) {
+                const uint2 v = *(const uint2 *)(from + lane * 8);
+                words.w[2 * below] = v.x;
+                words.w[2 * below + 1] = v.y;
+            } else {
+#pragma unroll
+                for (int i = 0; i < pb / 2; i++) {
+                    const uint4 v = *(const uint4 *)(from + i * 512 + lane * 16);
+                    words.w[2 * below + i * 4] = v.x;
+                    words.w[2 * below + i * 4 + 1] = v.y;
+                    words.w[2 * below + i * 4 + 2] = v.z;
+                    words.w[2 * below + i * 4 + 3] = v.w;
+                }
+            }
+        }
+        if (ZERO && !GROUPED) {
+            const int n = min(row_block * R + warp * 16 + g, a.n_padded - 16);
+            set_centre(0, ((const u8 *)a.zeros)[n]);
+            set_centre(1, ((const u8 *)a.zeros)[n + 8]);
+        }
+    };
+    auto decode = [&](int block) {
+        if (ZERO && GROUPED && block % PER == 0) {
+            const u8 *z = (const u8 *)shared + stage * SLOT + Z_AT + block / PER * R + warp * 16;
+            set_centre(0, z[g]);
+            set_centre(1, z[g + 8]);
+        }
+        u32 *r = w[block & 1];
+#pragma unroll
+        for (int step = 0; step < 2; step++) {
+            if (INT) {
+#pragma unroll
+                for (int row = 0; row < 2; row++) {
+                    const u32 q = integers(book, words, block, row, step);
+                    r[2 * step + row] = NB_WORTH == LINE ? centred8(q, by[row][step]) : q;
+                }
+            } else if (NB_WORTH != LINE) {
+                decode16(book, words, block, step, r + 4 * step);
+            } else {
+#pragma unroll
+                for (int row = 0; row < 2; row++) {
+                    constexpr int pb = Planes<BITS>::first;
+                    u32 field = 0x00ff00ffu, word;
+                    if (IN_PLACE) {
+                        word = words.w[Field<pb>::word(block, row, step)] >> (BITS == 1 && (block & 1) ? 4 : 0);
+                        field = both((1u << (pb & 7)) - 1) << high(row, step);
+                    } else {
+                        word = quad<BITS>(words, block, row, step);
+                    }
+                    r[4 * step + row] = centred(word, field, magic, by[row][step], row, step);
+                    r[4 * step + 2 + row] = centred(word >> 8, field, magic, by[row][step], row, step);
+                }
+            }
+        }
+    };
+    load(here.row_block * CL + rank, !here.done());
+    decode(0);
     while (!here.done()) {
+        const int row_block = here.row_block * CL + rank;
         fresh = 1;
         if (GROUPED)
 #pragma unroll
             for (int i = 0; i < C; i++) total[GROUPED ? i : 0] = 0.0f;
+        int held = -1; // the slot of the chunk before, whose last products may be under way
+        int left = GROUPED == 1 ? a.chunks_per_group - here.chunk % a.chunks_per_group : 1; // chunks of the group
         for (int chunk = here.chunk; chunk < here.stop; chunk++) {
-            const char *slot = shared + stage * SLOT;
+            const int at_hand = stage;
+            const char *slot = shared + at_hand * SLOT;
             const u64 x_at = describe(shared_address(slot));
-            const char *codes = slot + X_STAGE + (warp >> 2) * W_PART;
-            barrier_wait(shared_address(&ready[stage]), phase);
-            Words<BITS> words;
-#pragma unroll
-            for (int p = 0; p < Planes<BITS>::count; p++) {
-                const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
-                const char *from = codes + below * 1024 + (warp & 3) * (256 * pb);
-                if (pb == 1) {
-                    const uint2 v = *(const uint2 *)(from + lane * 8);
-                    words.w[2 * below] = v.x;
-                    words.w[2 * below + 1] = v.y;
-                } else {
-#pragma unroll
-                    for (int i = 0; i < pb / 2; i++) {
-                        const uint4 v = *(const uint4 *)(from + i * 512 + lane * 16);
-                        words.w[2 * below + i * 4] = v.x;
-                        words.w[2 * below + i * 4 + 1] = v.y;
-                        words.w[2 * below + i * 4 + 2] = v.z;
-                        words.w[2 * below + i * 4 + 3] = v.w;
-                    }
-                }
-            }
-            u32 by[2] = {centre(a.sub), centre(a.sub)};
-            if (ZERO && !GROUPED) {
-                const int n = min(here.row_block * R + warp * 16 + g, a.n_padded - 16);
-                by[0] = centre(((const u8 *)a.zeros)[n]);
-                by[1] = centre(((const u8 *)a.zeros)[n + 8]);
-            }
+            const bool last = chunk + 1 == here.stop;
+            const bool ends = !INT || --left == 0 || chunk == a.chunks - 1; // whether the sums have to be scaled now
+            if (left == 0) left = a.chunks_per_group;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
-                if (ZERO && GROUPED && block % (4 / (GROUPED ? GROUPED : 1)) == 0) {
-                    const u8 *z = (const u8 *)slot + Z_AT + block / (4 / (GROUPED ? GROUPED : 1)) * R + warp * 16;
-                    by[0] = centre(z[g]);
-                    by[1] = centre(z[g + 8]);
-                }
                 u32 *r = w[block & 1];
-                wgmma_wait<1>();
-                if (block == 1 && held >= 0) {
-                    if (lane == 0) barrier_arrive(shared_address(&empty[held]));
-                    held = -1;
-                }
-                if (INT) {
-#pragma unroll
-                    for (int step = 0; step < 2; step++)
-#pragma unroll
-                        for (int row = 0; row < 2; row++)
-                            r[2 * step + row] = centred8(quad<BITS>(words, block, row, step), by[row]);
-                } else {
-#pragma unroll
-                    for (int step = 0; step < 2; step++)
-#pragma unroll
-                        for (int row = 0; row < 2; row++) {
-                            const u32 q = quad<BITS>(words, block, row, step);
-                            r[4 * step + row] = centred(q & 0x00ff00ffu, by[row]);
-                            r[4 * step + 2 + row] = centred((q >> 8) & 0x00ff00ffu, by[row]);
-                        }
-                }
                 wgmma_fence();
                 if (INT) {
                     Wgmma<ACT, T>::multiply(acc, r, x_at + block * 2, !fresh);
@@ -233,35 +296,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
                 }
                 wgmma_commit();
                 fresh = 0;
-                if (GROUPED && (block + 1) % (4 / (GROUPED ? GROUPED : 1)) == 0) {
-                    const int q = block / (4 / (GROUPED ? GROUPED : 1));
-                    const bool ends = GROUPED > 1 || !INT || chunk % a.chunks_per_group == a.chunks_per_group - 1 ||
-                                      chunk == a.chunks - 1;
-                    if (ends) {
-                        const char *s_at = slot + S_AT + (q * R + warp * 16) * SB;
-                        const float s0 = scale_at(s_at, g), s1 = scale_at(s_at, g + 8);
-                        wgmma_wait<0>();
-                        pin(acc);
-#pragma unroll
-                        for (int i = 0; i < C; i++) {
-                            float &y = total[GROUPED ? i : 0];
-                            y = __fmaf_rn((float)acc[i], i & 2 ? s1 : s0, y);
-                        }
-                        fresh = 1;
+                // The registers of the block before are free now, and the slot of the chunk before.
+                wgmma_wait<1>();
+                if (block == 0 && held >= 0) release(held);
+                if (block < 3) {
+                    decode(block + 1);
+                } else {
+                    if (++stage == STAGES) {
+                        stage = 0;
+                        phase ^= 1;
                     }
+                    load((here.row_block + last) * CL + rank, !last || here.row_block * a.chunks + here.stop < here.end);
+                    decode(0);
+                }
+                if (GROUPED && (block + 1) % PER == 0 && (GROUPED > 1 || ends)) {
+                    const char *s_at = slot + S_AT + (block / PER * R + warp * 16) * SB;
+                    const float s0 = scale_at(s_at, g), s1 = scale_at(s_at, g + 8);
+                    wgmma_wait<0>();
+                    pin(acc);
+#pragma unroll
+                    for (int i = 0; i < C; i++) {
+                        float &y = total[GROUPED ? i : 0];
+                        y = __fmaf_rn((float)acc[i], i & 2 ? s1 : s0, y);
+                    }
+                    fresh = 1;
                 }
             }
-            held = stage;
-            if (++stage == STAGES) {
-                stage = 0;
-                phase ^= 1;
-            }
+            held = at_hand;
         }
         wgmma_wait<0>();
         pin(acc);
-        const int row_block = here.row_block;
-        const bool whole = here.first == 0 && here.stop == a.chunks;
-        const Share share(a, row_block, R * T);
+        // The copies of the next rows need this slot while results leave.
+        release(held);
+        const bool whole = CL > 1 || (here.first == 0 && here.stop == a.chunks);
         const int n0 = row_block * R + warp * 16 + g;
         float s0 = 1.0f, s1 = 1.0f;
         if (!GROUPED) {
@@ -272,36 +339,73 @@ extern "C" __global__ void __launch_bounds__(THREADS + EXTRA, 1) hopper(const __
             if (GROUPED) return total[GROUPED ? i : 0];
             return INT ? __int_as_float((int)acc[i]) : (float)acc[i];
         };
-        auto put = [&](int i, float v) {
-            const int n = n0 + (i & 2) * 4, m = m0 + (i >> 2) * 8 + 2 * t + (i & 1);
-            if (n >= a.n || m >= a.m) return;
+        auto scaled = [&](int i, float v) -> float {
+            if (GROUPED) return INT ? v : v * a.unit;
             const float s = i & 2 ? s1 : s0;
-            if (!GROUPED) v = INT ? __fmaf_rn((float)__float_as_int(v), s, 0.0f) : __fmul_rn(v, s);
-            if (INT) v = __fmul_rn(v, a.row_scale[m]);
-            if (a.bias) v = __fadd_rn(v, a.bias[n]);
-            store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
+            return INT ? __fmaf_rn((float)__float_as_int(v), s, 0.0f) : __fmul_rn(v * a.unit, s);
         };
-        if (whole) {
+        // Hands 32 rows of X to memory, 16 accumulators from `from` on.
+        auto leave = [&](int from, const float v[16]) {
+            const int wg = warp >> 2;
+            // The warpgroup's barrier: 1 belongs to Share.
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
 #pragma unroll
-            for (int i = 0; i < C; i++) put(i, bits(i));
-        } else {
+            for (int i = 0; i < 16; i++)
+                leaving[((i >> 2) * 8 + 2 * t + (i & 1)) * OUT_ROW + (warp & 3) * 16 + g + (i & 2) * 4] = scaled(i, v[i]);
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
+            const int column = (tid & 15) * 4, n = row_block * R + wg * 64 + column;
+#pragma unroll 1
+            for (int row = (tid & 127) >> 4; row < 32; row += 8) {
+                const int m = m0 + from * 2 + row;
+                if (m >= a.m || n >= a.n) break;
+                const float4 f = *(const float4 *)(leaving + row * OUT_ROW + column);
+                float y[4] = {f.x, f.y, f.z, f.w};
+                if (INT) {
+                    const float s = a.row_scale[m];
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = __fmul_rn(y[e], s);
+                }
+                if (a.bias)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) y[e] = __fadd_rn(y[e], a.bias[min(n + e, a.n - 1)]);
+                const i64 at = m * a.y_row + n * a.y_col;
+                if (a.wide)
+                    store_four(a.y, at, a.y_kind, y);
+                else
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n + e < a.n) store_float(a.y, at + e * a.y_col, a.y_kind, y[e]);
+            }
+        };
+        const Share share(a, row_block, R * T);
+        bool out = whole;
+        if (!whole) {
             // Threads keep their own outputs: the last block adds in registers.
             float *mine = share.slot(blockIdx.x, a);
 #pragma unroll
             for (int i = 0; i < C; i++) mine[i * THREADS + tid] = bits(i);
-            if (share.complete<THREADS>(a, row_block)) {
-#pragma unroll
-                for (int i = 0; i < C; i++) {
-                    float v = __ldcg(share.slot(share.first, a) + i * THREADS + tid);
-#pragma unroll 4
-                    for (int b = share.first + 1; b <= share.last; b++) {
-                        const float p = __ldcg(share.slots + (i64)(2 * b) * share.size + i * THREADS + tid);
-                        v = INT && !GROUPED ? __int_as_float(__float_as_int(v) + __float_as_int(p)) : v + p;
-                    }
-                    put(i, v);
-                }
-            }
+            out = share.complete<THREADS>(a, row_block);
         }
+        if (out)
+#pragma unroll
+            for (int from = 0; from < C; from += 16) {
+                float v[16];
+#pragma unroll
+                for (int i = 0; i < 16; i++) v[i] = bits(from + i);
+                if (!whole)
+#pragma unroll
+                    for (int i = 0; i < 16; i++) {
+                        const int place = (from + i) * THREADS + tid;
+                        v[i] = __ldcg(share.slot(share.first, a) + place);
+#pragma unroll 1
+                        for (int b = share.first + 1; b <= share.last; b++) {
+                            const float p = __ldcg(share.slots + (i64)(2 * b) * share.size + place);
+                            v[i] = INT && !GROUPED ? __int_as_float(__float_as_int(v[i]) + __float_as_int(p)) : v[i] + p;
+                        }
+                    }
+                if (m0 + from * 2 < a.m) leave(from, v);
+            }
         here.finish(a.chunks);
     }
+    if (CL > 1) cluster_sync();
 }

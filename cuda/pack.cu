@@ -11,6 +11,7 @@ struct Args {
     int n, k, bits, plane_bits, below; // below: bits of a code under this plane
     int group, padded;                 // length of a group and its places
     int chunks;
+    int paired; // codes of a table of 16: a byte is a pair of neighbours
 };
 
 DEVICE u32 code_at(const Args &a, int n, int place, int mask) {
@@ -21,7 +22,7 @@ DEVICE u32 code_at(const Args &a, int n, int place, int mask) {
     const u8 *row = a.codes + (i64)n * a.row_bytes;
     u32 v = row[bit >> 3];
     if ((bit >> 3) + 1 < a.row_bytes) v |= (u32)row[(bit >> 3) + 1] << 8;
-    return (v >> (bit & 7)) & mask;
+    return (v >> (bit & 7)) & (a.paired ? (1u << a.bits) - 1 : mask); // three bits in the room of four
 }
 
 extern "C" __global__ void pack(const Args a) {
@@ -48,8 +49,9 @@ extern "C" __global__ void pack(const Args a) {
         else if (pb == 2) block = index, row = f % 2, step = f / 2;
         else block = 2 * index + f / 4, row = f % 2, step = f / 2 % 2;
         for (int i = 0; i < 4; i++) {
-            const int k = 2 * t + (i >> 1) + (i & 1) * 8;
-            const u32 v = code_at(a, tile * 16 + row * 8 + g, chunk * 128 + block * 32 + step * 16 + k, mask);
+            int k = step * 16 + 2 * t + (i >> 1) + (i & 1) * 8;
+            if (a.paired) k = (i >> 1) * 16 + 2 * t + f + (i & 1) * 8;
+            const u32 v = code_at(a, tile * 16 + row * 8 + g, chunk * 128 + block * 32 + k, mask);
             word |= v << (8 * i + pb * f);
         }
     }

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
+import shutil
+import site
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +95,8 @@ def problem(m: int, n: int, k: int, act: int, bits: int, grouped: int, **more: A
     groups = chunks * max(grouped, 1) if grouped else 1
     n_padded = -(-n // 64) * 64
     return _plan.Problem(
-        m, n_padded, chunks, groups, act, bits, grouped, more.pop("zero", 0), True, 132, limit,
-        **more,
+        m, n_padded, chunks, groups, act, bits, grouped, more.pop("zero", 0),
+        more.pop("scale", 1), 132, limit, **more,
     )  # fmt: skip
 
 
@@ -106,7 +111,8 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     p = problem(m, n, k, act, bits, grouped, wgmma=wgmma, limit=limit)
                     plan = _plan.plan(p)
                     assert plan.grid[1] * plan.tokens >= m
-                    assert plan.row_blocks * plan.rows >= n
+                    assert plan.row_blocks * plan.rows * plan.cluster >= n
+                    assert plan.whole or plan.cluster == 1
                     assert 1 <= plan.grid[0] <= plan.units
                     assert plan.shared <= limit - 256
                     assert plan.threads <= 1024
@@ -142,54 +148,139 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _compile.cubin("pack.cu", "sm_80") == b"not called"
 
 
+LINE, PAIRS, FLOAT, TABLE = 0, 1, 2, 3
+# (type of activations, bits, what a code is worth, mantissa bits): every decode there is.
+DECODES = [
+    *((act, bits, LINE, 0) for act in (0, 1, 2) for bits in range(1, 9)),
+    *((act, 4, PAIRS, 0) for act in (0, 1, 2)),
+    *((act, bits, TABLE, 0) for act in (0, 1, 2) for bits in range(5, 9)),
+    *(
+        (act, bits, FLOAT, m)
+        for act in (0, 1)
+        for bits, m in [(5, 2), (6, 3), (6, 2), (7, 3), (8, 2)]
+    ),
+]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 def test_every_decode_compiles(arch: str) -> None:
-    """Every width for every class of arithmetic, in the nest that this architecture uses."""
-    for act in (0, 1, 2):
-        for bits in range(1, 9):
-            grouped = (1, 2, 4, 0)[bits % 4]
-            plan = _plan.plan(problem(8, 4096, 4096, act, bits, grouped))
-            image = _compile.compile_source("gemm.cu", arch, plan.defines)
-            assert image[:4] == b"\x7fELF"
+    """In the nest that every architecture has, as small as it gets."""
+
+    def image(i: int) -> bytes:
+        act, bits, worth, mantissa = DECODES[i]
+        more = {"worth": worth, "mantissa": mantissa, "scale": i % 3, "wgmma": arch == "sm_90a"}
+        p = problem(8, 64, 4096, act, bits, (1, 2, 4, 0)[i % 4], **more)
+        cut = _plan.Cut(1, 1, 1, 1, sets=1 + i % 2)
+        return _compile.compile_source("gemm.cu", arch, _plan.build(p, cut).defines)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for made in pool.map(image, range(len(DECODES))):
+            assert made[:4] == b"\x7fELF"
     for source in ("pack.cu", "activations.cu"):
         assert _compile.compile_source(source, arch)[:4] == b"\x7fELF"
 
 
-@needs_nvrtc
-def test_hopper_nests_compile() -> None:
-    for act in (0, 1, 2):
-        for bits, zero, mul in [(4, 0, 1), (3, 1, 1), (1, 0, 2), (8, 0, 1)]:
-            p = problem(64, 4096, 4096, act, bits, 1, zero=zero, mul=mul, wgmma=True)
-            plan = _plan.plan(p)
-            assert plan.nest == "hopper"
-            _compile.compile_source("hopper.cu", "sm_90a", plan.defines)
-    _compile.compile_source("bits.cu", "sm_90a", _plan.plan_bits(64, 64).defines)
+def disassembler() -> str | None:
+    """Return nvdisasm, from a toolkit or from NVIDIA's package."""
+    found = shutil.which("nvdisasm")
+    for folder in [] if found else site.getsitepackages():
+        found = next(map(str, Path(folder).glob("nvidia/*/bin/nvdisasm")), found)
+    return found
 
 
-def _spills(name: str, defines: tuple[tuple[str, int], ...]) -> int:
-    import re
-
+def check(name: str, plan: Any, instruction: str) -> None:
+    """Compile a nest for sm_90a: no spills, wgmma not serialised, and the instruction it is for."""
     texts = _compile.sources()
     headers = [n for n in texts if n.startswith("nibblas/")]
     program = nvrtc.createProgram(
         texts[name].decode(), name, [texts[h] for h in headers], [h.encode() for h in headers]
     )
-    options = (*_compile._options("sm_90a", defines), "--ptxas-options=-v")
+    options = (*_compile._options("sm_90a", plan.defines), "--ptxas-options=-v")
     nvrtc.compileProgram(program, options)
-    log = nvrtc.getProgramLog(program)
-    assert "serialized" not in log, log
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    log, image = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program)
+    nvrtc.destroyProgram(program)
+    assert "serialized" not in log, f"{plan}: {log}"
+    assert sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)) == 0, f"{plan}: {log}"
+    tool = disassembler()
+    if tool is None:
+        return
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image + b"\0")  # CuPy takes a byte off the end
+        file.flush()
+        text = subprocess.run([tool, file.name], check=True, capture_output=True, text=True).stdout
+    assert re.search(rf"\b{instruction}\.", text), f"{plan}: no {instruction}"
+    assert not re.search(r"\b(LDL|STL)\b", text), f"{plan}: memory of a thread"
 
 
 @needs_nvrtc
 @pytest.mark.parametrize(
-    ("m", "fmt"),
+    ("m", "act", "bits", "grouped", "worth"),
     [
-        *((m, fmt) for m in (1, 16, 64, 128) for fmt in ((0, 4, 1), (2, 4, 1))),
-        *((m, (2, 8, 0)) for m in (16, 64, 128)),
+        *((m, act, 4, 1, LINE) for m in (1, 16, 64, 128) for act in (0, 2)),
+        *((m, 2, 8, 0, LINE) for m in (64, 2048)),
+        *((m, 0, 4, 4, PAIRS) for m in (1, 128)),
+        (16, 0, 6, 1, FLOAT),
+        (64, 1, 3, 1, LINE),
+        (64, 2, 8, 1, TABLE),
     ],
 )
-def test_listed_kernels_do_not_spill(m: int, fmt: tuple[int, int, int]) -> None:
-    plan = _plan.plan(problem(m, 14336, 4096, *fmt, wgmma=True))
-    assert _spills(f"{plan.nest}.cu", plan.defines) == 0
+def test_listed_kernels(m: int, act: int, bits: int, grouped: int, worth: int) -> None:
+    more = {"worth": worth, "mantissa": 2 * (worth == FLOAT), "scale": 2 if grouped == 4 else 1}
+    plan = _plan.plan(problem(m, 14336, 4096, act, bits, grouped, wgmma=True, **more))
+    wide = plan.nest == "hopper"
+    names = {0: "HGMMA", 1: "HGMMA", 2: "IGMMA"} if wide else {0: "HMMA", 1: "HMMA", 2: "IMMA"}
+    check(f"{plan.nest}.cu", plan, names[act])
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("m", [16, 640])
+def test_bit_planes_compile(m: int) -> None:
+    check("bits.cu", _plan.plan_bits(m, 4096), "BGMMA")
+
+
+@needs_nvrtc
+def test_other_forms_of_the_hopper_nest_compile() -> None:
+    """Zero points, odd integers, blocks that share activations."""
+    for act, bits, zero, mul in [(0, 3, 1, 1), (1, 1, 0, 2), (2, 2, 1, 1)]:
+        p = problem(64, 4096, 4096, act, bits, 1, zero=zero, mul=mul, wgmma=True)
+        _compile.compile_source("hopper.cu", "sm_90a", _plan.plan(p).defines)
+    p = problem(64, 14336, 4096, 0, 4, 1, wgmma=True)
+    plan = _plan.build_hopper(p, _plan.HopperCut(32, 1, whole=True, cluster=2))
+    assert plan.cluster == 2
+    _compile.compile_source("hopper.cu", "sm_90a", plan.defines)
+
+
+# What registers hold, worked out here from the standards' layouts.
+@pytest.mark.parametrize("act", [0, 1])
+def test_worth_of_every_element(act: int) -> None:
+    from nibblas.cuda._worth import worth
+
+    for e in nb.formats.table():
+        w = worth(e, act, True)
+        if w.kind == LINE:
+            continue
+        finite = np.isfinite(e.values)
+        if w.kind == FLOAT:
+            assert not w.tables
+            continue
+        total = np.zeros(len(e.values))
+        for t in w.tables:
+            half = t.view(np.float16) if act == 0 else (t.astype(np.uint32) << 16).view(np.float32)
+            total += half[: len(e.values)].astype(np.float64) * w.unit
+        error = np.abs(total - e.values)[finite]
+        # One float16, or three bfloat16 together.
+        assert (error <= (2.0**-11 if act == 0 else 0) * np.abs(e.values)[finite]).all(), e.name
+
+
+def test_integers_of_tables() -> None:
+    from nibblas.cuda._worth import integers
+
+    assert integers(nb.Format("e2m1").element)[1] == 0.5
+    for name in ("e2m1", "e3m0", "e2m3", "pow2_4", "mxfp4", "nvfp4"):
+        e = nb.Format(name).element
+        codes, step = integers(e)
+        np.testing.assert_array_equal(codes * np.float32(step), e.values)
+    e = nb.Format("nf4").element
+    codes, step = integers(e)
+    assert np.abs(codes * np.float32(step) - e.values).max() <= e.rounding * 1.0001

@@ -16,25 +16,36 @@ except cupy.cuda.runtime.CUDARuntimeError:
     pytest.skip("no CUDA device", allow_module_level=True)
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
-ELEMENTS = [e.name for e in nb.formats.table() if e.linear and "f16" in e.scales]
+ELEMENTS = [e.name for e in nb.formats.table()]
+INTEGERS = [e.name for e in nb.formats.table() if "int8" in e.computes]
 GROUPS = ["", "_g8", "_g32", "_g48", "_g64", "_g100", "_g128", "_g256"]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
 
+def random_scales(f: nb.Format, shape: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Scales over many powers of two, of the format's type."""
+    if f.scale == "e4m3":
+        return nb.Format("e4m3").element.values[rng.integers(8, 127, shape)]
+    powers = rng.uniform(-12, -3, shape)
+    return np.exp2(np.floor(powers) if f.scale == "e8m0" else powers).astype(np.float32)
+
+
 def tensor(fmt: str, n: int, k: int, seed: int = 0, float_zeros: bool = False) -> nb.QTensor:
-    """Codes over the whole legal range, scales over many powers of two."""
+    """Codes over the whole legal range, but for those that are not finite."""
     rng = np.random.default_rng(seed)
     f = nb.Format(fmt)
     e = f.element
     step = (e.maximum - e.minimum) // (e.levels - 1)
-    codes = e.minimum + step * rng.integers(0, e.levels, (n, k))
-    scales = np.exp2(rng.uniform(-12, -3, (n, f.groups(k)))).astype(np.float32)
+    places = np.flatnonzero(np.isfinite(e.values))
+    codes = e.minimum + step * places[rng.integers(0, len(places), (n, k))]
+    scales = random_scales(f, (n, f.groups(k)), rng)
     zeros: Any = None
     if f.has_zeros:
         zeros = rng.integers(0, e.levels, (n, f.groups(k)))
         if float_zeros:
             zeros = zeros + rng.normal(size=zeros.shape).astype(np.float32)
-    return nb.QTensor.from_parts(fmt, codes, scales, zeros)
+    more = {"tensor_scale": 0.37} if e.tensor_scale else {}
+    return nb.QTensor.from_parts(fmt, codes, scales, zeros, **more)
 
 
 def activations(m: int, k: int, dtype: Any, seed: int = 1) -> np.ndarray:
@@ -49,6 +60,7 @@ def check_float(y: Any, x: np.ndarray, q: nb.QTensor, bias: np.ndarray | None = 
     exact = wide @ w.T
     # The tensor cores see u and a correction, which may be larger than the value.
     size = np.abs(wide) @ (np.abs(w) + reach(q)).T
+    size += 2.0**20 * entries(q, x.dtype) * (np.abs(wide) @ np.abs(w).T)
     if bias is not None:
         exact = exact + bias
         size = size + np.abs(bias)
@@ -65,9 +77,32 @@ def check_float(y: Any, x: np.ndarray, q: nb.QTensor, bias: np.ndarray | None = 
 def reach(q: nb.QTensor) -> np.ndarray:
     """Scale times the largest number in a register, per weight."""
     f = q.format
-    scale = np.abs(np.asarray(q.scales, np.float64))
+    if not f.element.linear:
+        return np.zeros(q.shape)
+    scale = np.abs(np.asarray(q.scales, np.float64)) * abs(np.diff(f.element.values[:2])[0])
     group = f.group or max(q.shape[1], 1)
     return np.repeat(scale * 256, group, axis=1)[:, : q.shape[1]]
+
+
+def entries(q: nb.QTensor, dtype: Any) -> float:
+    """How far a number in a register may be from the entry of a table, relative to it."""
+    bits = {np.dtype(np.float16): 11, BF16: 8}.get(np.dtype(dtype))
+    values = q.format.element.values
+    mantissa = np.frexp(values[np.isfinite(values)])[0]
+    if bits is None or (mantissa * 2**bits == np.trunc(mantissa * 2**bits)).all():
+        return 0.0
+    return 2.0**-bits
+
+
+def shapes(element: str, i: int) -> list[tuple[int, int, int, str]]:
+    """Few and many rows, three of the four lengths of groups; elements take turns."""
+    all_of = [
+        (1, 70, 200, ""),
+        (17, 100, 136, "_g32"),
+        (5, 64, 256, "_g128"),
+        (70, 33, 520, "_g64"),
+    ]
+    return all_of if element in ("int4", "nf4") else [all_of[i % 4], all_of[(i + 1) % 4]]
 
 
 def same_bits(got: Any, want: np.ndarray) -> None:
@@ -84,23 +119,61 @@ def same_bits(got: Any, want: np.ndarray) -> None:
 @pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=["f16", "bf16", "f32"])
 def test_every_element(element: str, dtype: Any) -> None:
-    for i, (m, n, k, group) in enumerate(
-        [(1, 70, 200, ""), (5, 64, 256, "_g128"), (17, 100, 136, "_g32"), (70, 33, 520, "_g64")]
-    ):
+    for i, (m, n, k, group) in enumerate(shapes(element, ELEMENTS.index(element))):
         q = tensor(element + group, n, k, i)
         x = activations(m, k, dtype, i)
         check_float(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32), x, q)
 
 
-@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("element", INTEGERS)
 def test_every_element_int8(element: str) -> None:
-    for i, (m, n, k, group) in enumerate(
-        [(1, 70, 200, ""), (5, 64, 256, "_g128"), (17, 100, 136, "_g32"), (70, 33, 520, "_g64")]
-    ):
+    for i, (m, n, k, group) in enumerate(shapes(element, INTEGERS.index(element))):
         q = tensor(element + group, n, k, i)
         x = activations(m, k, np.float32, i)
         want = nb.matmul(x, q.T, compute="int8")
         same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+
+
+def test_codes_that_are_not_finite() -> None:
+    """Codes of NaN and infinity are what they say, in rows of their own."""
+    for fmt in ("e4m3", "e5m2", "e3m4", "mxfp8_e4m3"):
+        q = tensor(fmt, 70, 256)
+        codes = q.codes().copy()
+        values = q.format.element.values
+        codes[3, 5] = np.flatnonzero(np.isnan(values))[0]
+        if np.isinf(values).any():
+            codes[9, 70] = np.flatnonzero(np.isinf(values))[0]
+        q = nb.QTensor.from_parts(fmt, codes, q.scales)
+        for m, dtype in [(3, np.float16), (40, BF16)]:
+            x = np.abs(activations(m, 256, dtype)) + 1
+            y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32).get()
+            want = x.astype(np.float32) @ q.dequantize().T
+            np.testing.assert_array_equal(np.isnan(y), np.isnan(want))
+            np.testing.assert_array_equal(np.isinf(y), np.isinf(want))
+
+
+def test_groups_that_are_nan() -> None:
+    """A block of an MX format whose scale is NaN makes its row of the product NaN, others stay."""
+    w = np.random.default_rng(4).normal(size=(40, 128)).astype(np.float32)
+    w[7, 40] = np.inf
+    q = nb.quantize(w, "mxfp4")
+    x = activations(5, 128, np.float16)
+    for compute in ("f32", "int8"):
+        y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute).get()
+        assert np.isnan(y[:, 7]).all()
+        assert np.isfinite(np.delete(y, 7, 1)).all()
+
+
+def test_powers_at_the_ends() -> None:
+    """Shared powers of two from 2^-127, where float32 has no normal numbers, to 2^127."""
+    codes = np.random.default_rng(5).integers(0, 8, (64, 64))
+    x = activations(3, 64, np.float32) * np.float32(2.0**20)
+    for power in (-127, -126, 0, 90):
+        scales = np.full((64, 2), 2.0**power, np.float32)
+        for fmt in ("mxfp4", "bfp8_g32"):
+            q = nb.QTensor.from_parts(fmt, codes, scales)
+            got = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8")
+            same_bits(got, nb.matmul(x, q.T, compute="int8"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -175,6 +248,31 @@ def test_subnormals_bit_for_bit() -> None:
             x = (rng.normal(size=(4, 256)) * 2.0**top).astype(np.float32)
             want = nb.matmul(x, q.T, compute="int8")
             same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+
+
+@pytest.mark.parametrize("compute", ["int8_g32", "int8_g128"])
+@pytest.mark.parametrize("group", GROUPS)
+def test_activation_groups(group: str, compute: str) -> None:
+    for element in ("int4", "uint3", "nf4", "e2m3"):
+        for m, n, k in [(3, 65, 300), (20, 130, 1024), (70, 16, 777)]:
+            q = tensor(element + group, n, k, m)
+            if compute not in q.format.computes:
+                continue
+            x = activations(m, k, np.float32, m)
+            x[0, 7] = np.nan
+            x[1, :128] = 0
+            want = nb.matmul(x, q.T, compute=compute)
+            same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute), want)
+
+
+def test_activation_groups_of_formats_with_their_own() -> None:
+    for fmt in ("mxfp4", "nvfp4", "bfp8", "mxint8"):
+        q = tensor(fmt, 70, 400)
+        x = activations(5, 400, np.float32)
+        for compute in ("int8_g32", "int8_g128"):
+            if compute in q.format.computes:
+                got = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute)
+                same_bits(got, nb.matmul(x, q.T, compute=compute))
 
 
 def test_activation_edges() -> None:
@@ -288,6 +386,27 @@ def test_streams_and_graphs() -> None:
     check_float(out, x2, q)
 
 
+@pytest.mark.parametrize("compute", ["f32", "int8"])
+def test_graph(compute: str) -> None:
+    q = tensor("int4_g128", 512, 2048)
+    d = q.to("cuda:0")
+    x = [activations(4, 2048, np.float32, seed) for seed in (1, 2)]
+    c = cupy.asarray(x[0])
+    step = nb.cuda.graph(lambda: nb.matmul(c, d.T, compute=compute))
+    for values in x:
+        c.set(values)
+        y = step()
+        # What is allocated between the runs is not the graph's.
+        noise = [cupy.full(4 * 2048, 7, np.float32) for _ in range(8)]
+        assert y is step.result
+        del noise
+        want = nb.matmul(values, q.T, compute=compute)
+        if compute == "int8":
+            same_bits(y, want)
+        else:
+            check_float(y, values, q)
+
+
 def test_batch_invariance() -> None:
     """A row does not depend on the others, within one plan; integers never."""
     d = tensor("int4_g128", 256, 1024).to("cuda:0")
@@ -312,8 +431,8 @@ def test_places_that_do_not_fit() -> None:
         np.ones((2, 96), np.float32) @ d.T
     with pytest.raises(TypeError, match="arrays of the device"):
         nb.matmul(cupy.ones((2, 96)), d.T, out=np.zeros((2, 48)))
-    with pytest.raises(ValueError, match="int8_g32"):
-        nb.matmul(cupy.ones((2, 96)), d.T, compute="int8_g32")
+    with pytest.raises(ValueError, match="int8_g128"):
+        nb.matmul(cupy.ones((2, 96)), q.to("cuda:0").T, compute="int4")
     with pytest.raises(ValueError, match="mismatch in its core dimension"):
         cupy.ones((2, 95)) @ d.T
     with pytest.raises(ValueError, match="has shape"):
@@ -323,25 +442,6 @@ def test_places_that_do_not_fit() -> None:
     long = nb.QTensor.from_parts("int8", np.zeros((1, 200_000), np.int8), np.ones((1, 1)))
     with pytest.raises(ValueError, match="int32"):
         nb.matmul(cupy.ones((1, 200_000)), long.T, compute="int8")
-
-
-def test_formats_with_shared_powers_and_tables() -> None:
-    w = np.random.default_rng(8).normal(size=(40, 256)).astype(np.float32)
-    x = activations(20, 256, np.float16)
-    for fmt in ("bfp4", "bfp8", "mxint8"):
-        q = nb.quantize(w, fmt)
-        try:
-            d = q.to("cuda:0")
-        except ValueError as e:
-            assert "not available on CUDA" in str(e)  # noqa: PT017
-            continue
-        check_float(nb.matmul(cupy.asarray(x), d.T, dtype=np.float32), x, q)
-        same_bits(
-            nb.matmul(cupy.asarray(x), d.T, compute="int8", dtype=np.float32),
-            nb.matmul(x, q.T, compute="int8", dtype=np.float32),
-        )
-    with pytest.raises(ValueError, match="not evenly spaced"):
-        nb.quantize(w, "nf4").to("cuda:0")
 
 
 def test_torch_tensors() -> None:

@@ -53,6 +53,7 @@ __all__ = [
 # Loaded when first asked for: importing the package stays cheap.
 _LAZY = {
     "DeltaLinear": "_sparse",
+    "cuda": "",
     "hadamard": "_hadamard",
     "info": "_info",
     "io": "",

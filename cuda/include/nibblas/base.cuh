@@ -64,5 +64,20 @@ DEVICE void store_float(void *p, i64 i, int kind, float v) {
     }
 }
 
+// Four numbers that follow each other and are aligned.
+DEVICE void store_four(void *p, i64 i, int kind, const float v[4]) {
+    if (kind == KIND_F16 || kind == KIND_BF16) {
+        u16 h[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) h[e] = kind == KIND_F16 ? f16_of_f32(v[e]) : bf16_of_f32(v[e]);
+        *(uint2 *)((u16 *)p + i) = make_uint2((u32)h[0] | (u32)h[1] << 16, (u32)h[2] | (u32)h[3] << 16);
+    } else if (kind == KIND_F32) {
+        *(float4 *)((float *)p + i) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+#pragma unroll
+        for (int e = 0; e < 4; e++) ((double *)p)[i + e] = (double)v[e];
+    }
+}
+
 // Where code k of a 16-long run of int8 activations lies: the order in which a packed word yields its four bytes.
 DEVICE int byte_order(int k) { return ((k & 7) >> 1) * 4 + (k & 1) * 2 + (k >> 3); }

@@ -12,6 +12,16 @@ DEVICE void barrier_init(u32 bar, int arrivals) {
 }
 // Makes the initialisation visible to the copy engine.
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Barriers of a ring of slots: what is copied into one completes `ready`, which `fills` threads announce; `users` warps
+// give it back. A barrier of the block must follow.
+template <int SLOTS> DEVICE void ring_init(u64 (&ready)[SLOTS], int fills, u64 (&empty)[SLOTS], int users) {
+#pragma unroll
+    for (int i = 0; i < SLOTS; i++) {
+        barrier_init(shared_address(&ready[i]), fills);
+        barrier_init(shared_address(&empty[i]), users);
+    }
+    barrier_init_fence();
+}
 DEVICE void barrier_expect(u32 bar, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
@@ -38,5 +48,26 @@ DEVICE void copy_box(u32 to, const Map *map, u32 bar, int column, int row) {
 DEVICE void copy_run(u32 to, const void *from, int bytes, u32 bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                  "r"(bytes), "r"(bar)
+                 : "memory");
+}
+
+// Clusters: blocks that run together and reach each other's shared memory.
+DEVICE void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// Arrives at the barrier that lies at the same place in another block of the cluster. What it announces are reads that
+// are over: ordered in this block, as said by default; an order for the whole cluster would cost a thousand cycles.
+DEVICE void barrier_arrive(u32 bar, int block) {
+    asm volatile("{\n.reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
+                 "r"(block)
+                 : "memory");
+}
+// As copy_box, to the same place in every block whose bit is set, completing the barrier at the same place there.
+DEVICE void copy_box(u32 to, const Map *map, u32 bar, int column, int row, u32 blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+                 " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
+                 "l"(map), "r"(bar), "r"(column), "r"(row), "h"((u16)blocks)
                  : "memory");
 }

@@ -5,7 +5,8 @@
 
 struct Args {
     const char *planes[3]; // packed codes
-    const void *scales;    // [groups][rows, padded to 64], f16 or f32
+    const void *book;      // values of the codes, of formats with a table
+    const void *scales;    // [groups][rows, padded to 64]
     const void *zeros;     // the same, u8 or f32
     const char *x;         // 16-byte aligned rows
     const float *row_scale; // int8: of the rows of X
@@ -17,7 +18,10 @@ struct Args {
     i64 y_row, y_col; // elements
     int m, n, n_padded, k_bytes; // k_bytes: bytes of a row of X that may be read
     int chunks, groups, chunks_per_group;
-    int row_blocks, y_kind, mul, sub;
+    int row_blocks, y_kind;
+    int wide; // rows of Y may be written four numbers at a time
+    int mul, sub;
+    float unit; // what 1 in a register is worth
     int per, rest, whole; // units of a block's span, blocks that have one more, and whether a unit is all of K
 };
 
@@ -33,7 +37,7 @@ DEVICE int span_of(int at, const Args &a) {
 
 // Where a block is in its span. STEP chunks are taken at a time, never across rows.
 template <int STEP> struct Place {
-    int unit, end, row_block, chunk, stop, first;
+    int unit, end, row_block = 0, chunk = 0, stop = 0, first = 0;
     DEVICE void start(int begin, int finish, int chunks) {
         unit = begin;
         end = finish;

@@ -5,24 +5,9 @@ Imported when a CuPy array or a ``cuda`` device is first met; importing nibblas 
 
 from __future__ import annotations
 
-from ._product import (
-    Panels,
-    Storage,
-    explain,
-    is_device_array,
-    place,
-    product,
-    product_both,
-    require,
-)
+from . import _graph, _panels, _product
+from ._graph import *  # noqa: F403
+from ._panels import *  # noqa: F403
+from ._product import *  # noqa: F403
 
-__all__ = [
-    "Panels",
-    "Storage",
-    "explain",
-    "is_device_array",
-    "place",
-    "product",
-    "product_both",
-    "require",
-]
+__all__ = [*_graph.__all__, *_panels.__all__, *_product.__all__]

@@ -5,6 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 __all__ = [
+    "BF16",
+    "CHUNK",
+    "F16",
+    "FLOAT",
+    "LINE",
+    "PAIRS",
+    "S8",
+    "TABLE",
     "Cut",
     "HopperCut",
     "Plan",
@@ -20,6 +28,9 @@ __all__ = [
 ]
 
 F16, BF16, S8 = 0, 1, 2
+# What a code is worth; see decode.cuh.
+LINE, PAIRS, FLOAT, TABLE = 0, 1, 2, 3
+SCALE_BYTES = (4, 2, 1)
 CHUNK = 128
 
 
@@ -51,6 +62,8 @@ class Plan(NamedTuple):
     """What the blocks share out."""
     whole: bool
     """Whether a unit is all of K."""
+    cluster: int = 1
+    """Blocks that share the activations they fetch; `row_blocks` counts their rows together."""
 
     def __str__(self) -> str:
         values = " ".join(f"{k}={v}" for k, v in self.defines)
@@ -79,8 +92,8 @@ class Problem(NamedTuple):
     """Scales per chunk, 0 where a row has one."""
     zero: int
     """0 without zero points, 1 integers, 2 floats."""
-    sc16: bool
-    """Whether scales are float16."""
+    scale: int
+    """How scales are stored: 0 float32, 1 float16, 2 powers of two as bytes."""
     multiprocessors: int
     shared_limit: int
     mul: int = 1
@@ -89,6 +102,32 @@ class Problem(NamedTuple):
     """The largest integer zero point."""
     wgmma: bool = False
     """Whether the device has wgmma."""
+    worth: int = LINE
+    """What a code is worth: LINE, PAIRS, FLOAT or TABLE."""
+    mantissa: int = 0
+    """Mantissa bits of FLOAT."""
+    act_scales: bool = False
+    """Whether int8 activations have one scale per group."""
+
+    @property
+    def book(self) -> int:
+        """Bytes of shared memory that a table of values takes."""
+        if self.worth == TABLE:
+            return 8192
+        return 32768 if self.worth == PAIRS and self.act != S8 else 0
+
+    @property
+    def decode(self) -> tuple[tuple[str, int], ...]:
+        """What the nests that decode are compiled for."""
+        return (
+            ("ACT", self.act),
+            ("BITS", self.bits),
+            ("WORTH", self.worth),
+            ("MANTISSA", self.mantissa),
+            ("SCALE", self.scale),
+            ("GROUPED", self.grouped),
+            ("ZERO", self.zero),
+        )
 
     @property
     def ordered(self) -> bool:
@@ -132,15 +171,19 @@ def choose(p: Problem) -> Cut:
         return Cut(nt, 2 if nt == 8 else 1, 4 if nt <= 2 else 8, 1)
     if nt <= 2:
         # All of K in a block saves the meeting of its parts, worth 3 us, where the rows alone keep
-        # the device busy; the wider a block, the less often activations are read.
+        # the device busy; the wider a block, the less often activations are read. Tables take
+        # shared memory, which one wide block shares.
         sets = 2 if p.act == F16 else 1
         most, n = p.multiprocessors, p.n_padded
-        if nt == 2 and n >= 192 * most:
-            return Cut(nt, 4, 2, 2, sets=sets, resident=2, stages=3, whole=True)
+        if n >= 192 * most:
+            if p.book > 8192:
+                return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=True)
+            wk = (4, 3)[nt - 1] if p.worth == LINE else (3, 2)[nt - 1]
+            return Cut(nt, 4, 2, wk, sets=sets, resident=2, stages=3, whole=True)
         if n >= 96 * most:
             return Cut(nt, 4, 1, 4, sets=sets, resident=2, whole=True)
         if n >= 24 * most:
-            return Cut(nt, 2, 1, 8, sets=sets, resident=2 if nt == 1 else 1, whole=True)
+            return Cut(nt, 2, 1, 12 if nt == 1 else 8, sets=sets, whole=True)
         return Cut(nt, 4, 1, 8, sets=1 if nt == 2 else sets, stages=3)
     return Cut(nt, 2, 4, 2)
 
@@ -151,12 +194,13 @@ def build(p: Problem, cut: Cut) -> Plan:
     rows, tokens, threads = 16 * wn * wr, 8 * nt, 32 * wr * wk
     row_blocks = -(-p.n_padded // rows)
     width = 1 if p.act == S8 else 2
-    scale_bytes = (2 if p.sc16 else 4) + (0, 1, 4)[p.zero]
+    scale_bytes = SCALE_BYTES[p.scale] + (0, 1, 4)[p.zero]
     stage = wr * wk * (wn * 256 * p.bits + p.grouped * wn * 16 * scale_bytes)
     stage += wk * tokens * CHUNK * width
     rest = wk * rows * tokens * 4 if wk > 1 else 0
     if cut.park:
         rest = p.groups * rows * tokens * 4
+    rest += p.book + 1024
     limit = (p.shared_limit + 1024) // cut.resident - 2048
     stages = cut.stages
     while stages > 2 and stages * stage + rest > limit:
@@ -171,18 +215,16 @@ def build(p: Problem, cut: Cut) -> Plan:
     if not p.ordered:
         blocks = min(blocks, max(1, p.multiprocessors * resident // m_blocks))
     defines = (
-        ("ACT", p.act),
-        ("BITS", p.bits),
+        *p.decode,
         ("NT", nt),
         ("WN", wn),
         ("WR", wr),
         ("WK", wk),
-        ("GROUPED", p.grouped),
-        ("ZERO", p.zero),
-        ("SC16", int(p.sc16)),
         ("STAGES", stages),
         ("PARK", cut.park),
-        ("SETS", cut.sets),
+        ("SETS", cut.sets if p.worth == LINE else 1),
+        ("BULK", int(p.wgmma)),
+        ("ASCALE", int(p.act_scales)),
     )
     size = (blocks, m_blocks)
     return Plan("gemm", defines, size, threads, shared, row_blocks, rows, tokens, units, whole)
@@ -201,12 +243,16 @@ class HopperCut(NamedTuple):
     """Blocks of a multiprocessor, if shared memory allows."""
     whole: bool = False
     """Whether a block takes all of K."""
+    cluster: int = 1
+    """Blocks that share the activations they fetch, where they take all of K."""
 
 
 def has_hopper(p: Problem) -> bool:
     """Whether ``hopper.cu`` can decode the format to signed numbers of the activations' type."""
-    if not p.wgmma or p.zero == 2:
+    if not p.wgmma or p.zero == 2 or p.act_scales:
         return False
+    if p.worth != LINE:
+        return True
     if p.act == S8:
         return p.zero_top < 128 and not (p.bits == 8 and (p.zero or p.mul == 2))
     return p.act == F16 or p.bits == 8 or p.zero_top < 128
@@ -222,6 +268,9 @@ def choose_hopper(p: Problem) -> HopperCut:
         return HopperCut(32 if p.m <= 32 else 64, 1, resident=3, whole=whole)
     if p.m <= 128 and not wide:
         return HopperCut(128, 1, 4, resident=2, whole=whole)
+    if p.m > 256 and p.act == S8 and not p.grouped:
+        # Without totals beside them a thread has the registers for twice the sums.
+        return HopperCut(256, 2, 4, whole=wide or (whole and p.m >= 2048), cluster=2)
     return HopperCut(128, 2, whole=wide)
 
 
@@ -232,30 +281,33 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     rows, threads = 64 * wg, 128 * wg + (128 if handed else 32)
     row_blocks = -(-p.n_padded // rows)
     width = 1 if p.act == S8 else 2
-    scale_bytes = (2 if p.sc16 else 4) + (1 if p.zero else 0)
+    scale_bytes = SCALE_BYTES[p.scale] + (1 if p.zero else 0)
     stage = t * CHUNK * width + rows * (16 * p.bits + p.grouped * scale_bytes)
     stage = -(-stage // 1024) * 1024
     limit = (p.shared_limit + 1024) // cut.resident - 2048
-    stages = max(3, min(cut.stages, (limit - 1024) // stage))
-    shared = stages * stage + 1024
+    # The table, and 32 rows of X of every warpgroup on their way out.
+    rest = p.book + wg * 32 * 68 * 4 + 1024
+    stages = max(3, min(cut.stages, (limit - rest) // stage))
+    shared = stages * stage + rest
     resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
     m_blocks = -(-p.m // t)
     whole = cut.whole or p.ordered
+    cluster = cut.cluster if whole and row_blocks > 1 else 1
+    row_blocks = -(-row_blocks // cluster)
     units = row_blocks if whole else row_blocks * p.chunks
-    blocks = min(units, max(1, p.multiprocessors * resident // m_blocks))
+    blocks = min(units, max(1, p.multiprocessors * resident // (m_blocks * cluster)))
     defines = (
-        ("ACT", p.act),
-        ("BITS", p.bits),
+        *p.decode,
         ("T", t),
         ("WG", wg),
-        ("GROUPED", p.grouped),
-        ("ZERO", p.zero),
-        ("SC16", int(p.sc16)),
+        ("CL", cluster),
         ("STAGES", stages),
         ("MUL", p.mul),
     )
-    size = (blocks, m_blocks)
-    return Plan("hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole)
+    size = (blocks * cluster, m_blocks)
+    return Plan(
+        "hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, cluster
+    )
 
 
 def plan(p: Problem) -> Plan:
@@ -284,10 +336,11 @@ def plan(p: Problem) -> Plan:
 def plan_bits(m: int, n: int) -> Plan:
     """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights.
 
-    Its grid holds the blocks of a multiprocessor.
+    Its grid holds the blocks of a multiprocessor; `rows` are those of the activations, `tokens` of
+    the weights.
     """
     if m <= 64:
-        wg, t, stages, resident = 1, 64, 8, 1
+        wg, t, stages, resident = 1, 32, 12, 1
     else:
         wg, t, stages, resident = 4, 128, 4, 1
     rows = 64 * wg

@@ -1,71 +1,35 @@
-"""Tensors on a device and their products."""
+"""Products on a device."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import operator
 import sys
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from .._api import _check_inner, _float_dtype, _kind, _raise_cast
-from ..formats import Format
-from ..qtensor import QTensor, _powers, _Storage
-from ._launch import arch, device_properties, has_wgmma, kernel, tensor_map, workspace
-from ._plan import BF16, CHUNK, F16, S8, Plan, Problem, padded_group, plan, plan_bits
+from ..qtensor import QTensor
+from ._launch import device_properties, has_wgmma, kernel, tensor_map, workspace
+from ._panels import Panels, Storage, panels_on, row_scales
+from ._plan import BF16, CHUNK, F16, S8, Plan, Problem, plan, plan_bits
 
-if TYPE_CHECKING:
-    from types import ModuleType
+__all__ = ["explain", "is_device_array", "product", "product_both"]
 
-__all__ = [
-    "Panels",
-    "Storage",
-    "explain",
-    "is_device_array",
-    "place",
-    "product",
-    "product_both",
-    "require",
-]
-
-_KINDS = {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int8": 4}
-_COMPUTES = ("f32", "bf16", "int8")
+_COMPUTES = ("f32", "bf16", "int8", "int8_g32", "int8_g128")
+# Length of the activations' groups.
+_LENGTHS = {"int8_g32": 32, "int8_g128": 128}
 _F32 = np.dtype(np.float32)
 
 
-def require(device: str) -> tuple[ModuleType, int]:
-    """Return CuPy and the number of a device.
-
-    Raises
-    ------
-    ImportError
-        Without CuPy.
-    RuntimeError
-        Without a usable device.
-    ValueError
-        If the name is not ``cuda`` or ``cuda:<n>``.
-    """
-    kind, _, number = device.partition(":")
-    if kind != "cuda" or not (number.isdecimal() or device == "cuda"):
-        raise ValueError(f"unknown device {device!r}: expected 'cpu' or 'cuda:<n>'")
-    try:
-        import cupy
-    except ImportError as e:
-        raise ImportError(
-            f"device {device!r} needs CuPy: pip install cupy-cuda13x (or cupy-cuda12x) ({e})"
-        ) from None
-    try:
-        count = cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError as e:
-        raise RuntimeError(f"device {device!r}: CuPy finds no usable CUDA device ({e})") from None
-    index = int(number) if number else cupy.cuda.Device().id
-    if index >= count:
-        raise RuntimeError(f"device {device!r}: CuPy finds {count} CUDA device(s)")
-    arch(index)
-    return cupy, index
+@functools.cache
+def _kind_of(dtype: np.dtype[Any]) -> int | None:
+    """Return the number of an element type, as the kernels have it."""
+    return {"float16": 0, "bfloat16": 1, "float32": 2, "float64": 3, "int8": 4}.get(dtype.name)
 
 
 def is_device_array(x: object) -> bool:
@@ -81,28 +45,20 @@ def is_device_array(x: object) -> bool:
         return False
 
 
-class _PackArgs(ctypes.Structure):
-    _fields_ = [
-        ("codes", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("words", ctypes.c_int64),
-        ("row_bytes", ctypes.c_int64),
-        *((name, ctypes.c_int) for name in ("n", "k", "bits", "plane_bits", "below")),
-        *((name, ctypes.c_int) for name in ("group", "padded", "chunks")),
-    ]
-
-
 class _GemmArgs(ctypes.Structure):
     _fields_ = [
         ("planes", ctypes.c_void_p * 3),
         *(
             (name, ctypes.c_void_p)
-            for name in ("scales", "zeros", "x", "row_scale", "bias", "y", "work", "counters")
+            for name in ("book", "scales", "zeros", "x", "row_scale", "bias", "y", "work")
         ),
+        ("counters", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("ldx", "y_row", "y_col")),
         *((name, ctypes.c_int) for name in ("m", "n", "n_padded", "k_bytes")),
         *((name, ctypes.c_int) for name in ("chunks", "groups", "chunks_per_group")),
-        *((name, ctypes.c_int) for name in ("row_blocks", "y_kind", "mul", "sub")),
+        *((name, ctypes.c_int) for name in ("row_blocks", "y_kind", "wide")),
+        *((name, ctypes.c_int) for name in ("mul", "sub")),
+        ("unit", ctypes.c_float),
         *((name, ctypes.c_int) for name in ("per", "rest", "whole")),
     ]
 
@@ -112,7 +68,9 @@ class _ActArgs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("x", "out", "scale", "parts_in", "bias", "y")),
         *((name, ctypes.c_int64) for name in ("x_row", "x_col", "y_row", "y_col")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "places", "group", "padded")),
-        *((name, ctypes.c_int) for name in ("kind", "out_kind", "y_kind", "plain")),
+        *((name, ctypes.c_int) for name in ("kind", "out_kind", "y_kind", "plain", "tables")),
+        ("step", ctypes.c_float),
+        *((name, ctypes.c_int) for name in ("length", "segment", "segments")),
     ]
 
 
@@ -124,195 +82,9 @@ class _BitArgs(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("y_row", "y_col")),
         *((name, ctypes.c_int) for name in ("m", "n", "k", "chunks", "w_rows", "x_rows")),
-        *((name, ctypes.c_int) for name in ("p", "q", "y_kind", "m_blocks", "n_blocks")),
+        *((name, ctypes.c_int) for name in ("p", "q", "y_kind", "wide", "x_box")),
+        *((name, ctypes.c_int) for name in ("m_blocks", "n_blocks")),
     ]
-
-
-class BitPlanes:
-    """The bits of the codes, plane after plane, with the sums of the codes of each row."""
-
-    def __init__(self, host: _Storage, device: int) -> None:
-        import cupy
-
-        self.bits = host.format.bits
-        self.chunks = max(-(-host.cols // 1024), 1)
-        self.rows = -(-max(host.rows, 1) // 256) * 256
-        with cupy.cuda.Device(device):
-            codes = cupy.asarray(host.codes)
-            size = self.bits * self.rows * self.chunks * 128
-            self.planes = cupy.empty(size, cupy.uint8)
-            self.sums = cupy.empty(self.rows, cupy.int32)
-            self.scales = cupy.asarray(_wide_scales(host)[:, 0].astype(np.float32))
-            stream = int(cupy.cuda.get_current_stream().ptr)
-            args = _PackArgs(codes.data.ptr, self.planes.data.ptr, size, host.codes.shape[1])
-            args.n, args.k, args.bits = host.rows, host.cols, self.bits
-            args.padded, args.chunks = self.rows, self.chunks
-            kernel(device, "pack.cu", "planes").launch((-(-size // 256), 1), 256, 0, stream, args)
-            args.codes, args.out = self.planes.data.ptr, self.sums.data.ptr
-            kernel(device, "pack.cu", "code_sums").launch((self.rows, 1), 128, 0, stream, args)
-            cupy.cuda.get_current_stream().synchronize()
-
-    def boxes(self, box_rows: int) -> Any:
-        """Return the tensor map of the planes."""
-        stride = self.chunks * 128
-        return tensor_map(self.planes.data.ptr, self.bits * self.rows, stride, stride, box_rows, 1)
-
-
-def _plane_bits(bits: int) -> list[int]:
-    return [b for b in (8, 4, 2, 1) if bits & b]
-
-
-class Panels:
-    """The codes of a matrix on a device, in the order of the tensor cores' registers."""
-
-    def __init__(self, host: _Storage, device: int) -> None:
-        import cupy
-
-        fmt = host.format
-        _linear(fmt)
-        self.device = device
-        self.host = host
-        self.held_planes: BitPlanes | None = None
-        self.rows, self.cols = host.rows, host.cols
-        self.n_padded = -(-max(self.rows, 1) // 64) * 64
-        self.padded = padded_group(fmt.group, self.cols)
-        self.group = min(fmt.group or max(self.cols, 1), max(self.cols, 1))
-        self.grouped_rows = fmt.group is not None and fmt.group < self.cols
-        groups = max(fmt.groups(self.cols), 1)
-        self.groups = groups
-        self.chunks = max(-(-groups * self.padded // CHUNK), 1)
-        if self.chunks * max(CHUNK * 8, self.n_padded // 16) >= 1 << 31:
-            raise ValueError(f"a matrix of shape {(self.rows, self.cols)} is too large for CUDA")
-        element = fmt.element
-        self.bits = element.bits
-        self.mul, self.sub = _linear(fmt)
-        zeros = host.zeros
-        self.zero = 0 if zeros is None else 2 if zeros.dtype.kind == "f" else 1
-        whole = zeros is not None and self.zero == 1 and zeros.size > 0
-        self.zero_top = int(zeros.max()) if zeros is not None and whole else 0
-        span = 255 if zeros is not None else max(-element.minimum, element.maximum)
-        self.longest = span * 127 * (self.padded if self.grouped_rows else self.chunks * CHUNK)
-        self.sc16 = fmt.scale == "f16"
-        with cupy.cuda.Device(device):
-            self.scales = self._per_group(cupy, _wide_scales(host), groups)
-            self.zeros = None if zeros is None else self._per_group(cupy, zeros, groups)
-            self.planes: list[Any] = []
-            codes = cupy.asarray(host.codes)
-            below = 0
-            tiles = self.n_padded // 16
-            for pb in _plane_bits(self.bits):
-                words = tiles * self.chunks * 32 * 2 * pb
-                out = cupy.empty(words, cupy.uint32)
-                if self.rows and self.cols:
-                    args = _PackArgs(
-                        codes.data.ptr,
-                        out.data.ptr,
-                        words,
-                        host.codes.shape[1],
-                        self.rows,
-                        self.cols,
-                        self.bits,
-                        pb,
-                        below,
-                        self.group,
-                        self.padded,
-                        self.chunks,
-                    )
-                    stream = cupy.cuda.get_current_stream()
-                    k = kernel(device, "pack.cu", "pack")
-                    k.launch((-(-words // 256), 1), 256, 0, stream.ptr, args)
-                self.planes.append(out)
-                below += pb
-            # Other streams may use the panels as soon as they are here.
-            cupy.cuda.get_current_stream().synchronize()
-
-    def _per_group(self, cupy: Any, a: NDArray[Any], groups: int) -> Any:
-        wide = np.zeros((groups, self.n_padded), a.dtype)
-        if a.size:
-            wide[:, : self.rows] = a.T
-        return cupy.asarray(wide)
-
-    def bit_planes(self) -> BitPlanes:
-        """Return the bit planes, made on first use."""
-        if self.held_planes is None:
-            self.held_planes = BitPlanes(self.host, self.device)
-        return self.held_planes
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        parts = [*self.planes, self.scales, *([] if self.zeros is None else [self.zeros])]
-        return sum(int(a.nbytes) for a in parts)
-
-
-def _linear(fmt: Format) -> tuple[int, int]:
-    """Return mul and sub of a format whose code u stands for mul*u - sub."""
-    if fmt.structure is not None or fmt.is_plain:
-        raise ValueError(f"{fmt} is not available on CUDA")
-    values = fmt.element.values.astype(np.float64)
-    mul = values[1] - values[0] if len(values) > 1 else 0.0
-    if (
-        not fmt.element.linear
-        or mul not in (1.0, 2.0)
-        or (values != mul * np.arange(len(values)) + values[0]).any()
-        or values[0] != int(values[0])
-    ):
-        raise ValueError(f"{fmt} is not available on CUDA: its values are not evenly spaced")
-    if fmt.scale not in ("f32", "f16", "bf16", "e8m0") or fmt.element.tensor_scale:
-        raise ValueError(f"{fmt} is not available on CUDA: scales of type {fmt.scale}")
-    return int(mul), -int(values[0])
-
-
-def _wide_scales(host: _Storage) -> NDArray[Any]:
-    if host.format.scale == "bf16":
-        return (host.scales.astype(np.uint32) << 16).view(np.float32)
-    if host.format.scale == "e8m0":
-        return _powers(host.scales)
-    return host.scales
-
-
-class Storage(_Storage):
-    """A matrix on a device; the portable bytes stay on the host beside it."""
-
-    __slots__ = ("number", "panels")
-
-    def __init__(self, host: _Storage, number: int) -> None:
-        super().__init__(host.format, host.rows, host.cols, host.arrays(), host.bounds)
-        self.number = number
-        self.device = f"cuda:{number}"
-        self.panels = Panels(host, number)
-
-    def pack(self, threads: int) -> Any:
-        raise TypeError(
-            f"the tensor is on {self.device}, the operand is not: use a CuPy array (cupy.asarray) "
-            f"or q.to('cpu')"
-        )
-
-    def like(self, part: _Storage) -> _Storage:
-        return Storage(part, self.number)
-
-
-def place(host: _Storage, device: str) -> Storage:
-    """Return a matrix on a device."""
-    _, number = require(device)
-    if isinstance(host, Storage) and host.number == number:
-        return host
-    return Storage(host, number)
-
-
-def _panels(storage: _Storage, device: int) -> Panels:
-    if isinstance(storage, Storage):
-        if storage.number != device:
-            raise ValueError(
-                f"operands on different devices: the array on cuda:{device}, "
-                f"the tensor on {storage.device}"
-            )
-        return storage.panels
-    # A tensor of the host that meets an array of the device is copied once.
-    held = storage.copies.get(device)
-    if held is None:
-        held = storage.copies[device] = Panels(storage, device)
-    return held
 
 
 def _import(x: Any, cupy: Any) -> Any:
@@ -333,8 +105,8 @@ def _export(y: Any, like: Any, cupy: Any) -> Any:
 
 
 def _activations(x: Any, compute: str, cupy: Any) -> tuple[Any, np.dtype[Any]]:
-    dt = np.dtype(x.dtype)
-    if dt.name in ("float16", "bfloat16", "float32", "float64"):
+    dt = x.dtype
+    if _kind_of(dt) in (0, 1, 2, 3):
         return x, dt
     if dt.kind in "iub":
         return (x, _F32) if compute == "int8" and dt == np.int8 else (x.astype(_F32), _F32)
@@ -373,7 +145,7 @@ def product(
         _check_inner(x.shape, q, right)
         if dtype is not None:
             result = _float_dtype(dtype)
-        panels = _panels(storage, device)
+        panels = panels_on(storage, device)
         b = _bias(bias, panels.rows, cupy)
         vector = x.ndim == 1
         n = panels.rows
@@ -431,7 +203,7 @@ def product_both(
     if raw and bias is not None:
         raise ValueError("raw integer sums take no bias")
     with cupy.cuda.Device(at.number):
-        x, w = _panels(left, at.number), _panels(right, at.number)
+        x, w = panels_on(left, at.number), panels_on(right, at.number)
         shape = (x.rows, w.rows)
         final = _final(out, shape, result, cupy)
         y = final
@@ -454,10 +226,12 @@ def product_both(
             )
         else:
             low, high = left.format.element.minimum, left.format.element.maximum
-            if left.zeros is not None or low < -128 or high > 127:
+            if left.zeros is not None or low < -128 or high > 127 or not left.format.element.linear:
                 raise ValueError(f"products of {left.format} are not available on CUDA")
             codes = cupy.asarray(QTensor._wrap(left).codes().astype(np.int8))
-            scales = cupy.asarray(_wide_scales(left)[:, 0].astype(np.float32))
+            if w.worth(S8).kind:
+                raise ValueError(f"products of {right.format} are not available on CUDA")
+            scales = cupy.asarray(row_scales(left))
             _run(w, codes, y, "int8", vector, cupy, scales)
         if final is None:
             return y if y.dtype == result else y.astype(result)
@@ -479,8 +253,15 @@ def _run_bits(x: Panels, w: Panels, y: Any, bias: Any, cupy: Any) -> None:
     args.m, args.n, args.k, args.chunks = x.rows, w.rows, x.cols, xp.chunks
     args.w_rows, args.x_rows = wp.rows, xp.rows
     args.p, args.q = w.bits, x.bits
-    args.y_kind = -1 if y.dtype.kind == "i" else _KINDS[np.dtype(y.dtype).name]
-    args.m_blocks, args.n_blocks = -(-x.rows // pl.tokens), -(-w.rows // pl.rows)
+    args.y_kind = -1 if y.dtype.kind == "i" else _kind_of(y.dtype)
+    args.wide = (
+        args.y_col == 1
+        and args.y_row % 2 == 0
+        and w.rows % 2 == 0
+        and y.data.ptr % (2 * y.itemsize) == 0
+    )
+    args.x_box = min(pl.rows, -(-x.rows // 8) * 8)
+    args.m_blocks, args.n_blocks = -(-x.rows // pl.rows), -(-w.rows // pl.tokens)
     blocks = min(args.m_blocks * args.n_blocks, device_properties(w.device)[0] * pl.grid[0])
     kernel(w.device, "bits.cu", "bits", pl.defines).launch(
         (blocks, 1),
@@ -488,8 +269,8 @@ def _run_bits(x: Panels, w: Panels, y: Any, bias: Any, cupy: Any) -> None:
         pl.shared,
         int(cupy.cuda.get_current_stream().ptr),
         args,
-        wp.boxes(pl.rows),
-        xp.boxes(pl.tokens),
+        wp.boxes(pl.tokens),
+        xp.boxes(args.x_box),
     )
 
 
@@ -563,7 +344,8 @@ def _strides(a: Any) -> tuple[int, int]:
 def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]:
     """Return what the plan depends on, and whether rows are split in three of bfloat16."""
     split = False
-    if compute == "int8":
+    length = _LENGTHS.get(compute)
+    if compute == "int8" or length:
         act = S8
     elif compute == "bf16" or kind == 1:
         act = BF16
@@ -572,26 +354,31 @@ def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]
     else:
         act, split = BF16, True
     grouped = 0
-    if p.grouped_rows:
-        grouped = {32: 4, 64: 2}.get(p.padded, 1)
+    segments = p.segments(length)
+    if p.grouped_rows or length:
+        grouped = {32: 4, 64: 2}.get(segments.places, 1)
     elif act == S8 and p.zero == 2:
         grouped = 1
     processors, limit = device_properties(p.device)
+    worth = p.worth(act)
     problem = Problem(
         3 * m if split else m,
         p.n_padded,
         p.chunks,
-        p.groups,
+        segments.number,
         act,
         p.bits,
         grouped,
         p.zero,
-        p.sc16,
+        p.scale,
         processors,
         limit,
         p.mul,
         p.zero_top,
         has_wgmma(p.device),
+        worth.kind,
+        worth.mantissa,
+        length is not None,
     )
     return problem, split
 
@@ -601,9 +388,22 @@ def explain(x: Any, q: QTensor, compute: str) -> Plan:
     import cupy
 
     x = _import(x, cupy)
-    kind = _KINDS.get(np.dtype(x.dtype).name, 2)
+    kind = _kind_of(x.dtype)
     m = x.size // max(q._storage.cols, 1)
-    return plan(_problem(_panels(q._storage, int(x.device.id)), m, compute, kind)[0])
+    panels = panels_on(q._storage, int(x.device.id))
+    return plan(_problem(panels, m, compute, 2 if kind is None else kind)[0])
+
+
+# Memory that captured graphs use: nobody else may have it.
+_captured: list[Any] = []
+
+
+def _scratch(shape: Any, dtype: Any, stream: int, cupy: Any) -> Any:
+    """Return memory for the time of a call, or for good where a graph is captured."""
+    a = cupy.empty(shape, dtype)
+    if stream and cupy.cuda.runtime.streamIsCapturing(stream):
+        _captured.append(a)
+    return a
 
 
 def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: Any = None) -> None:
@@ -616,99 +416,155 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
         return
     if m > 65535 * 8:
         raise ValueError(f"products of more than {65535 * 8} rows are not supported, got {m}")
-    stream = int(cupy.cuda.get_current_stream().ptr)
-    kind = _KINDS[np.dtype(x.dtype).name]
-    places = p.chunks * CHUNK
-    scale = None
-    if compute == "int8" and p.longest >= 1 << 31:
+    if compute.startswith("int8") and p.longest >= 1 << 31:
         raise ValueError("integer sums of this length could overflow int32")
-    problem, split = _problem(p, m, compute, kind)
-    pl, act, rows = plan(problem), problem.act, problem.m
-    direct = (
-        act != S8
-        and not split
-        and kind == act
-        and (not p.grouped_rows or p.group == p.padded)
-        and k % 8 == 0
-        and x.strides[1] == 2
-        and x.strides[0] % 16 == 0
-        and x.data.ptr % 16 == 0
-    )
-    if direct:
-        xs, ldx, k_bytes = x, x.strides[0], 2 * k
-    else:
-        width = 1 if act == S8 else 2
-        xs = cupy.empty((rows, places * width), cupy.uint8)
-        args = _ActArgs(x=x.data.ptr, out=xs.data.ptr)
-        args.x_row, args.x_col = _strides(x)
-        args.m, args.k, args.places = m, k, places
-        args.group, args.padded = p.group, p.padded
-        args.kind = kind
-        args.out_kind = 2 if split else act
-        if act == S8:
-            args.plain = (
-                kind in (0, 1, 2)
-                and (not p.grouped_rows or p.group == p.padded)
-                and k % 16 == 0
-                and x.strides[1] == x.itemsize
-                and x.strides[0] % 16 == 0
-                and x.data.ptr % 16 == 0
-            )
-            scale = cupy.empty(m, _F32)
-            args.scale = scale.data.ptr
-            kernel(p.device, "activations.cu", "quantise").launch(
-                (m, 1), 256 if k > 1024 else 128, 0, stream, args
-            )
+    stream = int(cupy.cuda.get_current_stream().ptr)
+    at, to = x.data.ptr, y.data.ptr
+    key = (m, x.strides, y.strides, x.dtype, y.dtype, compute, at % 16, to % 32, stream)
+    call = p.calls.get(key)
+    if call is None:
+        if len(p.calls) >= 64:
+            p.calls.clear()
+        call = p.calls[key] = _Call(p, x, y, compute, stream)
+    call(at, to, 0 if bias is None else bias.data.ptr, given, cupy)
+
+
+class _Call:
+    """Everything about a product but where the operands are."""
+
+    def __init__(self, p: Panels, x: Any, y: Any, compute: str, stream: int) -> None:
+        m, k = x.shape
+        kind, y_kind = _kind_of(x.dtype), _kind_of(y.dtype)
+        assert kind is not None
+        assert y_kind is not None
+        problem, self.split = _problem(p, m, compute, kind)
+        self.plan = pl = plan(problem)
+        self.panels, self.stream, self.m = p, stream, m
+        self.act, self.rows = problem.act, problem.m
+        worth = p.worth(problem.act)
+        # float32 activations meet the whole of a table, others its entries as rounded.
+        self.tables = worth.tables if self.split else worth.tables[:1]
+        self.books = [p.table(t) for t in self.tables] or [0]
+        places = p.chunks * CHUNK
+        self.width = 1 if self.act == S8 else 2
+        plain = (
+            (not p.grouped_rows or p.group == p.padded)
+            and x.strides[1] == x.itemsize
+            and x.strides[0] % 16 == 0
+            and x.data.ptr % 16 == 0
+        )
+        self.direct = (
+            plain and self.act != S8 and not self.split and kind == self.act and k % 8 == 0
+        )
+        self.x_step, self.y_step = x.strides[0], y.strides[0]
+        self.places = places
+        a = self.act_args = _ActArgs()
+        a.x_row, a.x_col = _strides(x)
+        a.y_row, a.y_col = _strides(y)
+        a.m, a.n, a.k, a.places = m, p.rows, k, places
+        a.group, a.padded = p.group, p.padded
+        a.kind, a.y_kind = kind, y_kind
+        a.out_kind = 2 if self.split else self.act
+        a.plain = plain and kind in (0, 1, 2) and k % 16 == 0
+        a.tables = len(self.books)
+        # What the integer 1 is worth goes into the scale of the row.
+        a.step = np.float32(worth.unit if worth.kind else 1.0) * np.float32(p.tensor)
+        self.threads = 256 if k > 1024 else 128
+        length = _LENGTHS.get(compute)
+        segments = p.segments(length)
+        self.scales = m * (segments.number if length else 1)
+        if length:
+            a.length, a.segment, a.segments = length, segments.places, segments.number
+            self.threads = 256
+        self.row_bytes = x.strides[0] if self.direct else places * self.width
+        k_bytes = 2 * k if self.direct else self.row_bytes
+        g = self.args = _GemmArgs()
+        for i, plane in enumerate(p.planes):
+            g.planes[i] = plane.data.ptr
+        g.scales = segments.scales.data.ptr
+        g.zeros = None if segments.zeros is None else segments.zeros.data.ptr
+        g.work = workspace(
+            p.device, stream, "sums", pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
+        )
+        g.counters = workspace(p.device, stream, "counters", pl.grid[1] * pl.row_blocks * 4)
+        g.ldx = self.row_bytes
+        g.y_row, g.y_col = (p.rows, 1) if self.split else _strides(y)
+        size = 4 if self.split else y.itemsize
+        g.wide = (
+            g.y_col == 1
+            and g.y_row % 4 == 0
+            and p.rows % 4 == 0
+            and (self.split or y.data.ptr % min(4 * size, 16) == 0)
+        )
+        g.m, g.n, g.n_padded, g.k_bytes = self.rows, p.rows, p.n_padded, k_bytes
+        g.chunks, g.groups = p.chunks, segments.number
+        g.chunks_per_group = max(segments.places // CHUNK, 1) if problem.grouped else 1
+        g.row_blocks, g.y_kind, g.mul, g.sub = pl.row_blocks, y_kind, p.mul, p.sub
+        if self.split:
+            g.y_kind = 2
+        g.unit = a.step if self.act == S8 else (worth.unit if worth.kind else 1.0) * p.tensor
+        g.per, g.rest = divmod(pl.units, pl.grid[0] // pl.cluster)
+        g.whole = pl.whole
+        self.box = None
+        if has_wgmma(p.device):
+            self.box = self.rows, k_bytes, self.row_bytes, pl.tokens // pl.cluster, self.width
+        self.kernel = kernel(p.device, f"{pl.nest}.cu", pl.nest, pl.defines)
+        if not self.direct:
+            name = "quantise_groups" if length else "quantise" if self.act == S8 else "place"
+            self.prepare = kernel(p.device, "activations.cu", name)
+        if self.split:
+            self.combine = kernel(p.device, "activations.cu", "combine")
+
+    def __call__(self, x: int, y: int, bias: int, given: Any, cupy: Any) -> None:
+        """Launch on operands at these addresses."""
+        # Launching copies the arguments, so a copy per call is enough for threads to share this.
+        args = _GemmArgs.from_buffer_copy(self.args)
+        scale = None
+        if not self.direct:
+            held = _scratch(self.rows * self.places * self.width, np.uint8, self.stream, cupy)
+            if self.act == S8:
+                scale = _scratch(self.scales, np.float32, self.stream, cupy)
+            self._prepare(x, held.data.ptr, scale)
+            x = held.data.ptr
             if given is not None:
                 scale = given
-        else:
-            at = kernel(p.device, "activations.cu", "place")
-            for first in range(0, m, 65535):
-                args.m = min(65535, m - first)
-                args.x = x.data.ptr + first * x.strides[0]
-                args.out = xs.data.ptr + first * (3 if split else 1) * places * 2
-                at.launch((min(-(-places // 256), 64), args.m), 256, 0, stream, args)
-        ldx = k_bytes = places * width
-    target, y_kind = y, _KINDS[np.dtype(y.dtype).name]
-    if split:
-        target, y_kind = cupy.empty((rows, p.rows), _F32), _KINDS["float32"]
-    g = _GemmArgs()
-    for i, plane in enumerate(p.planes):
-        g.planes[i] = plane.data.ptr
-    g.scales = p.scales.data.ptr
-    g.zeros = None if p.zeros is None else p.zeros.data.ptr
-    g.x = xs.data.ptr
-    g.row_scale = None if scale is None else scale.data.ptr
-    g.bias = None if bias is None or split else bias.data.ptr
-    g.y = target.data.ptr
-    g.work = workspace(
-        p.device, stream, "sums", pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
-    )
-    g.counters = workspace(p.device, stream, "counters", pl.grid[1] * pl.row_blocks * 4)
-    g.ldx = ldx
-    g.y_row, g.y_col = _strides(target)
-    g.m, g.n, g.n_padded, g.k_bytes = rows, p.rows, p.n_padded, k_bytes
-    g.chunks, g.groups = p.chunks, p.groups
-    g.chunks_per_group = max(p.padded // CHUNK, 1) if problem.grouped else 1
-    g.row_blocks, g.y_kind, g.mul, g.sub = pl.row_blocks, y_kind, p.mul, p.sub
-    boxes = []
-    if pl.nest == "hopper":
-        item = 1 if act == S8 else 2
-        boxes.append(tensor_map(xs.data.ptr, rows, k_bytes, ldx, pl.tokens, item))
-    g.per, g.rest = divmod(pl.units, pl.grid[0])
-    g.whole = pl.whole
-    kernel(p.device, f"{pl.nest}.cu", pl.nest, pl.defines).launch(
-        pl.grid, pl.threads, pl.shared, stream, g, *boxes
-    )
-    if split:
-        args = _ActArgs(y=y.data.ptr)
-        args.y_row, args.y_col = _strides(y)
-        args.n = p.rows
-        args.y_kind = _KINDS[np.dtype(y.dtype).name]
-        args.bias = None if bias is None else bias.data.ptr
-        at = kernel(p.device, "activations.cu", "combine")
-        for first in range(0, m, 65535):
-            count = min(65535, m - first)
-            args.parts_in = target.data.ptr + first * 3 * p.rows * 4
-            args.y = y.data.ptr + first * y.strides[0]
-            at.launch((min(-(-p.rows // 256), 64), count), 256, 0, stream, args)
+        args.x = x
+        args.row_scale = None if scale is None else scale.data.ptr
+        boxes = () if self.box is None else (tensor_map(x, *self.box),)
+        if not self.split:
+            args.bias, args.y = bias, y
+            args.book = self.books[0]
+            self._launch(args, boxes)
+            return
+        part = self.rows * self.panels.rows
+        sums = _scratch(part * len(self.books), np.float32, self.stream, cupy)
+        for i, book in enumerate(self.books):
+            args.y, args.book = sums.data.ptr + 4 * part * i, book
+            self._launch(args, boxes)
+        self._combine(sums.data.ptr, y, bias)
+
+    def _launch(self, args: _GemmArgs, boxes: Any) -> None:
+        pl = self.plan
+        self.kernel.launch(pl.grid, pl.threads, pl.shared, self.stream, args, *boxes)
+
+    def _prepare(self, x: int, out: int, scale: Any) -> None:
+        a = _ActArgs.from_buffer_copy(self.act_args)
+        a.x, a.out = x, out
+        if self.act == S8:
+            a.scale = scale.data.ptr
+            self.prepare.launch((self.m, 1), self.threads, 0, self.stream, a)
+            return
+        blocks, row = min(-(-self.places // 256), 64), self.places * 2 * (3 if self.split else 1)
+        for first in range(0, self.m, 65535):
+            a.m = min(65535, self.m - first)
+            a.x, a.out = x + first * self.x_step, out + first * row
+            self.prepare.launch((blocks, a.m), 256, 0, self.stream, a)
+
+    def _combine(self, sums: int, y: int, bias: int) -> None:
+        a = _ActArgs.from_buffer_copy(self.act_args)
+        a.bias = bias
+        n = self.panels.rows
+        for first in range(0, self.m, 65535):
+            count = min(65535, self.m - first)
+            a.parts_in, a.y = sums + first * 3 * n * 4, y + first * self.y_step
+            self.combine.launch((min(-(-n // 256), 64), count), 256, 0, self.stream, a)

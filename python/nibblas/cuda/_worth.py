@@ -1,0 +1,134 @@
+"""What the codes of a format become in the registers of the tensor cores; see decode.cuh."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..formats import Element
+from ..qtensor import _to_bf16_bits
+from ._plan import BF16, F16, FLOAT, LINE, PAIRS, S8, TABLE
+
+__all__ = ["Worth", "integers", "line", "worth"]
+
+
+class Worth(NamedTuple):
+    """How one class of arithmetic decodes an element."""
+
+    kind: int
+    """LINE, PAIRS, FLOAT or TABLE."""
+    mantissa: int
+    """Mantissa bits of FLOAT."""
+    tables: tuple[NDArray[Any], ...]
+    """Entries of PAIRS (16) or TABLE (256) in the class's type; then what they leave over."""
+    unit: float
+    """What 1 in a register is worth."""
+
+
+def line(element: Element) -> tuple[int, int, float]:
+    """Return mul, sub and unit of an element whose code u stands for ``(mul*u - sub) * unit``."""
+    values = element.values.astype(np.float64)
+    step = values[1] - values[0]
+    unit = step if step < 1 else 1.0
+    return int(step / unit), -int(values[0] / unit), float(unit)
+
+
+def integers(element: Element) -> tuple[NDArray[np.int8], float]:
+    """Return the integers that stand for the values of a table, and what 1 is worth.
+
+    The least power of two that makes every value an integer of a byte; else 127 steps.
+    """
+    values = element.values
+    finite = np.isfinite(values)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for power in range(-8, 9):
+            scaled = values * np.float32(2.0**power)
+            if finite.all() and (scaled == np.trunc(scaled)).all() and np.abs(scaled).max() <= 127:
+                return scaled.astype(np.int8), 2.0**-power
+        unit = np.abs(values[finite]).max() / np.float32(127)
+        nearest = np.clip(np.rint(values / unit), -127, 127)
+    return np.where(finite, nearest, 0).astype(np.int8), float(unit)
+
+
+def _halves(v: NDArray[np.float32], act: int) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
+    """Return the nearest numbers of a 16-bit type as bits, and what they are."""
+    if act == F16:
+        with np.errstate(over="ignore"):
+            half = v.astype(np.float16)
+        return half.view(np.uint16), half.astype(np.float32)
+    finite = np.isfinite(v)
+    bits = np.where(finite, _to_bf16_bits(np.where(finite, v, 0).astype(np.float32)), 0)
+    bits = np.where(finite, bits, v.view(np.uint32) >> 16 | np.where(np.isnan(v), 0x40, 0))
+    bits = bits.astype(np.uint16)
+    return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _small_float(element: Element, act: int, finite: bool) -> tuple[int, float] | None:
+    """Return mantissa and unit of an element whose bits are moved to those of the 16-bit type."""
+    bits, values = element.bits, element.values.astype(np.float64)
+    u = np.arange(1 << bits, dtype=np.uint32)
+    sign = (u >> (bits - 1)) << 15
+    usable = np.isfinite(values) & (values != 0)
+    for mantissa in range(bits - 2):
+        up = (10 if act == F16 else 7) - mantissa
+        pattern = sign | ((u & ((1 << (bits - 1)) - 1)) << up & 0x7FFF)
+        if act == F16:
+            register = pattern.astype(np.uint16).view(np.float16).astype(np.float64)
+        else:
+            bias = (1 << (bits - 2 - mantissa)) - 1
+            wide = (pattern << 16).astype(np.uint32).view(np.float32)
+            register = wide.astype(np.float64) * 2.0 ** (127 - bias)
+        if not np.isfinite(register[usable]).all() or (register[usable] == 0).any():
+            continue
+        units = values[usable] / register[usable]
+        with np.errstate(invalid="ignore"):
+            expected = register * units[0]
+        same = (expected == values) | (np.isnan(expected) & np.isnan(values))
+        if finite:
+            same |= ~np.isfinite(values)
+        if (units == units[0]).all() and same.all():
+            return mantissa, float(units[0])
+    return None
+
+
+@functools.cache
+def _worth(name: str, act: int, finite: bool) -> Worth:
+    from ..formats import Format
+
+    element = Format(name).element
+    if element.linear:
+        return Worth(LINE, 0, (), line(element)[2])
+    kind, size = (PAIRS, 16) if element.bits <= 4 else (TABLE, 256)
+    if act == S8:
+        codes, step = integers(element)
+        return Worth(kind, 0, (np.resize(codes, size),), step)
+    if kind == TABLE:
+        found = _small_float(element, act, finite)
+        if found is not None:
+            return Worth(FLOAT, found[0], (), found[1])
+    values = element.values
+    # float16 has the room for every table once its top is near 2^14; bfloat16 needs none.
+    top = np.abs(values[np.isfinite(values)]).max()
+    lift = float(2.0 ** (14 - np.ceil(np.log2(top)))) if act == F16 else 1.0
+    rest = (values * np.float32(lift)).astype(np.float32)
+    tables = []
+    # bfloat16 leaves bits over that float32 activations ask for.
+    for _ in range(3 if act == BF16 else 1):
+        bits, is_now = _halves(rest, act)
+        tables.append(np.resize(bits, size))
+        with np.errstate(invalid="ignore"):
+            rest = np.where(np.isfinite(rest), rest - is_now, 0).astype(np.float32)
+        if not rest.any():
+            break
+    return Worth(kind, 0, tuple(tables), 1 / lift)
+
+
+def worth(element: Element, act: int, finite: bool) -> Worth:
+    """Return how products in a class of arithmetic decode an element.
+
+    `finite` says that no code of the tensor stands for NaN or an infinity.
+    """
+    return _worth(element.name, act, finite)
