@@ -428,13 +428,15 @@ fn any_format(rng: &mut Rng) -> Format {
     let elements: Vec<_> = nibblas_core::format::table().collect();
     let group = rng.pick(&[None, None, Some(8), Some(13), Some(16), Some(32), Some(48), Some(64), Some(128)]);
     let element = rng.pick(&elements);
-    Format::with(element, group, Some(rng.pick(element.scales))).unwrap()
+    let scale = rng.pick(element.scales);
+    let group = if scale == ScaleType::I8 { group.or(Some(32)) } else { group };
+    Format::with(element, group, Some(scale)).unwrap()
 }
 
 fn tensor(rng: &mut Rng, f: &Format, n: usize, k: usize) -> QTensor {
     let w = rng.matrix(n * k);
     let mut q = quantize(&MatRef::from_f32(&w, n, k), f, Method::Rtn, 1).unwrap().tensor;
-    if let (Zeros::Int(z), 0) = (&q.zeros, rng.next() % 3) {
+    if let (Zeros::Int(z), 0, false) = (&q.zeros, rng.next() % 3, f.is_two_level()) {
         q.zeros = Zeros::Float(z.iter().map(|&v| f32::from(v) + 0.25).collect());
     }
     q

@@ -97,8 +97,11 @@ fn any_format() -> impl Strategy<Value = Format> {
         5 => select(vec![8u32, 16, 32, 64, 128]).prop_map(Some),
         2 => (8u32..200).prop_map(Some),
     ];
-    (select(elements), group, 0usize..3)
-        .prop_map(|(e, g, s)| Format::with(e, g, Some(e.scales[s % e.scales.len()])).unwrap())
+    (select(elements), group, 0usize..4).prop_map(|(e, g, s)| {
+        let scale = e.scales[s % e.scales.len()];
+        let group = if scale == ScaleType::I8 { g.or(Some(32)) } else { g };
+        Format::with(e, group, Some(scale)).unwrap()
+    })
 }
 
 fn extent(top: usize) -> impl Strategy<Value = usize> {
@@ -197,7 +200,7 @@ fn operands(c: &Case) -> (QTensor, Vec<f32>, Vec<f32>) {
     };
     let w = fill(&mut rng, spread, c.n * c.k);
     let mut q = quantize(&MatRef::from_f32(&w, c.n, c.k), &c.format, Method::Rtn, 1).unwrap().tensor;
-    if let (Zeros::Int(z), true) = (&q.zeros, c.float_zeros) {
+    if let (Zeros::Int(z), true) = (&q.zeros, c.float_zeros && !c.format.is_two_level()) {
         q.zeros = Zeros::Float(z.iter().map(|&v| f32::from(v) + 0.25).collect());
     }
     let x = fill(&mut rng, c.spread, c.m * c.k);
@@ -241,7 +244,7 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
             Zeros::Int(v) => Zeros::Int(v[span].to_vec()),
             Zeros::Float(v) => Zeros::Float(v[span].to_vec()),
         },
-        outer: q.outer.clone(),
+        outer: if q.format.is_two_level() { q.outer[from..to].to_vec() } else { q.outer.clone() },
         mask: None,
     }
 }
@@ -260,10 +263,10 @@ fn integer_tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bo
         ScaleType::BF16 => Scales::BF16(scales.iter().map(|&s| half::bf16::from_f32(s).to_bits()).collect()),
         ScaleType::E8M0 => Scales::E8M0(scales.iter().map(|&s| e8m0_byte(s)).collect()),
         ScaleType::E4M3 => Scales::E4M3(scales.iter().map(|&s| e4m3_byte(s)).collect()),
-        ScaleType::I8 => Scales::I8(scales.iter().map(|&s| s as u8).collect()),
+        ScaleType::I8 => Scales::I8(scales.iter().map(|&s| (4.0 * s).min(7.0) as u8).collect()),
     };
     let zeros: Vec<u8> = (0..count).map(|_| rng.below(u64::from(e.levels)) as u8).collect();
-    let zeros = match (e.zero, float_zeros) {
+    let zeros = match (e.zero, float_zeros && !f.is_two_level()) {
         (ZeroKind::None, _) => Zeros::None,
         (ZeroKind::PerGroup, false) => Zeros::Int(zeros),
         (ZeroKind::PerGroup, true) => Zeros::Float(zeros.iter().map(|&z| f32::from(z)).collect()),
@@ -368,7 +371,7 @@ proptest! {
                         };
                         f64::from(x[m * c.k + k])
                             * (weights[n * c.k + k] as f64 - zero)
-                            * f64::from(q.view().scale(n, k / len))
+                            * if c.format.is_two_level() { 1.0 } else { f64::from(q.view().scale(n, k / len)) }
                     })
                     .sum();
                 want[m * c.n + n] = (sum + if c.bias { f64::from(bias[n]) } else { 0.0 }) as f32;
@@ -397,7 +400,7 @@ proptest! {
         let mut rng = Rng::new(c.seed);
         let (mut fa, mut fb) = (left, c.format);
         for f in [&mut fa, &mut fb] {
-            if !f.element.is_linear() {
+            if !f.element.is_linear() || f.is_two_level() {
                 *f = Format::parse("int5").unwrap();
             }
         }

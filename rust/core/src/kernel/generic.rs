@@ -793,10 +793,7 @@ pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
             top[0] = S::maxu(top[0], S::and(S::bits(S::loadf(x.add(i))), mask));
             i += 16;
         }
-        let t = S::maxu(S::maxu(top[0], top[1]), S::maxu(top[2], top[3]));
-        let mut lanes = [0u32; 16];
-        S::store(lanes.as_mut_ptr().cast(), t);
-        let mut best = lanes.into_iter().max().unwrap_or(0);
+        let mut best = S::top(S::maxu(S::maxu(top[0], top[1]), S::maxu(top[2], top[3])));
         while i < n {
             best = best.max((*x.add(i)).to_bits() & 0x7fff_ffff);
             i += 1;
@@ -805,7 +802,7 @@ pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
     }
 }
 
-/// `q = clip(rint(x/s), -127, 127)` for `n` floats, a multiple of 16.
+/// `q = clip(rint(x/s), -127, 127)` for `n` floats, a multiple of 16; `inverse` is the rounded reciprocal of `s`.
 ///
 /// A product with the reciprocal decides every value that is not within 2^-12 of a tie, where it cannot differ from the
 /// true quotient after rounding; the others take the division.
@@ -813,12 +810,11 @@ pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
 /// # Safety
 /// `x` has `n` readable floats and `q` as many writable bytes; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, q: *mut i8) {
+unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, inverse: f32, q: *mut i8) {
     // SAFETY: as the contract says.
     unsafe {
         let s = S::splatf(scale);
         let (lo, hi) = (S::splatf(-127.0), S::splatf(127.0));
-        let inverse = 1.0 / scale;
         let quick = scale >= f32::MIN_POSITIVE * 4.0 && inverse >= f32::MIN_POSITIVE;
         let inv = S::splatf(inverse);
         let half = S::splatf(0.5 - 1.0 / 4096.0);
@@ -849,18 +845,30 @@ pub unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, q: *mut i8)
 pub unsafe fn quantise_groups<S: Simd>(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8) -> bool {
     // SAFETY: as the contract says.
     unsafe {
-        for (j, at) in (0..k).step_by(group).enumerate() {
-            let len = group.min(k - at);
-            let top = absmax_bits::<S>(x.add(at), len);
-            if top >= 0x7f80_0000 {
-                return false;
+        // Sixteen groups at a time: their largest values wait for nothing, and one division serves all.
+        for g0 in (0..k.div_ceil(group)).step_by(16) {
+            let count = 16.min(k.div_ceil(group) - g0);
+            let span = |j: usize| ((g0 + j) * group, group.min(k - (g0 + j) * group));
+            let mut top = [0u32; 16];
+            for (j, t) in top[..count].iter_mut().enumerate() {
+                let (at, len) = span(j);
+                *t = absmax_bits::<S>(x.add(at), len);
+                if *t >= 0x7f80_0000 {
+                    return false;
+                }
             }
-            let s = f32::from_bits(top) / 127.0;
-            *scales.add(j) = s;
-            if s == 0.0 {
-                q.add(at).write_bytes(0, len.next_multiple_of(16));
-            } else {
-                quantise::<S>(x.add(at), len.next_multiple_of(16), s, q.add(at));
+            let s = S::divf(S::from_bits(S::load(top.as_ptr().cast())), S::splatf(127.0));
+            let (mut scale, mut inverse) = ([0.0; 16], [0.0; 16]);
+            S::storef(scale.as_mut_ptr(), s);
+            S::storef(inverse.as_mut_ptr(), S::divf(S::splatf(1.0), s));
+            scales.add(g0).copy_from_nonoverlapping(scale.as_ptr(), count);
+            for j in 0..count {
+                let (at, len) = span(j);
+                if scale[j] == 0.0 {
+                    q.add(at).write_bytes(0, len.next_multiple_of(16));
+                } else {
+                    quantise::<S>(x.add(at), len.next_multiple_of(16), scale[j], inverse[j], q.add(at));
+                }
             }
         }
         true

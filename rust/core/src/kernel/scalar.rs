@@ -65,6 +65,7 @@ unsafe impl Simd for Scalar {
             (u32::from(low) | (u32::from(high) << 16)) as i32
         });
         maxu(a: I, b: I) -> I = zip(a, b, |x, y| (x as u32).max(y as u32) as i32);
+        top(a: I) -> u32 = a.into_iter().fold(0, |t, v| t.max(v as u32));
         dot(acc: I, u: I, s: I) -> I = dot(acc, u, s);
         dot7(acc: I, u: I, s: I) -> I = dot(acc, u, s);
         load_u8(p: *const u8) -> I = p.cast::<[u8; 16]>().read_unaligned().map(i32::from);

@@ -37,6 +37,8 @@ pub unsafe trait Simd: 'static {
     unsafe fn mul16(a: Self::I, b: Self::I) -> Self::I;
     /// Unsigned maximum of 32-bit lanes.
     unsafe fn maxu(a: Self::I, b: Self::I) -> Self::I;
+    /// The largest lane, unsigned.
+    unsafe fn top(a: Self::I) -> u32;
     /// `acc + sum_j u[j]*s[j]` over the four bytes of each lane, u unsigned, s signed; exact for every byte.
     unsafe fn dot(acc: Self::I, u: Self::I, s: Self::I) -> Self::I;
     /// As `dot`, for u up to 127.

@@ -116,6 +116,12 @@ macro_rules! common {
             mul(a: I, b: I) -> I = both!(_mm256_mullo_epi32, a, b);
             mul16(a: I, b: I) -> I = both!(_mm256_mullo_epi16, a, b);
             maxu(a: I, b: I) -> I = both!(_mm256_max_epu32, a, b);
+            top(a: I) -> u32 = {
+                let v = _mm256_max_epu32(a[0], a[1]);
+                let v = _mm_max_epu32(_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v));
+                let v = _mm_max_epu32(v, _mm_shuffle_epi32::<0x4E>(v));
+                _mm_cvtsi128_si32(_mm_max_epu32(v, _mm_shuffle_epi32::<0xB1>(v))) as u32
+            };
             load_u8(p: *const u8) -> I = {
                 let b = _mm_loadu_si128(p.cast());
                 [_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(b))]

@@ -82,6 +82,7 @@ macro_rules! common {
             mul(a: I, b: I) -> I = _mm512_mullo_epi32(a, b);
             mul16(a: I, b: I) -> I = _mm512_mullo_epi16(a, b);
             maxu(a: I, b: I) -> I = _mm512_max_epu32(a, b);
+            top(a: I) -> u32 = _mm512_reduce_max_epu32(a);
             load_u8(p: *const u8) -> I = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
             store_i8(p: *mut i8, v: I) -> () = _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
             cvt(a: I) -> F = _mm512_cvtepi32_ps(a);
