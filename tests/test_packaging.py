@@ -26,6 +26,7 @@ UNSAFE_FILES = {
     "rust/core/src/pack.rs",
     "rust/core/src/pair.rs",
     "rust/core/src/pool.rs",
+    "rust/ops/src/level.rs",
 }
 UNSAFE_FOLDERS = ("rust/core/src/kernel/", "rust/core/src/sparse/", "rust/py/src/")
 

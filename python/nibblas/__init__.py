@@ -20,7 +20,7 @@ from .formats import Format
 from .qtensor import QTensor
 
 if TYPE_CHECKING:
-    from . import io, testing
+    from . import approx, intops, io, testing
     from ._hadamard import hadamard
     from ._info import info
     from ._sparse import DeltaLinear, prune
@@ -32,11 +32,13 @@ __all__ = [
     "Format",
     "QTensor",
     "__version__",
+    "approx",
     "explain",
     "formats",
     "get_num_threads",
     "hadamard",
     "info",
+    "intops",
     "io",
     "load",
     "matmul",
@@ -53,9 +55,11 @@ __all__ = [
 # Loaded when first asked for: importing the package stays cheap.
 _LAZY = {
     "DeltaLinear": "_sparse",
+    "approx": "",
     "cuda": "",
     "hadamard": "_hadamard",
     "info": "_info",
+    "intops": "",
     "io": "",
     "load": "io",
     "prune": "_sparse",

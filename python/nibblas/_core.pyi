@@ -31,6 +31,18 @@ __all__ = [
     "matmul_plain",
     "matmul_q",
     "matmul_raw",
+    "ops_add",
+    "ops_apply",
+    "ops_compat",
+    "ops_dyadic",
+    "ops_lmul",
+    "ops_lmul_matmul",
+    "ops_norm",
+    "ops_norm_codes",
+    "ops_requantize",
+    "ops_shift_add",
+    "ops_softmax",
+    "ops_sqrt",
     "pack",
     "parse_format",
     "part_names",
@@ -160,6 +172,117 @@ def reference(
     x: NDArray[Any], parts: _Parts, y: NDArray[Any], compute: str, bias: NDArray[Any] | None, /
 ) -> None: ...
 def explain(m: int, packed: Packed, compute: str, threads: int, /) -> Plan: ...
+def ops_shift_add(
+    a: NDArray[Any],
+    parts: _Parts,
+    y: NDArray[Any],
+    bias: NDArray[Any] | None,
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_lmul(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    y: NDArray[Any],
+    numbers: tuple[int, int, int, int],
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_lmul_matmul(
+    a: NDArray[Any],
+    b: NDArray[Any],
+    y: NDArray[Any],
+    n: int,
+    k: int,
+    numbers: tuple[int, int, int, int],
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_dyadic(scale: float, /) -> tuple[int, int]: ...
+def ops_requantize(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    multipliers: list[int],
+    shifts: list[int],
+    inner: int,
+    zero: int,
+    rounding: str,
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_add(
+    a: NDArray[Any],
+    a_scale: float,
+    b: NDArray[Any],
+    b_scale: float,
+    out_scale: float,
+    each: bool,
+    y: NDArray[Any],
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_apply(
+    function: str,
+    x: NDArray[Any],
+    scale: float,
+    out_scale: float,
+    y: NDArray[Any],
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_softmax(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    cols: int,
+    scale: float,
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_norm(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    centre: bool,
+    scale: float,
+    weight: NDArray[Any],
+    bias: NDArray[Any] | None,
+    eps: float,
+    out_scale: float,
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_norm_codes(
+    x: NDArray[Any],
+    y: NDArray[Any],
+    scales: NDArray[Any],
+    scale: float,
+    weight: NDArray[Any],
+    eps: float,
+    threads: int,
+    isa: str | None,
+    /,
+) -> None: ...
+def ops_sqrt(
+    x: NDArray[Any], y: NDArray[Any], ivit: bool, threads: int, isa: str | None, /
+) -> None: ...
+def ops_compat(
+    function: str,
+    family: str,
+    x: NDArray[Any],
+    cols: int,
+    scale: float,
+    bias: NDArray[Any] | None,
+    y: NDArray[Any],
+    threads: int,
+    /,
+) -> None: ...
 def isa_report() -> tuple[tuple[str, str | None], ...]: ...
 def isa_detected() -> str: ...
 def isa_active() -> str: ...

@@ -203,10 +203,14 @@ macro_rules! slices_mut {
 slices!(u8s, u8, Kind::U8);
 slices!(f32s, f32, Kind::Float(Scalar::F32));
 slices!(bits16, u16, Kind::Float(Scalar::F16 | Scalar::BF16));
+slices!(i8s, i8, Kind::Float(Scalar::I8));
 slices!(i16s, i16, Kind::I16);
+slices!(i32s, i32, Kind::I32);
+slices!(i64s, i64, Kind::I64);
 slices_mut!(u8s_mut, u8, Kind::U8);
 slices_mut!(f32s_mut, f32, Kind::Float(Scalar::F32));
 slices_mut!(bits16_mut, u16, Kind::Float(Scalar::F16 | Scalar::BF16));
+slices_mut!(i8s_mut, i8, Kind::Float(Scalar::I8));
 slices_mut!(i16s_mut, i16, Kind::I16);
 slices_mut!(i32s_mut, i32, Kind::I32);
 slices_mut!(i64s_mut, i64, Kind::I64);

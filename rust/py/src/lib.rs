@@ -3,8 +3,10 @@
 #![allow(clippy::needless_pass_by_value)]
 use pyo3::prelude::*;
 
+mod approx;
 mod array;
 mod convert;
+mod intops;
 mod io;
 mod product;
 mod sparse;
@@ -19,5 +21,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     tensor::register(m)?;
     product::register(m)?;
     sparse::register(m)?;
+    intops::register(m)?;
+    approx::register(m)?;
     io::register(m)
 }

@@ -103,6 +103,10 @@ pub fn compute_of(name: &str) -> PyResult<Compute> {
     name.parse().map_err(to_py)
 }
 
+/// The level of that name, or the active one.
+///
+/// # Errors
+/// ValueError for levels above the active one.
 pub fn isa_of(name: Option<&str>) -> PyResult<Isa> {
     let Some(name) = name else { return Ok(isa::active()) };
     let want: Isa = name.parse().map_err(PyValueError::new_err)?;

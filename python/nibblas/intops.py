@@ -1,0 +1,711 @@
+"""Operators of integers alone: what a quantised network does between its products.
+
+A tensor is an integer array and a positive float, its scale: the value is code times scale.
+Scales are turned into integers once per call; from there to the result no operation is a float
+one, so results are the same on every machine and for every number of threads. Operators that
+choose the scale of their result return ``(codes, scale)``.
+
+``compat="ibert"`` and ``compat="ivit"`` give the operators of I-BERT and I-ViT as published, with
+their quirks, as int64.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from . import _core, _threads
+
+__all__ = [
+    "add",
+    "dyadic",
+    "exp",
+    "gelu",
+    "layernorm",
+    "requantize",
+    "rmsnorm",
+    "rmsnorm_quantize",
+    "sigmoid",
+    "silu",
+    "softmax",
+    "sqrt",
+]
+
+_NARROW = tuple(np.dtype(t) for t in (np.int8, np.uint8, np.int16, np.uint16, np.int32))
+_COMPAT = ("ibert", "ivit")
+_INT32 = np.iinfo(np.int32)
+
+
+def _codes(q: ArrayLike, name: str = "q") -> NDArray[Any]:
+    """Return integers of at most 32 bits, C-contiguous."""
+    a = np.asarray(q)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"{name} must hold integers, got {a.dtype}")
+    if a.dtype not in _NARROW:
+        wide = a.astype(np.int32, copy=False)
+        if a.size and not (_INT32.min <= a.min() and a.max() <= _INT32.max):
+            raise ValueError(f"{name} has values beyond int32: [{a.min()}, {a.max()}]")
+        a = wide
+    return np.ascontiguousarray(a).reshape(a.shape)
+
+
+def _narrow(dtype: DTypeLike) -> np.dtype[Any]:
+    dt = np.dtype(dtype)
+    if dt not in _NARROW:
+        names = ", ".join(str(t) for t in _NARROW)
+        raise TypeError(f"dtype={dt} is not a result type: expected one of {names}")
+    return dt
+
+
+def _check_compat(compat: str | None) -> None:
+    if compat is not None and compat not in _COMPAT:
+        raise ValueError(f"unknown compat {compat!r}: expected one of {', '.join(_COMPAT)}")
+
+
+def _fraction(dtype: np.dtype[Any]) -> float:
+    """Return the scale that gives a fraction all the bits of its type."""
+    return math.ldexp(1.0, -(8 * dtype.itemsize - (dtype.kind == "i")))
+
+
+def _last(a: NDArray[Any], axis: SupportsIndex) -> tuple[NDArray[Any], int]:
+    """Return the array with an axis moved to the end, and that axis."""
+    ax = operator.index(axis)
+    if not -a.ndim <= ax < a.ndim:
+        raise np.exceptions.AxisError(ax, a.ndim)
+    return np.ascontiguousarray(np.moveaxis(a, ax, -1)), ax
+
+
+def _float_vector(name: str, v: ArrayLike, length: int) -> NDArray[np.float32]:
+    a = np.ascontiguousarray(v, np.float32)
+    if a.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {a.shape}")
+    return a
+
+
+def dyadic(scale: float) -> tuple[int, int]:
+    """Encode a positive scale as ``multiplier * 2**-31 * 2**-shift``.
+
+    Parameters
+    ----------
+    scale : float
+        At least ``2**-32``, below ``2**31``.
+
+    Returns
+    -------
+    multiplier, shift : int
+        The multiplier in ``[2**30, 2**31)``, rounded half up; a positive shift goes to the right.
+
+    Raises
+    ------
+    ValueError
+        If the scale is not positive and finite, or out of range.
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.dyadic(0.75)
+    (1610612736, 0)
+    """
+    return _core.ops_dyadic(float(scale))
+
+
+def requantize(
+    acc: ArrayLike,
+    *,
+    multiplier: ArrayLike,
+    shift: ArrayLike,
+    zero: SupportsIndex = 0,
+    rounding: str = "single",
+    dtype: DTypeLike = np.int8,
+    axis: SupportsIndex = -1,
+    threads: SupportsIndex | None = None,
+) -> NDArray[Any]:
+    """Rescale integer sums: ``zero + acc * multiplier * 2**-31 * 2**-shift``, saturated.
+
+    Parameters
+    ----------
+    acc : array_like of int
+        Sums that fit int32.
+    multiplier, shift : int or array_like of int
+        As :func:`dyadic` returns them, one for all or one per channel. Multipliers are int32,
+        shifts lie in -31..31.
+    zero : int, default 0
+        Zero point of the result.
+    rounding : {"single", "gemmlowp", "float"}
+        One rounding, halves up; two roundings as gemmlowp defines them; or float32 arithmetic with
+        halves to even.
+    dtype : dtype, default int8
+        int8, uint8, int16, uint16 or int32.
+    axis : int, default -1
+        The axis of channels.
+    threads : int, optional
+        At most this many threads. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray
+        In the shape of `acc`.
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.requantize([91581], multiplier=2012766816, shift=3, dtype="int16")
+    array([10729], dtype=int16)
+    """
+    x, dt = _codes(acc, "acc"), _narrow(dtype)
+    m, s = np.asarray(multiplier), np.asarray(shift)
+    if m.dtype.kind not in "iu" or s.dtype.kind not in "iu":
+        raise TypeError(f"multiplier and shift must be integers, got {m.dtype} and {s.dtype}")
+    if m.ndim > 1 or s.ndim > 1:
+        raise ValueError(f"one multiplier per channel, got shapes {m.shape} and {s.shape}")
+    z = operator.index(zero)
+    for name, v in (("multiplier", m), ("zero", np.asarray(z)), ("shift", s)):
+        if v.size and not (_INT32.min <= v.min() and v.max() <= _INT32.max):
+            raise ValueError(f"{name} is beyond int32")
+    inner = 1
+    if m.ndim or s.ndim:
+        ax = operator.index(axis)
+        if not -x.ndim <= ax < x.ndim:
+            raise np.exceptions.AxisError(ax, x.ndim)
+        channels = x.shape[ax]
+        try:
+            m, s = np.broadcast_to(m, (channels,)), np.broadcast_to(s, (channels,))
+        except ValueError:
+            raise ValueError(
+                f"axis {ax} of acc has {channels} channels, but multiplier and shift have shapes "
+                f"{np.shape(multiplier)} and {np.shape(shift)}"
+            ) from None
+        inner = math.prod(x.shape[ax % x.ndim + 1 :])
+    y = np.empty(x.shape, dt)
+    ms, ss = np.ravel(m).tolist(), np.ravel(s).tolist()
+    if x.size or rounding not in ("single", "gemmlowp", "float"):
+        count = _threads.resolve(threads)
+        _core.ops_requantize(x.ravel(), y.ravel(), ms, ss, inner, z, rounding, count, None)
+    return y
+
+
+def add(
+    a: ArrayLike,
+    a_scale: float,
+    b: ArrayLike,
+    b_scale: float,
+    *,
+    out_scale: float,
+    rounding: str = "once",
+    dtype: DTypeLike = np.int32,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """Add two integer tensors: the residual connection.
+
+    Parameters
+    ----------
+    a, b : array_like of int
+        Codes of the same shape, or shapes that broadcast.
+    a_scale, b_scale, out_scale : float
+        Their scales and that of the result.
+    rounding : {"once", "each"}
+        Round the sum, or both terms before it, as HAWQ does.
+    dtype : dtype, default int32
+        Of the result, which saturates.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+        `out_scale`.
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.add([10, 20], 0.5, [4, -4], 0.25, out_scale=1.0)
+    (array([6, 9], dtype=int32), 1.0)
+    """
+    if rounding not in ("once", "each"):
+        raise ValueError(f"unknown rounding {rounding!r}: expected once or each")
+    x, y = _codes(a, "a"), _codes(b, "b")
+    if x.shape != y.shape:
+        x, y = (np.ascontiguousarray(v) for v in np.broadcast_arrays(x, y))
+    out = np.empty(x.shape, _narrow(dtype))
+    scales = float(a_scale), float(b_scale), float(out_scale)
+    count = _threads.resolve(threads)
+    each = rounding == "each"
+    _core.ops_add(
+        x.ravel(), scales[0], y.ravel(), scales[1], scales[2], each, out.ravel(), count, None
+    )
+    return out, scales[2]
+
+
+def _apply(
+    function: str,
+    q: ArrayLike,
+    scale: float,
+    out_scale: float,
+    dtype: np.dtype[Any],
+    threads: SupportsIndex | None,
+) -> tuple[NDArray[Any], float]:
+    x = _codes(q)
+    y = np.empty(x.shape, dtype)
+    count = _threads.resolve(threads)
+    _core.ops_apply(function, x.ravel(), float(scale), out_scale, y.ravel(), count, None)
+    return y, out_scale
+
+
+def _published(
+    function: str,
+    compat: str,
+    x: NDArray[Any],
+    cols: int,
+    scale: float,
+    bias: NDArray[np.int64] | None,
+    threads: SupportsIndex | None,
+) -> NDArray[np.int64]:
+    y = np.empty(x.shape, np.int64)
+    count = _threads.resolve(threads)
+    _core.ops_compat(function, compat, x.ravel(), cols, float(scale), bias, y.ravel(), count)
+    return y
+
+
+def exp(
+    q: ArrayLike,
+    scale: float,
+    *,
+    dtype: DTypeLike = np.int32,
+    compat: str | None = None,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """Exponential of numbers of at most 0.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes of at most 0.
+    scale : float
+        Their scale.
+    dtype : dtype, default int32
+        Of the result: a fraction with all its bits, 30 for int32.
+    compat : {"ibert", "ivit"}, optional
+        The published operator, in int64.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+        ``2**-30`` for int32.
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> codes, scale = nb.intops.exp([0, -100], 0.01)
+    >>> (codes * scale).round(5).tolist()
+    [1.0, 0.36788]
+    """
+    _check_compat(compat)
+    x = _codes(q)
+    if x.size and x.max() > 0:
+        raise ValueError(f"exp is defined for codes of at most 0, got {x.max()}")
+    if compat is None:
+        dt = _narrow(dtype)
+        return _apply("exp", x, scale, max(_fraction(dt), 2.0**-30), dt, threads)
+    s = float(scale)
+    y = _published("exp", compat, x, 1, s, None, threads)
+    return y, 0.35815147 * s * s * 2.0**-30 if compat == "ibert" else s * 2.0**-15
+
+
+def sigmoid(
+    q: ArrayLike,
+    scale: float,
+    *,
+    dtype: DTypeLike = np.uint8,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """Logistic function.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale.
+    dtype : dtype, default uint8
+        Of the result: a fraction with all its bits, 30 for int32.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.sigmoid([-300, 0, 300], 0.01)
+    (array([ 12, 128, 244], dtype=uint8), 0.00390625)
+    """
+    dt = _narrow(dtype)
+    return _apply("sigmoid", q, scale, max(_fraction(dt), 2.0**-30), dt, threads)
+
+
+def gelu(
+    q: ArrayLike,
+    scale: float,
+    *,
+    out_scale: float | None = None,
+    dtype: DTypeLike = np.int32,
+    compat: str | None = None,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """``x * Phi(x)``, within 1e-5 (3e-4 for 8 bits) and the rounding of the result.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale.
+    out_scale : float, optional
+        That of the result; `scale` by default.
+    dtype : dtype, default int32
+        Of the result, which saturates.
+    compat : {"ibert", "ivit"}, optional
+        The published operator, in int64. I-ViT's takes the maximum of the last axis.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+        Negative for ``compat="ibert"``, as published.
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.gelu([-100, 100, 1000], 0.01)
+    (array([ -16,   84, 1000], dtype=int32), 0.01)
+    """
+    _check_compat(compat)
+    s = float(scale)
+    if compat is None:
+        return _apply(
+            "gelu", q, s, s if out_scale is None else float(out_scale), _narrow(dtype), threads
+        )
+    x = _codes(q)
+    y = _published("gelu", compat, x, x.shape[-1] if x.ndim else 1, s, None, threads)
+    erf_scale = -0.2888 * (s / 1.4142) ** 2 * 2.0**14
+    return y, s * erf_scale / 2 if compat == "ibert" else s * 2.0**-7
+
+
+def silu(
+    q: ArrayLike,
+    scale: float,
+    *,
+    out_scale: float | None = None,
+    dtype: DTypeLike = np.int32,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """``x / (1 + exp(-x))``, within 6e-6 and the rounding of the result.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale.
+    out_scale : float, optional
+        That of the result; `scale` by default.
+    dtype : dtype, default int32
+        Of the result, which saturates.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.silu([-100, 100, 1000], 0.01)
+    (array([ -27,   73, 1000], dtype=int32), 0.01)
+    """
+    s = float(scale)
+    out = s if out_scale is None else float(out_scale)
+    return _apply("silu", q, s, out, _narrow(dtype), threads)
+
+
+def softmax(
+    q: ArrayLike,
+    scale: float,
+    *,
+    axis: SupportsIndex = -1,
+    where: ArrayLike | None = None,
+    dtype: DTypeLike = np.uint8,
+    compat: str | None = None,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """Softmax.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes. The lowest int32 stands for minus infinity.
+    scale : float
+        Their scale.
+    axis : int, default -1
+        Along which probabilities add up to 1.
+    where : array_like of bool, optional
+        False where a value is left out and gets 0; broadcasts to `q`.
+    dtype : dtype, default uint8
+        Of the result: a fraction with all its bits, at most the type's highest value (a row with
+        one hot value gives 255 of 256).
+    compat : {"ibert", "ivit"}, optional
+        The published operator, in int64: scale ``2**-8`` or ``2**-7``.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.softmax([0, 0, -1000, 100], 0.01)
+    (array([ 54,  54,   0, 147], dtype=uint8), 0.00390625)
+    """
+    _check_compat(compat)
+    x = _codes(q)
+    s = float(scale)
+    if where is not None:
+        if compat is not None:
+            raise ValueError("the published operators have no mask")
+        keep = np.asarray(where)
+        if keep.dtype != np.bool_:
+            raise TypeError(f"where must hold bools, got {keep.dtype}")
+        if np.broadcast_shapes(keep.shape, x.shape) != x.shape:
+            raise ValueError(f"where of shape {keep.shape} does not broadcast to {x.shape}")
+        x = np.where(keep, x, np.int32(_INT32.min)).astype(np.int32, copy=False)
+    x, ax = _last(x, axis)
+    cols = x.shape[-1]
+    if compat is not None:
+        y = _published("softmax", compat, x, cols, s, None, threads)
+        return np.moveaxis(y, -1, ax), 2.0**-8 if compat == "ibert" else 2.0**-7
+    dt = _narrow(dtype)
+    out = np.empty(x.shape, dt)
+    _core.ops_softmax(x.ravel(), out.ravel(), cols, s, _threads.resolve(threads), None)
+    return np.moveaxis(out, -1, ax), _fraction(dt)
+
+
+def layernorm(
+    q: ArrayLike,
+    scale: float,
+    weight: ArrayLike,
+    bias: ArrayLike | None = None,
+    *,
+    eps: float = 0.0,
+    out_scale: float | None = None,
+    dtype: DTypeLike = np.int8,
+    compat: str | None = None,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], Any]:
+    """Layer norm over the last axis. A constant row gives the bias.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale; it matters where `eps` is not 0.
+    weight, bias : array_like
+        One float for each value of the last axis.
+    eps : float, default 0
+        Added to the variance.
+    out_scale : float
+        Scale of the result. Not for `compat`, whose operators choose it.
+    dtype : dtype, default int8
+        Of the result, which saturates.
+    compat : {"ibert", "ivit"}, optional
+        The published operator, in int64, with a scale for each value of the last axis. Neither
+        knows `eps`, and weights of 0 have no published form.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float or ndarray
+    """
+    _check_compat(compat)
+    x = _codes(q)
+    if x.ndim == 0:
+        raise ValueError("layernorm needs at least one dimension")
+    cols = x.shape[-1]
+    w = _float_vector("weight", weight, cols)
+    b = None if bias is None else _float_vector("bias", bias, cols)
+    if compat is not None:
+        if not (np.isfinite(w).all() and (w != 0).all()):
+            raise ValueError("the published layer norms divide by the weight: 0 has no result")
+        unit = math.sqrt(cols) * 2.0**-30
+        shift = np.zeros(cols) if b is None else np.floor(b.astype(np.float64) / w / unit)
+        if not (np.abs(shift) < 2.0**62).all():
+            raise ValueError("bias over weight leaves 62 bits")
+        y = _published("layernorm", compat, x, cols, scale, shift.astype(np.int64), threads)
+        return y, unit * w.astype(np.float64)
+    return _norm(True, x, scale, w, b, eps, out_scale, dtype, threads)
+
+
+def rmsnorm(
+    q: ArrayLike,
+    scale: float,
+    weight: ArrayLike,
+    *,
+    eps: float = 0.0,
+    out_scale: float,
+    dtype: DTypeLike = np.int8,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[Any], float]:
+    """RMS norm over the last axis. A row of zeros gives zeros.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale; it matters where `eps` is not 0.
+    weight : array_like
+        One float for each value of the last axis.
+    eps : float, default 0
+        Added to the mean square.
+    out_scale : float
+        Scale of the result.
+    dtype : dtype, default int8
+        Of the result, which saturates.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray
+    scale : float
+    """
+    x = _codes(q)
+    if x.ndim == 0:
+        raise ValueError("rmsnorm needs at least one dimension")
+    w = _float_vector("weight", weight, x.shape[-1])
+    return _norm(False, x, scale, w, None, eps, out_scale, dtype, threads)
+
+
+def _norm(
+    centre: bool,
+    x: NDArray[Any],
+    scale: float,
+    w: NDArray[np.float32],
+    b: NDArray[np.float32] | None,
+    eps: float,
+    out_scale: float | None,
+    dtype: DTypeLike,
+    threads: SupportsIndex | None,
+) -> tuple[NDArray[Any], float]:
+    if out_scale is None:
+        raise TypeError("out_scale is missing: the scale of the result")
+    out = float(out_scale)
+    y = np.empty(x.shape, _narrow(dtype))
+    count = _threads.resolve(threads)
+    _core.ops_norm(x.ravel(), y.ravel(), centre, float(scale), w, b, float(eps), out, count, None)
+    return y, out
+
+
+def rmsnorm_quantize(
+    q: ArrayLike,
+    scale: float,
+    weight: ArrayLike,
+    *,
+    eps: float = 0.0,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[np.int8], NDArray[np.float64]]:
+    """RMS norm whose rows become int8 with a scale each, in one pass.
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes.
+    scale : float
+        Their scale; it matters where `eps` is not 0.
+    weight : array_like
+        One float for each value of the last axis.
+    eps : float, default 0
+        Added to the mean square.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    codes : ndarray of int8
+        127 times value over the row's largest magnitude; 0 for rows of zeros.
+    scales : ndarray of float64
+        One for each row, with a last axis of length 1: 31 significant bits times a power of two.
+    """
+    x = _codes(q)
+    if x.ndim == 0:
+        raise ValueError("rmsnorm_quantize needs at least one dimension")
+    w = _float_vector("weight", weight, x.shape[-1])
+    y = np.empty(x.shape, np.int8)
+    pairs = np.zeros((*x.shape[:-1], 2), np.int32)
+    count = _threads.resolve(threads)
+    _core.ops_norm_codes(
+        x.ravel(), y.ravel(), pairs.ravel(), float(scale), w, float(eps), count, None
+    )
+    return y, np.ldexp(pairs[..., :1].astype(np.float64), -31 - pairs[..., 1:])
+
+
+def sqrt(
+    v: ArrayLike, *, compat: str | None = None, threads: SupportsIndex | None = None
+) -> NDArray[Any]:
+    """Return the floor of the square root, exact for every non-negative integer.
+
+    Parameters
+    ----------
+    v : array_like of int
+        Any integer type, uint64 included.
+    compat : {"ivit"}, optional
+        I-ViT's ten halvings from 65536: wrong below some 34,000.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    ndarray
+        In the type of `v`.
+
+    Examples
+    --------
+    >>> import numpy as np, nibblas as nb
+    >>> nb.intops.sqrt(np.array([0, 99, 100, 2**64 - 1], np.uint64))
+    array([         0,          9,         10, 4294967295], dtype=uint64)
+    """
+    if compat not in (None, "ivit"):
+        raise ValueError(f"unknown compat {compat!r}: expected ivit")
+    a = np.asarray(v)
+    if a.dtype.kind not in "iu":
+        raise TypeError(f"v must hold integers, got {a.dtype}")
+    if a.dtype.kind == "i" and a.size and a.min() < 0:
+        raise ValueError(f"negative numbers have no integer square root, got {a.min()}")
+    wide = a.dtype.itemsize == 8 or compat is not None
+    # The core reads the bits as unsigned.
+    bits = np.ascontiguousarray(a, np.uint64 if wide else np.uint32)
+    bits = bits.view(np.int64 if wide else np.int32).reshape(a.shape)
+    y = np.empty_like(bits)
+    count = _threads.resolve(threads)
+    _core.ops_sqrt(bits.ravel(), y.ravel(), compat is not None, count, None)
+    return y.astype(a.dtype)
