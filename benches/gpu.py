@@ -48,7 +48,11 @@ def random_storage(fmt: str, n: int, k: int, seed: int = 0) -> _Storage:
     if f.scale in ("e8m0", "e4m3"):
         low, high = (118, 122) if f.scale == "e8m0" else (40, 60)
         typed = rng.integers(low, high, scales.shape).astype(np.uint8)
+    if f.scale == "i8":
+        typed = rng.integers(8, 17, scales.shape).astype(np.uint8)
     arrays = {"codes": codes, "scales": typed}
+    if f.scale == "i8":
+        arrays["row_scales"] = np.full(n, 0.01, np.float32)
     return _Storage(f, n, k, arrays if zeros is None else arrays | {"zeros": zeros})
 
 
@@ -243,11 +247,35 @@ def rows(quick: bool) -> list[tuple[str, str, int, int, int]]:
                     out.append((fmt, "f32", n, k, m))
             if m >= 1024:
                 out.append(("int4", "int8", n, k, m))
+                out.append(("int4_g128_si8", "int8", n, k, m))
+            if m in (1, 16) and n == 28672:
+                for fmt in ("nf4_g128", "mxfp4", "e3m2_g128", "mxfp6_e3m2"):
+                    out.append((fmt, "f32", n, k, m))
         if n == 14336:
             out.append(("int4_g128", "f32", n, k, 4096))
         if (n, k) in ((4096, 4096), (14336, 4096)):
             out += [("int8", "int8", n, k, 4096), ("int4", "int8", n, k, 4096)]
     return out
+
+
+def activation_rows() -> list[dict[str, Any]]:
+    """Time what int8 products do first: rows of float16 to int8, read once and written once."""
+    table = []
+    tensor = nb.QTensor._wrap(Storage(random_storage("int8", 64, 4096), 0))
+    for m in (4096, 8192, 32768):
+        x, y = random_half(m, 4096), cupy.empty((m, 64), np.float16)
+        nb.matmul(x, tensor.T, compute="int8", out=y)
+        call = list(tensor._storage.panels.calls.values())[-1]
+        out, scale = cupy.empty((m, 4096), np.uint8), cupy.empty(m, np.float32)
+
+        def quantise(call: Any = call, x: Any = x, out: Any = out, scale: Any = scale) -> None:
+            call.stream = cupy.cuda.get_current_stream().ptr
+            call._prepare(x.data.ptr, out.data.ptr, scale)
+
+        us = microseconds([quantise])
+        row = {"row": "nibblas activations to int8", "n": m, "k": 4096, "m": m, "us": us}
+        table.append({**row, "gb_s": (x.nbytes + out.nbytes) / us / 1000, "tops": 0.0})
+    return table
 
 
 def bit_rows() -> list[tuple[int, int, int, int]]:
@@ -288,11 +316,9 @@ def write(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
     ]
     for r in sorted(table, key=lambda r: (r["n"], r["k"], r["m"], r["row"])):
         ratio = f"{r['x']:.2f}" if "x" in r else ""
+        rate = f"{r['gb_s']:.0f}" if "gb_s" in r else ""
         lines.append(
-            f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | "
-            f"{r['gb_s']:.0f} | {r['tops']:.0f} |"
-            if "gb_s" in r
-            else f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | | "
+            f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | {rate} | "
             f"{r['tops']:.0f} |"
         )
     (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
@@ -360,6 +386,9 @@ def main() -> None:
             write(options.out, name, table)
     tensors = []
     cupy.get_default_memory_pool().free_all_blocks()
+    for r in [] if options.only else activation_rows():
+        table.append(r)
+        print(f"{r['row']} {r['m']}x4096 {r['us']:.2f} us {r['gb_s']:.0f} GB/s", flush=True)
     for bits, n, k, m in [] if options.only else bit_rows():
         r = bits_entry(bits, n, k, m)
         table.append(r)

@@ -11,6 +11,7 @@
 //   GROUPED  scales per chunk: 0 one group per row; 1, 2, 4: groups of a multiple of 128, 64, 32
 //   ZERO     0 none, 1 integer, 2 float zero points
 //            (float zero points of int8 products want GROUPED, as one group if need be)
+//   SCALE    how scales are stored; bytes (two levels) multiply integer sums, and all of K is one sum
 //   PARK     int8 with groups and WK > 1: the integer sums of all groups wait in shared memory, so that the float sum
 //            still runs over the groups in order
 //   ASCALE   int8 with one scale per group of activations: row_scale is [rows of X][groups]
@@ -42,6 +43,9 @@ template <> struct Number<true> {
     typedef int type;
 };
 typedef Number<INT>::type Sum;
+// Sums that have met the scales of groups: integers where those are.
+typedef Number<INNER>::type Total;
+constexpr bool WHOLE = INT && (!GROUPED || INNER); // integers leave, and the row's scale is met last
 
 DEVICE int int_zero_at(const void *p, int i) { return ((const u8 *)p)[i]; }
 DEVICE float float_zero_at(const void *p, int i) { return ((const float *)p)[i]; }
@@ -54,7 +58,7 @@ DEVICE void finish(const Args &a, int m, int n, float v) {
 
 // A sum of one whole row of W, without groups, on its way out.
 DEVICE float scaled(const Args &a, int n, Sum d) {
-    float s = scale_at(a.scales, n);
+    const float s = INNER ? a.outer[n] : scale_at(a.scales, n);
     // The integer contract starts from +0.
     return INT ? __fmaf_rn((float)d, s, 0.0f) : __fmul_rn((float)d * a.unit, s);
 }
@@ -182,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 
     Sum acc[WN][NT][SETS][4];   // of the group at hand
     Sum ones[NT][4];            // sums of X over the same stretch
-    float total[GROUPED && !PARK ? WN : 1][GROUPED && !PARK ? NT : 1][4];
+    Total total[GROUPED && !PARK ? WN : 1][GROUPED && !PARK ? NT : 1][4];
     // Calls f(tile, eight columns, element, row of the block, column of the block) for every output of a thread.
     auto each = [&](auto f) {
 #pragma unroll
@@ -201,7 +205,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
         });
     };
     auto clear_total = [&]() {
-        if (GROUPED && !PARK) each([&](int i, int j, int e, int, int) { total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e] = 0.0f; });
+        if (GROUPED && !PARK) each([&](int i, int j, int e, int, int) { total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e] = 0; });
     };
     // sum over the stretch of x * (mul*u - z), or of x * mul*u where z is a float
     auto difference = [&](int i, int j, int e, int z) -> Sum {
@@ -251,9 +255,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                             else
                                 atomicAdd(park, (int)d);
                         } else {
-                            float &y = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+                            Total &y = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
                             const float both = ASCALE ? __fmul_rn(s, of_x[j][c]) : s;
-                            if (INT) {
+                            if (INNER) {
+                                y += (Total)((int)s * (int)d);
+                            } else if (INT) {
                                 y = __fmaf_rn((float)d, both, y);
                                 if (ZERO == 2) y = __fmaf_rn((float)ones[j][e], -__fmul_rn(both, zf), y);
                             } else if (ZERO == 2) {
@@ -274,8 +280,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
         float *mine = share.slot(blockIdx.x, a);
         auto value = [&](int i, int j, int e) -> float {
             if (GROUPED) {
-                const float v = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
-                return INT ? v : v * a.unit;
+                const Total v = total[GROUPED && !PARK ? i : 0][GROUPED && !PARK ? j : 0][e];
+                return INNER ? __int_as_float((int)v) : INT ? (float)v : (float)v * a.unit;
             }
             const int n = min((row_block * WN * WR + wr * WN + i) * 16 + (e >> 1) * 8 + g, a.n - 1);
             const int z = ZERO == 1 ? int_zero_at(a.zeros, n) : 0;
@@ -285,12 +291,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             return scaled(a, n, d);
         };
         auto add = [&](float p, float q) -> float {
-            return INT && !GROUPED ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q;
+            return WHOLE ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q;
         };
         auto out = [&](int row, int col, float v) {
             const int n = row_block * R + row, m = m0 + col;
             if (n >= a.n || m >= a.m) return;
-            if (INT && !GROUPED) v = scaled(a, n, (Sum)__float_as_int(v));
+            if (WHOLE) v = scaled(a, n, (Sum)__float_as_int(v));
             finish(a, m, n, v);
         };
         if (WK > 1) {
@@ -463,7 +469,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                 // Float sums and parked sums may be cut anywhere; the integers of a group must be whole.
                 const int group = chunk / a.chunks_per_group;
                 const bool whole = chunk % a.chunks_per_group == a.chunks_per_group - 1 || chunk == a.chunks - 1;
-                if (!INT || PARK || whole) flush(stage, 0, group);
+                if (!INT || INNER || PARK || whole) flush(stage, 0, group);
             }
         }
         if (here.last()) {

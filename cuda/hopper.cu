@@ -35,6 +35,7 @@ constexpr int BYTES = Z_AT + (ZERO ? GROUPED * R : 0);
 constexpr int SLOT = (BYTES + 1023) / 1024 * 1024;
 constexpr int C = T / 2;          // accumulators of a thread
 constexpr int OUT_ROW = 64 + 4;   // floats of a row of X on its way out: no two lanes of a store share a bank
+constexpr bool FLUSH = GROUPED && !INNER; // sums of a group are scaled when it ends
 constexpr int PER = GROUPED ? 4 / GROUPED : 4; // blocks of 32 k that share a scale, or all
 
 template <bool I> struct Number {
@@ -89,10 +90,12 @@ DEVICE u32 centred(u32 word, u32 field, u32 magic, u32 by, int row, int step) {
     return fma2(v, (MUL == 2 ? two : one) - both(high(row, step) << 10), by);
 }
 
-DEVICE u32 centred8(u32 q, u32 by) {
+DEVICE u32 centred8(u32 q, u32 by, u32 times) {
     u32 v;
     if (BITS == 8)
         v = q ^ 0x80808080u;
+    else if (INNER)
+        v = (q * times + by) ^ 0x80808080u; // carries between bytes cancel: every sum is a byte
     else
         v = ((q | 0x80808080u) - by) ^ 0x80808080u;
     if (MUL == 2) v = ((v << 1) & 0xfefefefeu) | 0x01010101u;
@@ -177,7 +180,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
 
     if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
     Sum acc[C];
-    float total[GROUPED ? C : 1];
+    float total[FLUSH ? C : 1];
     u32 w[2][8]; // a block that is multiplied and the one after it
     // 1024 or 128, whose lowest bits are worth 1; in a register, for `and_or`.
     u32 magic;
@@ -194,7 +197,12 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
     };
     Words<BITS> words;
     u32 by[2][2]; // [row][step]
+    u32 times[2] = {1, 1}; // of two levels: what multiplies a row of codes
     auto set_centre = [&](int row, int sub) {
+        if (INNER) {
+            by[row][0] = by[row][1] = (u32)(128 - sub * (int)times[row]) * 0x01010101u;
+            return;
+        }
         by[row][0] = centre(sub, row, 0);
         by[row][1] = centre(sub, row, 1);
     };
@@ -233,6 +241,15 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
         }
     };
     auto decode = [&](int block) {
+        if (INNER && block % PER == 0) {
+            const u8 *t = (const u8 *)shared + stage * SLOT + S_AT + block / PER * R + warp * 16;
+            times[0] = t[g];
+            times[1] = t[g + 8];
+            if (!ZERO) {
+                set_centre(0, a.sub);
+                set_centre(1, a.sub);
+            }
+        }
         if (ZERO && GROUPED && block % PER == 0) {
             const u8 *z = (const u8 *)shared + stage * SLOT + Z_AT + block / PER * R + warp * 16;
             set_centre(0, z[g]);
@@ -245,7 +262,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
 #pragma unroll
                 for (int row = 0; row < 2; row++) {
                     const u32 q = integers(book, words, block, row, step);
-                    r[2 * step + row] = NB_WORTH == LINE ? centred8(q, by[row][step]) : q;
+                    r[2 * step + row] = NB_WORTH == LINE ? centred8(q, by[row][step], times[row]) : q;
                 }
             } else if (NB_WORTH != LINE) {
                 decode16(book, words, block, step, r + 4 * step);
@@ -271,9 +288,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
     while (!here.done()) {
         const int row_block = here.row_block * CL + rank;
         fresh = 1;
-        if (GROUPED)
+        if (FLUSH)
 #pragma unroll
-            for (int i = 0; i < C; i++) total[GROUPED ? i : 0] = 0.0f;
+            for (int i = 0; i < C; i++) total[FLUSH ? i : 0] = 0.0f;
         int held = -1; // the slot of the chunk before, whose last products may be under way
         int left = GROUPED == 1 ? a.chunks_per_group - here.chunk % a.chunks_per_group : 1; // chunks of the group
         for (int chunk = here.chunk; chunk < here.stop; chunk++) {
@@ -309,14 +326,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
                     load((here.row_block + last) * CL + rank, !last || here.row_block * a.chunks + here.stop < here.end);
                     decode(0);
                 }
-                if (GROUPED && (block + 1) % PER == 0 && (GROUPED > 1 || ends)) {
+                if (FLUSH && (block + 1) % PER == 0 && (GROUPED > 1 || ends)) {
                     const char *s_at = slot + S_AT + (block / PER * R + warp * 16) * SB;
                     const float s0 = scale_at(s_at, g), s1 = scale_at(s_at, g + 8);
                     wgmma_wait<0>();
                     pin(acc);
 #pragma unroll
                     for (int i = 0; i < C; i++) {
-                        float &y = total[GROUPED ? i : 0];
+                        float &y = total[FLUSH ? i : 0];
                         y = __fmaf_rn((float)acc[i], i & 2 ? s1 : s0, y);
                     }
                     fresh = 1;
@@ -331,16 +348,17 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
         const bool whole = CL > 1 || (here.first == 0 && here.stop == a.chunks);
         const int n0 = row_block * R + warp * 16 + g;
         float s0 = 1.0f, s1 = 1.0f;
-        if (!GROUPED) {
-            s0 = scale_at(a.scales, min(n0, a.n_padded - 1));
-            s1 = scale_at(a.scales, min(n0 + 8, a.n_padded - 1));
+        if (!FLUSH) {
+            const int p = min(n0, a.n_padded - 1), q = min(n0 + 8, a.n_padded - 1);
+            s0 = INNER ? a.outer[p] : scale_at(a.scales, p);
+            s1 = INNER ? a.outer[q] : scale_at(a.scales, q);
         }
         auto bits = [&](int i) -> float {
-            if (GROUPED) return total[GROUPED ? i : 0];
+            if (FLUSH) return total[FLUSH ? i : 0];
             return INT ? __int_as_float((int)acc[i]) : (float)acc[i];
         };
         auto scaled = [&](int i, float v) -> float {
-            if (GROUPED) return INT ? v : v * a.unit;
+            if (FLUSH) return INT ? v : v * a.unit;
             const float s = i & 2 ? s1 : s0;
             return INT ? __fmaf_rn((float)__float_as_int(v), s, 0.0f) : __fmul_rn(v * a.unit, s);
         };
@@ -400,7 +418,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
 #pragma unroll 1
                         for (int b = share.first + 1; b <= share.last; b++) {
                             const float p = __ldcg(share.slots + (i64)(2 * b) * share.size + place);
-                            v[i] = INT && !GROUPED ? __int_as_float(__float_as_int(v[i]) + __float_as_int(p)) : v[i] + p;
+                            v[i] = INT && !FLUSH ? __int_as_float(__float_as_int(v[i]) + __float_as_int(p)) : v[i] + p;
                         }
                     }
                 if (m0 + from * 2 < a.m) leave(from, v);

@@ -12,12 +12,14 @@ struct Args {
     int group, padded;                 // length of a group and its places
     int chunks;
     int paired; // codes of a table of 16: a byte is a pair of neighbours
+    int fill;   // two levels: places after the end of a group hold its first code, which is in range as 0 may not be
 };
 
 DEVICE u32 code_at(const Args &a, int n, int place, int mask) {
     const int group = place / a.padded, off = place - group * a.padded;
-    const i64 k = (i64)group * a.group + off;
-    if (n >= a.n || off >= a.group || k >= a.k) return 0;
+    i64 k = (i64)group * a.group + off;
+    if (a.fill && (off >= a.group || k >= a.k)) k = (i64)group * a.group;
+    if (n >= a.n || (off >= a.group && !a.fill) || k >= a.k) return 0;
     const i64 bit = k * a.bits + a.below;
     const u8 *row = a.codes + (i64)n * a.row_bytes;
     u32 v = row[bit >> 3];

@@ -113,7 +113,7 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     assert plan.grid[1] * plan.tokens >= m
                     assert plan.row_blocks * plan.rows * plan.cluster >= n
                     assert plan.whole or plan.cluster == 1
-                    assert 1 <= plan.grid[0] <= plan.units
+                    assert 1 <= plan.grid[0] <= plan.units * plan.cluster
                     assert plan.shared <= limit - 256
                     assert plan.threads <= 1024
                     if p.ordered:
@@ -177,7 +177,7 @@ def test_every_decode_compiles(arch: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for made in pool.map(image, range(len(DECODES))):
             assert made[:4] == b"\x7fELF"
-    for source in ("pack.cu", "activations.cu"):
+    for source in ("pack.cu", "activations.cu", "quantize.cu"):
         assert _compile.compile_source(source, arch)[:4] == b"\x7fELF"
 
 

@@ -275,6 +275,34 @@ def test_activation_groups_of_formats_with_their_own() -> None:
                 same_bits(got, nb.matmul(x, q.T, compute=compute))
 
 
+@pytest.mark.parametrize("element", ["int2", "int3", "int4", "uint2", "uint3", "uint4", "ternary"])
+@pytest.mark.parametrize("group", [32, 64, 100, 128, 256])
+def test_two_levels(element: str, group: int) -> None:
+    w = np.random.default_rng(group).normal(size=(130, 700)).astype(np.float32)
+    q = nb.quantize(w, f"{element}_g{group}_si8")
+    d = q.to("cuda:0")
+    for m in (1, 20, 300):
+        x = activations(m, 700, np.float32, m)
+        got = nb.matmul(cupy.asarray(x), d.T, compute="int8")
+        same_bits(got, nb.matmul(x, q.T, compute="int8"))
+        y = nb.matmul(cupy.asarray(x), d.T).get()
+        exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
+        assert np.linalg.norm(y - exact) < 1e-4 * np.linalg.norm(exact)
+
+
+def test_two_levels_where_codes_of_the_row_end_would_leave_int8() -> None:
+    """A code of 15 times 18 is more than a byte, and 0 is no code here: places after the end."""
+    codes = np.random.default_rng(2).integers(-7, 8, (130, 700))
+    x = np.random.default_rng(3).integers(-127, 128, (64, 700)).astype(np.int8)
+    for group in (32, 100):
+        shape = (130, -(-700 // group))
+        q = nb.QTensor.from_parts(f"int4_g{group}_si8", codes, np.full(shape, 18))
+        want = x.astype(np.int64) @ codes.T * 18
+        for m in (8, 64):
+            got = nb.matmul(cupy.asarray(x[:m]), q.to("cuda:0").T, compute="int8").get()
+            np.testing.assert_array_equal(got, want[:m])
+
+
 def test_activation_edges() -> None:
     """Rows of zeros, ties, underflow, NaN and infinities."""
     rng = np.random.default_rng(6)
@@ -442,6 +470,60 @@ def test_places_that_do_not_fit() -> None:
     long = nb.QTensor.from_parts("int8", np.zeros((1, 200_000), np.int8), np.ones((1, 1)))
     with pytest.raises(ValueError, match="int32"):
         nb.matmul(cupy.ones((1, 200_000)), long.T, compute="int8")
+
+
+@pytest.mark.parametrize("element", ELEMENTS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, BF16, np.float64])
+def test_quantize(element: str, dtype: Any) -> None:
+    """The bytes of the CPU: codes, scales, zero points and bounds."""
+    rng = np.random.default_rng(3)
+    w = (rng.normal(size=(37, 300)) * np.exp2(rng.uniform(-20, 8, (37, 300)))).astype(dtype)
+    w[0] = 0
+    w[1, ::2] = -0.0
+    w[2] = np.arange(300) / 8 - 19
+    w[3] = np.abs(w[3])
+    w[4] = -np.abs(w[4])
+    w[5] = 2.0**-24
+    names = [element, element + "_g32", element + "_g100"]
+    if "f16" in nb.Format(element).element.scales:
+        names += [element + "_g32_sf32", element + "_g48_sbf16"]
+    if element.startswith("mx"):
+        names += [element + mode for mode in ("_rceil", "_ceil", "_even")]
+    for name in names:
+        want = nb.quantize(w, name)
+        got = nb.quantize(cupy.asarray(w), name)
+        assert got.device == "cuda:0"
+        assert got == want, name
+        np.testing.assert_array_equal(got.error_bound, want.error_bound)
+    across = nb.quantize(cupy.asarray(w), element, axis=0)
+    assert across == nb.quantize(w, element, axis=0)
+    x = activations(4, 300, np.float16)
+    check_float(nb.matmul(cupy.asarray(x), got.T, dtype=np.float32), x, got)
+
+
+def test_quantize_small_and_large_numbers() -> None:
+    rng = np.random.default_rng(4)
+    for top in (2.0**-149, 2.0**-140, 2.0**-126, 2.0**-14, 2.0**126, 2.0**127):
+        w = (rng.normal(size=(8, 64)) / 4 * top).astype(np.float32)
+        for name in ("int4_sf32", "uint4_g32_sbf16", "bipolar3", "mxfp4", "bfp8", "nf4", "e3m2"):
+            assert nb.quantize(cupy.asarray(w), name) == nb.quantize(w, name), (name, top)
+
+
+def test_quantize_refuses_as_the_cpu_does() -> None:
+    w = np.ones((4, 64), np.float32)
+    w[2, 5] = np.inf
+    for x in (w, cupy.asarray(w)):
+        with pytest.raises(ValueError, match="row 2, column 5"):
+            nb.quantize(x, "int4_g32")
+    with pytest.raises(ValueError, match="overflows f16"):
+        nb.quantize(cupy.full((4, 64), 1e20, np.float32), "int4_g32")
+    assert nb.quantize(cupy.asarray(w), "mxfp4") == nb.quantize(w, "mxfp4")
+    # Searches and means are the CPU's, the tensor is the device's all the same.
+    w[2, 5] = 2
+    for name, method in [("int4_g32", "mse"), ("ternary", "rtn"), ("int4_g32_si8", "rtn")]:
+        q = nb.quantize(cupy.asarray(w), name, method=method)
+        assert q.device == "cuda:0"
+        assert q == nb.quantize(w, name, method=method)
 
 
 def test_torch_tensors() -> None:

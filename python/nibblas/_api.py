@@ -37,7 +37,8 @@ def quantize(
     Parameters
     ----------
     x : array_like
-        A real matrix: NumPy, or anything with ``__array__`` or DLPack. NaN and Inf are refused.
+        A real matrix: NumPy, or anything with ``__array__`` or DLPack. NaN and Inf are refused. An
+        array of a CUDA device gives a tensor there, with the same codes.
     format : str
         Format name, such as ``"int4_g128"``; see :func:`nibblas.formats.table`.
     axis : int, default -1
@@ -66,6 +67,8 @@ def quantize(
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}: expected one of {', '.join(METHODS)}")
     count = _threads.resolve(threads)
+    if _on_device(x):
+        return _quantize_on_device(x, target, axis, method, count)
     w, _ = _operand(_import(x), "f32")
     if w.ndim != 2:
         raise ValueError(f"a QTensor is a matrix: expected 2 dimensions, got shape {w.shape}")
@@ -86,6 +89,21 @@ def quantize(
     if target.structure is not None:
         storage = storage.sparse(target)
     return QTensor._wrap(storage, transposed)
+
+
+def _quantize_on_device(
+    x: Any, fmt: Format, axis: SupportsIndex, method: str, threads: int
+) -> QTensor:
+    """Quantise an array of a device into a tensor there; the device does it where it can."""
+    from . import cuda
+
+    ax = operator.index(axis)
+    if method == "rtn" and -2 <= ax < 2:
+        q = cuda.quantize(x, fmt, ax)
+        if q is not None:
+            return q
+    q, number = quantize(_import(x), fmt, axis=ax, method=method, threads=threads), x.device
+    return q.to(f"cuda:{getattr(number, 'id', getattr(number, 'index', 0))}")
 
 
 def matmul(

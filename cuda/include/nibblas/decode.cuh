@@ -90,13 +90,16 @@ enum Worth { LINE = 0, PAIRS = 1, FLOAT = 2, TABLE = 3 };
 #ifndef NB_SCALE
 #define NB_SCALE 0
 #endif
-enum Scale { SCALE_F32 = 0, SCALE_F16 = 1, SCALE_POWER = 2 };
+enum Scale { SCALE_F32 = 0, SCALE_F16 = 1, SCALE_POWER = 2, SCALE_BYTE = 3 };
 constexpr int SCALE_BYTES = NB_SCALE == SCALE_F32 ? 4 : NB_SCALE == SCALE_F16 ? 2 : 1;
 DEVICE float scale_at(const void *p, int i) {
     if (NB_SCALE == SCALE_F16) return f32_of_f16(((const u16 *)p)[i]);
     if (NB_SCALE == SCALE_POWER) return __uint_as_float((u32)((const u8 *)p)[i] << 23); // 1 to 254; the host sees to it
+    if (NB_SCALE == SCALE_BYTE) return (float)((const u8 *)p)[i];
     return ((const float *)p)[i];
 }
+// Scales of groups that are bytes beside a scale of the row (two levels): int8 products multiply the codes by them.
+constexpr bool INNER = NB_SCALE == SCALE_BYTE;
 
 template <int BITS> struct Direct {
     static constexpr bool value = NB_WORTH == LINE && (BITS == 4 || BITS == 2 || BITS == 1);

@@ -7,6 +7,7 @@ struct Args {
     const char *planes[3]; // packed codes
     const void *book;      // values of the codes, of formats with a table
     const void *scales;    // [groups][rows, padded to 64]
+    const float *outer;    // of rows, of two-level formats
     const void *zeros;     // the same, u8 or f32
     const char *x;         // 16-byte aligned rows
     const float *row_scale; // int8: of the rows of X

@@ -58,7 +58,7 @@ class _PackArgs(ctypes.Structure):
         ("words", ctypes.c_int64),
         ("row_bytes", ctypes.c_int64),
         *((name, ctypes.c_int) for name in ("n", "k", "bits", "plane_bits", "below")),
-        *((name, ctypes.c_int) for name in ("group", "padded", "chunks", "paired")),
+        *((name, ctypes.c_int) for name in ("group", "padded", "chunks", "paired", "fill")),
     ]
 
 
@@ -113,7 +113,7 @@ class Panels:
         import cupy
 
         fmt, element = host.format, host.format.element
-        if fmt.structure is not None or fmt.is_plain or fmt.scale == "i8":
+        if fmt.structure is not None or fmt.is_plain:
             raise ValueError(f"{fmt} is not available on CUDA")
         self.device = device
         self.host = host
@@ -153,6 +153,15 @@ class Panels:
         scales, self.scale = _device_scales(host, unit)
         with cupy.cuda.Device(device):
             self.scales = self._per_group(cupy, scales, groups)
+            # Of two levels, for products in int8: bytes of groups, scales of rows.
+            self.inner: Any = None
+            self.outer: Any = None
+            outer = host.array("row_scales")
+            if outer is not None:
+                self.inner = self._per_group(cupy, host.scales, groups)
+                self.outer = cupy.zeros(self.n_padded, np.float32)
+                self.outer[: self.rows] = cupy.asarray(outer)
+                self.longest = 127 * 127 * self.chunks * CHUNK
             self.zeros = None if zeros is None else self._per_group(cupy, zeros, groups)
             self.planes: list[Any] = []
             codes = cupy.asarray(host.codes)
@@ -179,6 +188,7 @@ class Panels:
                         self.padded,
                         self.chunks,
                         self.paired,
+                        outer is not None,
                     )
                     stream = cupy.cuda.get_current_stream()
                     k = kernel(device, "pack.cu", "pack")
@@ -261,6 +271,10 @@ def _device_scales(host: _Storage, unit: float) -> tuple[NDArray[Any], int]:
             return powers.astype(np.uint8), 2
         with np.errstate(over="ignore"):  # NaN is made of an infinity
             return _powers(scales) * np.float32(unit), 0
+    if kind == "i8":
+        rows = host.array("row_scales")
+        assert rows is not None
+        return scales * rows[:, None], 0
     if kind == "e4m3":
         return _E4M3[scales].astype(np.float16), 1
     if kind == "bf16":

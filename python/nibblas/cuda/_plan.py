@@ -30,7 +30,7 @@ __all__ = [
 F16, BF16, S8 = 0, 1, 2
 # What a code is worth; see decode.cuh.
 LINE, PAIRS, FLOAT, TABLE = 0, 1, 2, 3
-SCALE_BYTES = (4, 2, 1)
+SCALE_BYTES = (4, 2, 1, 1)
 CHUNK = 128
 
 
@@ -93,7 +93,7 @@ class Problem(NamedTuple):
     zero: int
     """0 without zero points, 1 integers, 2 floats."""
     scale: int
-    """How scales are stored: 0 float32, 1 float16, 2 powers of two as bytes."""
+    """How scales are stored: 0 float32, 1 float16, 2 powers of two as bytes, 3 two levels."""
     multiprocessors: int
     shared_limit: int
     mul: int = 1
@@ -132,7 +132,7 @@ class Problem(NamedTuple):
     @property
     def ordered(self) -> bool:
         """Whether the float sum must run over the groups in order, so that K cannot be cut."""
-        return self.act == S8 and self.grouped > 0
+        return self.act == S8 and self.grouped > 0 and self.scale != 3
 
 
 class Cut(NamedTuple):
@@ -177,7 +177,7 @@ def choose(p: Problem) -> Cut:
         most, n = p.multiprocessors, p.n_padded
         if n >= 192 * most:
             if p.book > 8192:
-                return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=True)
+                return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=p.grouped < 2)
             wk = (4, 3)[nt - 1] if p.worth == LINE else (3, 2)[nt - 1]
             return Cut(nt, 4, 2, wk, sets=sets, resident=2, stages=3, whole=True)
         if n >= 96 * most:
@@ -268,9 +268,9 @@ def choose_hopper(p: Problem) -> HopperCut:
         return HopperCut(32 if p.m <= 32 else 64, 1, resident=3, whole=whole)
     if p.m <= 128 and not wide:
         return HopperCut(128, 1, 4, resident=2, whole=whole)
-    if p.m > 256 and p.act == S8 and not p.grouped:
+    if p.act == S8 and not p.ordered and (wide or (whole and p.m >= 2048)):
         # Without totals beside them a thread has the registers for twice the sums.
-        return HopperCut(256, 2, 4, whole=wide or (whole and p.m >= 2048), cluster=2)
+        return HopperCut(256, 2, 4, whole=True, cluster=2)
     return HopperCut(128, 2, whole=wide)
 
 
@@ -333,14 +333,17 @@ def plan(p: Problem) -> Plan:
     return made
 
 
-def plan_bits(m: int, n: int) -> Plan:
+def plan_bits(m: int, n: int, steps: int = 8) -> Plan:
     """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights.
 
-    Its grid holds the blocks of a multiprocessor; `rows` are those of the activations, `tokens` of
-    the weights.
+    `steps` is how many pairs of planes, 1024 bits long, a sum has. The grid holds the blocks of a
+    multiprocessor; `rows` are those of the activations, `tokens` of the weights.
     """
     if m <= 64:
         wg, t, stages, resident = 1, 32, 12, 1
+    elif steps <= 4:
+        # Most of the time results leave: narrow tiles have less to write at once.
+        wg, t, stages, resident = 4, 64, 5, 1
     else:
         wg, t, stages, resident = 4, 128, 4, 1
     rows = 64 * wg

@@ -50,7 +50,7 @@ class _GemmArgs(ctypes.Structure):
         ("planes", ctypes.c_void_p * 3),
         *(
             (name, ctypes.c_void_p)
-            for name in ("book", "scales", "zeros", "x", "row_scale", "bias", "y", "work")
+            for name in ("book", "scales", "outer", "zeros", "x", "row_scale", "bias", "y", "work")
         ),
         ("counters", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("ldx", "y_row", "y_col")),
@@ -138,6 +138,8 @@ def product(
             f"compute={compute!r} is not available for {storage.format} on CUDA: expected one of "
             f"{', '.join(c for c in _COMPUTES if c in storage.format.computes)}"
         )
+    if compute in _LENGTHS and storage.array("row_scales") is not None:
+        raise ValueError(f"compute={compute!r} is not available for {storage.format} on CUDA")
     x = _import(other, cupy)
     device = int(x.device.id)
     with cupy.cuda.Device(device):
@@ -245,7 +247,7 @@ def _run_bits(x: Panels, w: Panels, y: Any, bias: Any, cupy: Any) -> None:
     if x.cols * top_x * top_w >= 1 << 31:
         raise ValueError("integer sums of this length could overflow int32")
     xp, wp = x.bit_planes(), w.bit_planes()
-    pl = plan_bits(x.rows, w.rows)
+    pl = plan_bits(x.rows, w.rows, x.bits * w.bits * xp.chunks)
     args = _BitArgs(wp.sums.data.ptr, xp.sums.data.ptr, wp.scales.data.ptr, xp.scales.data.ptr)
     args.bias = None if bias is None else bias.data.ptr
     args.y = y.data.ptr
@@ -370,7 +372,7 @@ def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]
         p.bits,
         grouped,
         p.zero,
-        p.scale,
+        3 if act == S8 and p.inner is not None else p.scale,
         processors,
         limit,
         p.mul,
@@ -481,7 +483,9 @@ class _Call:
         g = self.args = _GemmArgs()
         for i, plane in enumerate(p.planes):
             g.planes[i] = plane.data.ptr
-        g.scales = segments.scales.data.ptr
+        two_level = problem.scale == 3
+        g.scales = (p.inner if two_level else segments.scales).data.ptr
+        g.outer = p.outer.data.ptr if two_level else None
         g.zeros = None if segments.zeros is None else segments.zeros.data.ptr
         g.work = workspace(
             p.device, stream, "sums", pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
