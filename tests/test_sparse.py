@@ -86,6 +86,43 @@ def test_products_equal_those_of_the_dense_format(
                 np.testing.assert_array_equal(got, want, err_msg=f"{compute} {isa} {m},{n},{k}")
 
 
+@pytest.mark.parametrize("value", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
+def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) -> None:
+    for m, n, k in [(1, 50, 300), (2, 33, 129), (4, 100, 640), (9, 40, 96), (1, 1, 1)]:
+        w = weights(rng, n, k, "bitmap", density)
+        w[n // 2] = 0
+        dense, q = nb.quantize(w, value), nb.quantize(w, f"{value}_bitmap")
+        x = rng.standard_normal((m, k)).astype(np.float32)
+        broken = x.copy()
+        broken[-1, k // 2] = np.inf
+        for a in (x, broken, x[:, ::-1]):
+            want = np.empty((m, n), np.float32)
+            _core.matmul(a, dense._storage.pack(1), want, "f32", None, 1, "scalar")
+            for isa in levels():
+                got = np.empty((m, n), np.float32)
+                _core.matmul(a, q._storage.pack(1), got, "f32", None, 2, isa)
+                np.testing.assert_array_equal(got, want, err_msg=f"{isa} {m},{n},{k}")
+
+
+@pytest.mark.parametrize("fmt", ["int4_g32_bsr32", "int4_bsr32", "int8_block16x64"])
+def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
+    structure = fmt.rsplit("_", 1)[1]
+    for m, n, k in [(1, 64, 256), (3, 100, 224), (16, 48, 640), (40, 130, 320), (70, 33, 200)]:
+        for density in (0.1, 0.5, 1.0):
+            w = weights(rng, n, k, structure, density)
+            w[: n // 3] *= rng.random((n // 3, 1)) < 0.5  # some rows and blocks keep nothing
+            dense, q = nb.quantize(w, fmt.rsplit("_", 1)[0]), nb.quantize(w, fmt)
+            x = rng.standard_normal((m, k)).astype(np.float32)
+            x[0, 0] = np.nan if m == 3 else x[0, 0]
+            for compute in ("int8", "f32"):
+                for isa in levels():
+                    want, got = np.empty((2, m, n), np.float32)
+                    _core.matmul(x, dense._storage.pack(1), want, compute, None, 1, isa)
+                    _core.matmul(x, q._storage.pack(1), got, compute, None, 2, isa)
+                    np.testing.assert_array_equal(got, want, err_msg=f"{isa} {compute} {m},{n},{k}")
+
+
 def test_products_of_other_kinds(rng: np.random.Generator) -> None:
     w = weights(rng, 40, 64, "bitmap")
     dense, q = nb.quantize(w, "int8"), nb.quantize(w, "int8_bitmap")

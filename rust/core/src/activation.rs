@@ -83,6 +83,8 @@ pub struct Act {
     pub(crate) scale: Taken<f32>,
     /// 1 for rows with NaN or Inf.
     pub(crate) bad: Taken<u8>,
+    /// What sums are multiplied by.
+    pub(crate) factor: i32,
 }
 
 impl Act {
@@ -117,6 +119,7 @@ impl Act {
             group_scales: None,
             scale: Taken::new(padded)?,
             bad: Taken::new(padded)?,
+            factor,
         };
         act.bad.fill(0);
         if act_group.is_some() {
@@ -174,6 +177,20 @@ impl Act {
                 .map_or(std::ptr::null(), |s| s.as_ptr().wrapping_add(i * self.mb * self.segments)),
             rows: self.mb,
         }
+    }
+
+    /// `times` the sum of the codes of row `m`, in a layout of one segment; `times` is 1 or the factor of the sums.
+    pub(crate) fn zero_share(&self, m: usize, times: i32) -> i32 {
+        if self.factor == times {
+            self.sum(m)
+        } else {
+            self.sum(m).wrapping_mul(times)
+        }
+    }
+
+    /// Bytes from the codes of 16 rows to those of the next 16, where rows come by 16.
+    pub(crate) fn tile_stride(&self) -> usize {
+        16 * self.kp
     }
 
     /// Sum of row `m` in a layout of one segment; 0 where there is nothing to sum.

@@ -611,6 +611,11 @@ impl IntJob<'_> {
         ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
+        if let Some(sparse) = &self.w.sparse {
+            if sparse.grouped(self, p0, np, m0, rows, c, ldc) {
+                return Ok(());
+            }
+        }
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             return self.grouped_tiles(p0, np, m0, rows, c, ldc, bytes);

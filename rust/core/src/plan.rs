@@ -4,6 +4,7 @@ use crate::gemm::Compute;
 use crate::isa::Isa;
 use crate::kernel;
 use crate::pack::{Geometry, Packed, PANEL};
+use crate::sparse::Panels;
 use std::fmt;
 
 /// The loop nest a plan uses.
@@ -117,6 +118,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         _ => t.max_mr,
     }
     .min(t.max_mr);
+    let mr = w.sparse.as_ref().filter(|_| m <= 4).and_then(Panels::few_rows).unwrap_or(mr);
     let fused = match (raw, w.is_table()) {
         _ if w.inner.is_some() => None,
         (true, false) => (t.raw)(w.bits, mr).map(|f| f.1),

@@ -9,7 +9,8 @@
 //! Blocks of kept numbers are found by an offset each. Products are float32 sums as everywhere: k ascending, one
 //! accumulator per output, fused multiply-adds; a dropped number is multiplied as 0.
 use super::kernel::generic::MASKS;
-use super::kernel::{self, FloatGemv, MAX_NP};
+use super::kernel::{self, FloatGemv, ListGemv, MAX_NP};
+use super::lists::Lists;
 use super::panels::{sum_up, Rows, SLACK};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
@@ -22,11 +23,25 @@ use crate::plan::{Blocking, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
+/// Whether every activation is a finite number.
+fn is_finite(x: &MatRef) -> Result<bool> {
+    let mut copy = zeros_vec::<f32>(x.cols)?;
+    Ok((0..x.rows).all(|m| {
+        let row = x.row_f32(m).unwrap_or_else(|| {
+            x.read_row(m, 0, &mut copy);
+            &copy
+        });
+        row.iter().all(|v| v.is_finite())
+    }))
+}
+
 /// A weight of plain numbers in panels.
 #[derive(Debug)]
 pub struct FloatPanels {
     kind: ScaleType,
     all: bool,
+    /// In the place of `data`, where few numbers are kept.
+    lists: Option<Lists>,
     data: Buf<u8>,
     /// Where blocks begin: `[panel][block]`, and the end.
     offsets: Vec<usize>,
@@ -41,6 +56,10 @@ impl FloatPanels {
     pub fn new(q: &QView, g: &Geometry, kind: ScaleType, threads: usize) -> Result<Self> {
         let (panels, blocks, size) = (q.rows.div_ceil(PANEL), g.blocks(), kind.size());
         let all = q.mask.is_none();
+        if let Some(mask) = q.mask.filter(|m| Lists::serves(m, g)) {
+            let lists = Some(Lists::new(q, mask, kind, threads)?);
+            return Ok(Self { kind, all, lists, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
+        }
         let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
         let out = Shared(offsets.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
@@ -92,7 +111,7 @@ impl FloatPanels {
             }
             Ok(())
         })?;
-        Ok(Self { kind, all, data, offsets, blocks })
+        Ok(Self { kind, all, lists: None, data, offsets, blocks })
     }
 
     fn at(&self, panel: usize, block: usize) -> *const u8 {
@@ -110,11 +129,15 @@ impl FloatPanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        self.data.len() + self.offsets.len() * size_of::<usize>()
+        let lists = self.lists.as_ref().map_or(0, Lists::nbytes);
+        self.data.len() + self.offsets.len() * size_of::<usize>() + lists
     }
 
     /// Panels of a register tile of few rows.
     pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
+        if self.lists.is_some() {
+            return 1;
+        }
         (kernel::table(isa).gemv)(self.index(), self.all, mr, false).1
     }
 
@@ -124,6 +147,9 @@ impl FloatPanels {
     /// [`Error::OutOfMemory`], [`Error::Interrupted`].
     pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
+        // Lists leave out what is dropped, which changes the result of rows that are not finite.
+        let dense = Blocking { path: Path::Gemm, mr: t.gemm_mr, np: t.gemm_np, window: 3, ..*b };
+        let b = if b.path == Path::Gemv && self.lists.is_some() && !is_finite(x)? { &dense } else { b };
         let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
         let plain = self.all && self.kind == ScaleType::F32;
@@ -143,6 +169,17 @@ impl FloatPanels {
                     }
                     .min(s.max_mr);
                     let mut p = 0;
+                    if let Some(lists) = &self.lists {
+                        let f = s.lists[self.index()][mr.trailing_zeros() as usize];
+                        for p in 0..np {
+                            let c = cp.wrapping_add(m * ldc + p * PANEL);
+                            let a =
+                                ListGemv { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc, ..lists.slots(p0 + p) };
+                            // SAFETY: whole slots, existing rows, places within K.
+                            unsafe { f(&a) };
+                        }
+                        p = np;
+                    }
                     while p < np {
                         let (mut f, mut count) = (s.gemv)(self.index(), self.all, mr, false);
                         if p + count > np {
@@ -173,6 +210,10 @@ impl FloatPanels {
                         } else {
                             let to = grown(&mut scratch.weights, b.np * span)?;
                             for i in 0..count {
+                                if let Some(lists) = &self.lists {
+                                    lists.window(p0 + p + i, k * BLOCK, &mut to[i * span..][..n * BLOCK * PANEL]);
+                                    continue;
+                                }
                                 let f = s.floats[self.index()][usize::from(self.all)];
                                 // SAFETY: whole blocks, and a buffer of the plan's window.
                                 unsafe { f(self.at(p0 + p + i, k), to.as_mut_ptr().add(i * span), n) };

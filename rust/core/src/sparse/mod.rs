@@ -2,7 +2,7 @@
 //!
 //! * [`Structure`] says in which units entries are kept; it is the last suffix of a format's name.
 //! * [`mask`] is the portable layout: which entries are kept, and codes of those alone.
-//! * [`panels`], [`floats`], [`rows`] and [`tiles`] are the rearrangements for the kernels.
+//! * [`panels`], [`floats`], [`lists`], [`rows`] and [`tiles`] are the rearrangements for the kernels.
 //! * [`columns`] holds a weight by columns, for activations that are mostly zero or mostly unchanged.
 //!
 //! A dropped entry is worth what the code of 0 decodes to. A sparse matrix is thus a dense one written shorter: every
@@ -11,6 +11,7 @@ pub mod columns;
 pub mod convert;
 pub mod floats;
 pub mod kernel;
+pub mod lists;
 pub mod mask;
 pub mod panels;
 pub mod rows;
@@ -142,8 +143,31 @@ impl Panels {
     ) -> bool {
         match self {
             Self::Bits(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
+            Self::Tiles(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
+            Self::Rows(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
+        }
+    }
+
+    /// A grouped integer product, `c = fma(sum, scale, c)` for each kept group, where these panels have a kernel for it.
+    pub(crate) fn grouped(
+        &self,
+        job: &IntJob,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        c: &mut [f32],
+        ldc: usize,
+    ) -> bool {
+        match self {
+            Self::Rows(p) => p.grouped(job, p0, np, m0, rows, c, ldc),
             _ => false,
         }
+    }
+
+    /// Activation rows that a product of few rows takes at a time, where these panels do not take as many as any.
+    pub(crate) fn few_rows(&self) -> Option<usize> {
+        matches!(self, Self::Rows(_)).then_some(1)
     }
 
     /// Decodes blocks of a panel to bytes `v = u + (u & dbl) - sub`, dropped entries too, in the order of registers.

@@ -11,9 +11,16 @@
 //! why pruning keeps as many groups in every row.
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+use crate::gemm::IntJob;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Isa;
 use crate::pack::{Geometry, PanelScales, Shared, PANEL};
+#[cfg(target_arch = "x86_64")]
+use crate::plan::Path;
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
+#[cfg(target_arch = "x86_64")]
+use crate::sparse::kernel::x86::bsr;
 
 /// Values of a group.
 pub const RUN: usize = 32;
@@ -137,6 +144,92 @@ impl RowPanels {
     pub fn nbytes(&self) -> usize {
         let small = 2 * (self.index.len() + self.scales.len()) + 4 * self.kept.len();
         self.codes.len() + small + self.starts.len() * size_of::<usize>()
+    }
+
+    /// Whether there is a kernel for a product: one row of activations with one scale, and the instructions.
+    #[cfg(target_arch = "x86_64")]
+    fn serves_job(job: &IntJob) -> bool {
+        job.b.path != Path::Tiles && job.b.mr == 1 && job.t.isa >= Isa::Avx512Vnni && job.segs.act.is_empty()
+    }
+
+    /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn raw(
+        &self,
+        job: &IntJob,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: &mut [i32],
+        ldc: usize,
+    ) -> bool {
+        let whole = b0 == 0 && blocks == job.w.geometry.blocks();
+        if !Self::serves_job(job) || !whole || !self.scales.is_empty() {
+            return false;
+        }
+        for m in 0..rows {
+            let row = &mut c[m * ldc..][..np * PANEL];
+            // What the caller takes off for the zero of all codes.
+            let share = job.act.zero_share(m0 + m, job.w.sub);
+            for v in row.iter_mut() {
+                *v = v.wrapping_add(share);
+            }
+            let x = job.act.rows(m0 + m, 0).codes;
+            for (p, sums) in row.chunks_exact_mut(PANEL).enumerate() {
+                // SAFETY: whole slots, activations of every group, and the instructions of the level.
+                unsafe { bsr::raw(&self.slots(p0 + p), x, self.zero, sums.as_mut_ptr()) };
+            }
+        }
+        true
+    }
+
+    /// A grouped product of one row at a time; see [`super::Panels::grouped`].
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn grouped(
+        &self,
+        job: &IntJob,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        c: &mut [f32],
+        ldc: usize,
+    ) -> bool {
+        if !Self::serves_job(job) || self.scales.is_empty() {
+            return false;
+        }
+        for m in 0..rows {
+            let x = job.act.rows(m0 + m, 0).codes;
+            for (p, sums) in c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
+                // SAFETY: as above; there is a scale for each group of a slot.
+                unsafe { bsr::grouped(&self.slots(p0 + p), x, self.zero, sums.as_mut_ptr()) };
+            }
+        }
+        true
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn raw(
+        &self,
+        _: &IntJob,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: &mut [i32],
+        _: usize,
+    ) -> bool {
+        false
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn grouped(&self, _: &IntJob, _: usize, _: usize, _: usize, _: usize, _: &mut [f32], _: usize) -> bool {
+        false
     }
 
     /// Decodes blocks of a panel to bytes, dropped groups too.

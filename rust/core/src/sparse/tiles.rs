@@ -6,10 +6,20 @@ use super::mask::Mask;
 use super::Structure;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+use crate::gemm::IntJob;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
+#[cfg(target_arch = "x86_64")]
+use crate::plan::Path;
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
+
+/// Blocks of 16 rows of activations that meet a kept tile at a time.
+#[cfg(target_arch = "x86_64")]
+const ROWS: usize = 4;
+/// Blocks of K that products work on at a time: what activations they need stays in the first-level cache.
+#[cfg(target_arch = "x86_64")]
+const WINDOW: usize = 16;
 
 /// The kept tiles of a weight.
 #[derive(Debug)]
@@ -101,6 +111,65 @@ impl TilePanels {
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
         self.data.len() + self.index.len() * 4 + self.starts.len() * size_of::<usize>()
+    }
+
+    /// An ungrouped product of many rows by the kept tiles alone; see [`super::Panels::raw`].
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn raw(
+        &self,
+        job: &IntJob,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: &mut [i32],
+        ldc: usize,
+    ) -> bool {
+        use super::kernel::x86::amx::{multiply, Kept};
+        let whole = b0 == 0 && blocks == job.w.geometry.blocks();
+        if job.b.path != Path::Tiles || !self.signed() || !whole {
+            return false;
+        }
+        let at = |m: usize| c.as_ptr().cast_mut().wrapping_add(m * ldc);
+        // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles.
+        unsafe {
+            let _tiles = crate::kernel::x86::amx::Tiles::new(64);
+            for m in (0..rows).step_by(16 * ROWS) {
+                let count = ROWS.min((rows - m).div_ceil(16));
+                let a = job.act.rows((m0 + m) / 16, 0).codes;
+                for k in (0..blocks).step_by(WINDOW) {
+                    for p in 0..np {
+                        let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
+                        let c = at(m).wrapping_add(p * PANEL);
+                        multiply(&Kept { index, tiles, a, a_stride: job.act.tile_stride(), c, ldc }, count);
+                    }
+                }
+            }
+        }
+        // What the caller takes off for the zero of all codes.
+        for m in 0..rows {
+            let share = job.act.zero_share(m0 + m, job.w.sub);
+            c[m * ldc..][..np * PANEL].iter_mut().for_each(|v| *v = v.wrapping_add(share));
+        }
+        true
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    pub(crate) fn raw(
+        &self,
+        _: &IntJob,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: usize,
+        _: &mut [i32],
+        _: usize,
+    ) -> bool {
+        false
     }
 
     /// Decodes blocks of a panel to bytes, dropped ones too.

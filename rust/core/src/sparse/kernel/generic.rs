@@ -1,8 +1,7 @@
 //! The kernels, written once over [`Expand`].
-use super::{BitRaw, Fill, FloatColumns, FloatGemv};
+use super::{BitRaw, Fill, FloatColumns, FloatGemv, ListGemv};
 use crate::kernel::simd::Simd;
 use crate::pack::PANEL;
-use crate::sparse::mask::code_bytes;
 
 /// Spreads entries to where the bits of a mask are set.
 ///
@@ -61,8 +60,11 @@ numbers! {
 /// Bytes of the masks of a block: 16 words of 64 bits over codes, or 64 of 16 over numbers.
 pub const MASKS: usize = 128;
 
-/// How far ahead of the entries in use memory is asked for.
-const AHEAD: usize = 1024;
+/// How far ahead of the codes in use memory is asked for: blocks are short, and what the hardware fetches by itself comes
+/// too late (measured; 1024 bytes take half as long again).
+const AHEAD: usize = 8192;
+/// The same for numbers.
+const NUMBERS_AHEAD: usize = 4096;
 
 /// One register of a block whose codes have `W` bits: the mask, and where its codes begin, which moves on.
 #[inline(always)]
@@ -77,7 +79,8 @@ unsafe fn register<E: Expand, const W: usize>(
         let mask = masks.add(8 * r).cast::<u64>().read_unaligned();
         let p = *codes;
         E::S::prefetch(p.wrapping_add(AHEAD));
-        *codes = p.add(code_bytes(W, mask.count_ones() as usize));
+        let count = mask.count_ones() as usize;
+        *codes = p.add(if W == 4 { count.div_ceil(2) } else { count });
         if W == 4 {
             E::nibbles(fill, mask, p)
         } else {
@@ -205,7 +208,7 @@ unsafe fn number<E: Expand, T: Number, const ALL: bool>(
     // SAFETY: the caller's block.
     unsafe {
         let p = *src;
-        E::S::prefetch(p.wrapping_add(AHEAD));
+        E::S::prefetch(p.wrapping_add(NUMBERS_AHEAD));
         if ALL {
             *src = p.add(16 * T::SIZE);
             return T::load::<E::S>(p);
@@ -213,6 +216,35 @@ unsafe fn number<E: Expand, T: Number, const ALL: bool>(
         let mask = masks.add(2 * k).cast::<u16>().read_unaligned();
         *src = p.add(T::SIZE * mask.count_ones() as usize);
         E::lanes(mask, T::load::<E::S>(p))
+    }
+}
+
+/// `c[m] = fma(x[m][index], number, c[m])` for the slots of a panel in order, each row's own number and place along K.
+///
+/// # Safety
+/// The pointers in `a` hold what [`ListGemv`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn lists<S: Simd, T: Number, const MR: usize>(a: &ListGemv) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let mut f = [S::splatf(0.0); MR];
+        for m in 0..MR {
+            f[m] = S::loadf(a.c.add(m * a.ldc));
+        }
+        for i in 0..a.slots {
+            let (numbers, index) = (a.numbers.add(16 * T::SIZE * i), a.index.add(16 * i));
+            S::prefetch(numbers.wrapping_add(NUMBERS_AHEAD));
+            S::prefetch(index.wrapping_add(NUMBERS_AHEAD / 4).cast());
+            let w = T::load::<S>(numbers);
+            // 16 bits in the upper half of each lane, moved down.
+            let at = S::shr32_16(S::bits(S::load_bf16(index)));
+            for m in 0..MR {
+                f[m] = S::fma(S::gather(a.x.offset(m as isize * a.x_stride), at), w, f[m]);
+            }
+        }
+        for m in 0..MR {
+            S::storef(a.c.add(m * a.ldc), f[m]);
+        }
     }
 }
 

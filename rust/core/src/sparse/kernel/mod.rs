@@ -65,6 +65,25 @@ pub struct FloatGemv {
     pub ldc: usize,
 }
 
+/// Arguments of the float kernels over lists of numbers.
+#[derive(Debug, Clone, Copy)]
+pub struct ListGemv {
+    /// `[slot][16]`.
+    pub numbers: *const u8,
+    /// `[slot][16]`: where along K.
+    pub index: *const u16,
+    /// Slots.
+    pub slots: usize,
+    /// Activations: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
 /// Panels of a float kernel, at most.
 pub const MAX_NP: usize = 4;
 
@@ -74,6 +93,8 @@ pub type ExpandFn = unsafe fn(*const u8, *mut u8, usize, &Fill);
 pub type BitRawFn = unsafe fn(&BitRaw);
 /// A float kernel over panels of numbers.
 pub type FloatGemvFn = unsafe fn(&FloatGemv);
+/// A float kernel over lists of numbers.
+pub type ListGemvFn = unsafe fn(&ListGemv);
 /// Spreads blocks of a panel of numbers to f32 `[k][16]`.
 pub type FloatExpandFn = unsafe fn(*const u8, *mut f32, usize);
 /// Adds multiples of columns to sums: see [`generic::add_columns`].
@@ -114,6 +135,8 @@ pub struct SparseKernels {
     pub raw: [[BitRawFn; 3]; 2],
     /// By type of number (f32, f16, bf16), whether all are kept, rows 1, 2, 4: kernel and panels.
     pub gemv: fn(usize, bool, usize, bool) -> (FloatGemvFn, usize),
+    /// By type of number, then rows 1, 2, 4.
+    pub lists: [[ListGemvFn; 3]; 3],
     /// By type of number, whether all are kept.
     pub floats: [[FloatExpandFn; 2]; 3],
     /// Sums of columns.
@@ -154,6 +177,11 @@ macro_rules! instantiate {
                 unsafe { generic::gemv::<$e, T, ALL, NP, MR>(a) }
             }
             $(#[$feature])*
+            unsafe fn lists<T: Number, const MR: usize>(a: &ListGemv) {
+                // SAFETY: as above.
+                unsafe { generic::lists::<<$e as Expand>::S, T, MR>(a) }
+            }
+            $(#[$feature])*
             unsafe fn floats<T: Number, const ALL: bool>(src: *const u8, out: *mut f32, blocks: usize) {
                 // SAFETY: as above.
                 unsafe { generic::floats::<$e, T, ALL>(src, out, blocks) }
@@ -191,6 +219,11 @@ macro_rules! instantiate {
                 expand: [expand::<4>, expand::<8>],
                 raw: [[raw::<4, 1>, raw::<4, $r2>, raw::<4, $r4>], [raw::<8, 1>, raw::<8, $r2>, raw::<8, $r4>]],
                 gemv: pick,
+                lists: [
+                    [lists::<F32, 1>, lists::<F32, $r2>, lists::<F32, $r4>],
+                    [lists::<F16, 1>, lists::<F16, $r2>, lists::<F16, $r4>],
+                    [lists::<BF16, 1>, lists::<BF16, $r2>, lists::<BF16, $r4>],
+                ],
                 floats: [
                     [floats::<F32, false>, floats::<F32, true>],
                     [floats::<F16, false>, floats::<F16, true>],

@@ -1,4 +1,7 @@
 //! Spreading with `VPEXPANDB` and `VPEXPANDPS` (AVX-512), or `PDEP` (BMI2) where they lack.
+pub(crate) mod amx;
+pub(crate) mod bsr;
+
 use crate::isa::Isa;
 use crate::kernel::simd::Simd;
 use crate::kernel::x86::{Avx2, Avx512, Avx512Vnni, AvxVnni};

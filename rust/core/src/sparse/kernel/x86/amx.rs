@@ -1,0 +1,128 @@
+//! Kept tiles on AMX: one panel by up to 64 rows of activations, the dropped tiles left out.
+//!
+//! A kept tile of 16 x 64 is loaded once and multiplied with up to four tiles of activations; a list says where along K
+//! those are. Values are signed bytes, so a tile that is left out takes nothing with it.
+use std::arch::asm;
+
+/// Where operands lie.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Kept<'a> {
+    /// Blocks along K of the kept tiles.
+    pub index: &'a [u32],
+    /// The kept tiles, 1 KiB each.
+    pub tiles: *const u8,
+    /// Block 0 of the first 16 rows of activations; blocks are 1 KiB apart.
+    pub a: *const i8,
+    /// Bytes to the next 16 rows.
+    pub a_stride: usize,
+    /// Sums, read and written.
+    pub c: *mut i32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+macro_rules! run {
+    ($k:expr, [$first:literal $(, $load:literal)*], [$($step:expr),*], [$last:literal $(, $store:literal)*]) => {
+        asm!(
+            "mov {t}, {c}",
+            $first,
+            $("add {t}, {d}", $load,)*
+            "2:",
+            "mov {t:e}, dword ptr [{i}]",
+            "shl {t}, 10",
+            "add {t}, {a}",
+            "tileloadd tmm7, [{b} + {s}]",
+            $($step,)*
+            "add {b}, 1024",
+            "add {i}, 4",
+            "dec {n}",
+            "jnz 2b",
+            "mov {t}, {c}",
+            $last,
+            $("add {t}, {d}", $store,)*
+            i = inout(reg) $k.index.as_ptr() => _, b = inout(reg) $k.tiles => _, n = inout(reg) $k.index.len() => _,
+            t = out(reg) _, a = in(reg) $k.a, r = in(reg) $k.a_stride, s = in(reg) 64usize,
+            c = in(reg) $k.c, l = in(reg) $k.ldc * 4, d = in(reg) $k.ldc * 64,
+            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// Multiplies the kept tiles with `blocks` (1 to 4) blocks of 16 rows of activations: `c += sums`.
+///
+/// # Safety
+/// The pointers in `k` hold what [`Kept`] says, for every block of the list and `16 * blocks` rows; tiles are configured for
+/// 64 bytes.
+pub(crate) unsafe fn multiply(k: &Kept, blocks: usize) {
+    if k.index.is_empty() {
+        return;
+    }
+    // SAFETY: as the contract says. `r` is named where one block alone does not need it.
+    unsafe {
+        match blocks {
+            1 => run!(
+                k,
+                ["tileloadd tmm0, [{t} + {l}]"],
+                ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
+                ["tilestored [{t} + {l}], tmm0 /* {d} */"]
+            ),
+            2 => run!(
+                k,
+                ["tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]"],
+                [
+                    "tileloadd tmm4, [{t} + {s}]",
+                    "tdpbssd tmm0, tmm4, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm5, [{t} + {s}]",
+                    "tdpbssd tmm1, tmm5, tmm7"
+                ],
+                ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
+            ),
+            3 => run!(
+                k,
+                ["tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]", "tileloadd tmm2, [{t} + {l}]"],
+                [
+                    "tileloadd tmm4, [{t} + {s}]",
+                    "tdpbssd tmm0, tmm4, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm5, [{t} + {s}]",
+                    "tdpbssd tmm1, tmm5, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm6, [{t} + {s}]",
+                    "tdpbssd tmm2, tmm6, tmm7"
+                ],
+                ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1", "tilestored [{t} + {l}], tmm2"]
+            ),
+            _ => run!(
+                k,
+                [
+                    "tileloadd tmm0, [{t} + {l}]",
+                    "tileloadd tmm1, [{t} + {l}]",
+                    "tileloadd tmm2, [{t} + {l}]",
+                    "tileloadd tmm3, [{t} + {l}]"
+                ],
+                [
+                    "tileloadd tmm4, [{t} + {s}]",
+                    "tdpbssd tmm0, tmm4, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm5, [{t} + {s}]",
+                    "tdpbssd tmm1, tmm5, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm6, [{t} + {s}]",
+                    "tdpbssd tmm2, tmm6, tmm7",
+                    "add {t}, {r}",
+                    "tileloadd tmm4, [{t} + {s}]",
+                    "tdpbssd tmm3, tmm4, tmm7"
+                ],
+                [
+                    "tilestored [{t} + {l}], tmm0",
+                    "tilestored [{t} + {l}], tmm1",
+                    "tilestored [{t} + {l}], tmm2",
+                    "tilestored [{t} + {l}], tmm3"
+                ]
+            ),
+        }
+    }
+}
