@@ -273,6 +273,22 @@ def test_worth_of_every_element(act: int) -> None:
         assert (error <= (2.0**-11 if act == 0 else 0) * np.abs(e.values)[finite]).all(), e.name
 
 
+def test_formats_that_the_kernels_know() -> None:
+    from nibblas.cuda import is_dense
+
+    for e in nb.formats.table():
+        f = nb.Format(e.name)
+        names = {p.name for p in f.parts(4, 64)}
+        if (
+            names <= {"codes", "scales", "zeros", "tensor_scale"}
+            and f.parts(4, 64)[1].shape[0] == 4
+        ):
+            assert is_dense(f), f
+    assert is_dense(nb.Format("int4_g32_si8"))
+    assert not is_dense(nb.Format("int4_g32_bitmap"))
+    assert not is_dense(nb.Format("f16"))
+
+
 def test_integers_of_tables() -> None:
     from nibblas.cuda._worth import integers
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..formats import Format
 from ..qtensor import _E4M3, _powers, _Storage
 from ._launch import arch, kernel, tensor_map
 from ._plan import CHUNK, padded_group
@@ -16,7 +17,16 @@ from ._worth import Worth, integers, line, worth
 if TYPE_CHECKING:
     from types import ModuleType
 
-__all__ = ["BitPlanes", "Panels", "Storage", "panels_on", "place", "require", "row_scales"]
+__all__ = [
+    "BitPlanes",
+    "Panels",
+    "Storage",
+    "is_dense",
+    "panels_on",
+    "place",
+    "require",
+    "row_scales",
+]
 
 
 def require(device: str) -> tuple[ModuleType, int]:
@@ -113,7 +123,7 @@ class Panels:
         import cupy
 
         fmt, element = host.format, host.format.element
-        if fmt.structure is not None or fmt.is_plain:
+        if not is_dense(fmt):
             raise ValueError(f"{fmt} is not available on CUDA")
         self.device = device
         self.host = host
@@ -254,6 +264,13 @@ class Panels:
         """Bytes on the device."""
         parts = [*self.planes, self.scales, *([] if self.zeros is None else [self.zeros])]
         return sum(int(a.nbytes) for a in parts)
+
+
+def is_dense(fmt: Format) -> bool:
+    """Whether a matrix is codes with a scale per group, and nothing that kernels do not know."""
+    parts = {p.name: p.along for p in fmt.parts(1, 1)}
+    known = {"codes", "scales", "zeros", "row_scales", "tensor_scale"}
+    return parts.keys() <= known and parts.get("scales") == "groups" and not fmt.is_plain
 
 
 def _has_specials(cupy: Any, codes: Any, values: NDArray[np.float32]) -> bool:

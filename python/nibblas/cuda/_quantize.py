@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..formats import Element, Format
 from ..qtensor import QTensor, _Storage
 from ._launch import arch, kernel
-from ._panels import Storage
+from ._panels import Storage, is_dense
 from ._product import _import, _kind_of
 from ._worth import line
 
@@ -87,7 +87,7 @@ def _book(name: str) -> _Book:
 def _rule(fmt: Format, element: Element) -> dict[str, Any] | None:
     """Return how a format is quantised, None where the CPU has to."""
     name, values = element.name, element.values
-    if fmt.scale not in _STORED or fmt.structure is not None or fmt.is_plain:
+    if fmt.scale not in _STORED or not is_dense(fmt):
         return None
     if name in ("ternary", "bipolar1"):
         return None  # a mean in double precision, in an order of its own
