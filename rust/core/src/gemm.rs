@@ -7,9 +7,10 @@ use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
+use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
@@ -303,7 +304,15 @@ pub(crate) fn int8(
     let long = raw && w.geometry.kp > int32_limit(w);
     let b = plan::int8(x.rows, w, &segs, group.is_some(), o.isa, o.threads);
     let mb = if b.path == Path::Tiles { 16 } else { b.mr };
-    let factor = if !w.sums_have_zeros() && !long { w.sum_sub() } else { 1 };
+    // Fused kernels of two-level weights sum group by group.
+    let inner = w.inner.as_ref().filter(|_| b.path == Path::Fused);
+    let segs = inner.map_or(segs, |i| Cow::Borrowed(&i.groups));
+    let factor = match inner {
+        Some(_) if w.has_zeros() => 1,
+        Some(_) => w.sub,
+        None if w.sums_have_zeros() || long => 1,
+        None => w.sum_sub(),
+    };
     let sums = !(b.path == Path::Tiles && !raw && plan::signed_bytes(w));
     let mut act = Act::quantise(x, &w.geometry, &segs, group, mb, factor, given, sums, t, b.threads)?;
     if w.step != 1.0 {
@@ -337,12 +346,16 @@ pub(crate) fn int8(
                 }
                 return Ok(());
             }
-            job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?;
+            if let Some(inner) = inner {
+                job.two_level(inner, p0, np, m0, rows, sums, ldc);
+            } else {
+                job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?;
+            }
             for m in 0..rows {
                 let e = Finish {
                     cols,
                     act_scale: act.scale[m0 + m],
-                    sum: if act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
+                    sum: if inner.is_some() || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
                     dbl: doubling(w),
                     bias,
                     scales,
@@ -601,6 +614,45 @@ impl IntJob<'_> {
         Ok(())
     }
 
+    /// Sums of two-level weights, each group's times its integer scale.
+    fn two_level(&self, inner: &Inner, p0: usize, np: usize, m0: usize, rows: usize, c: &mut [i32], ldc: usize) {
+        let (w, mr) = (self.w, self.b.mr);
+        let stride = w.geometry.groups * PANEL;
+        let find = |single| (self.t.inner)(w.bits, w.has_zeros(), self.segs.registers(), mr, single);
+        let (Some(wide), Some(single)) = (find(false), find(true)) else { return };
+        let c = c.as_mut_ptr();
+        let mut p = 0;
+        while p < np {
+            let (f, count) = if np - p >= wide.1 { wide } else { single };
+            let at = (p0 + p) * stride;
+            for m in (0..rows).step_by(mr) {
+                let a = Grp {
+                    codes: self.codes(p0 + p, 0),
+                    panel_stride: w.panel_bytes(),
+                    blocks: w.geometry.blocks(),
+                    seg_blocks: self.segs.blocks().max(1),
+                    seg_registers: self.segs.registers(),
+                    seg0: 0,
+                    seg_group: self.segs.group.as_ptr(),
+                    scales: ScalePtr::F32(std::ptr::null()),
+                    scale_stride: stride,
+                    zeros: zero_ptrs(&w.zeros, w.geometry.groups, p0 + p).0,
+                    fzeros: std::ptr::null(),
+                    inner: inner.mul[at..].as_ptr(),
+                    act: self.act.rows((m0 + m) / mr, 0),
+                    c: c.wrapping_add(m * ldc + p * PANEL).cast(),
+                    ldc,
+                    dbl: 0,
+                    prefetch: self.prefetch(),
+                    table: std::ptr::null(),
+                };
+                // SAFETY: whole panels, whole groups and padded rows; sums of floats and of integers are as wide.
+                unsafe { f(&a) };
+            }
+            p += count;
+        }
+    }
+
     fn grouped(
         &self,
         p0: usize,
@@ -640,6 +692,7 @@ impl IntJob<'_> {
                 scale_stride: stride,
                 zeros,
                 fzeros,
+                inner: std::ptr::null(),
                 act: self.act.rows((m0 + m) / mr, k),
                 c: c.wrapping_add(m * ldc + p * PANEL),
                 ldc,

@@ -144,6 +144,8 @@ pub struct Inner {
     pub add: Buf<u8>,
     /// Scales of the rows, `[panel][16]`.
     pub rows: PanelScales,
+    /// The groups as segments, for kernels that sum them one by one.
+    pub(crate) groups: Segments,
 }
 
 /// What two-level bytes are above their values.
@@ -528,7 +530,12 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
             let add: Vec<u8> =
                 t.iter().enumerate().map(|(i, &t)| (INNER_ZERO - zero(i) * i32::from(t)) as u8).collect();
             let rows = PanelScales::F32(panelise(q.outer, q.rows, 1)?);
-            Some(Inner { mul: panelise(t, q.rows, groups)?, add: panelise(&add, q.rows, groups)?, rows })
+            Some(Inner {
+                mul: panelise(t, q.rows, groups)?,
+                add: panelise(&add, q.rows, groups)?,
+                rows,
+                groups: Segments::new(&geometry, None)?,
+            })
         }
         _ => None,
     };

@@ -119,7 +119,11 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     }
     .min(t.max_mr);
     let mr = w.sparse.as_ref().filter(|_| m <= 4).and_then(Panels::few_rows).unwrap_or(mr);
+    let inner = w.inner.as_ref().filter(|_| raw && w.geometry.kp <= crate::gemm::int32_limit(w));
     let fused = match (raw, w.is_table()) {
+        _ if inner.is_some() => {
+            inner.and_then(|i| (t.inner)(w.bits, w.has_zeros(), i.groups.registers(), mr, false)).map(|f| f.1)
+        }
         _ if w.inner.is_some() => None,
         (true, false) => (t.raw)(w.bits, mr).map(|f| f.1),
         (true, true) => (t.raw_table)(w.bits, mr).map(|f| f.1),
@@ -183,6 +187,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
                 Path::Fused => format!("u{}", w.bits),
                 _ => "u8".to_owned(),
             };
+            let unit = if w.inner.is_some() { unit + "x2" } else { unit };
             let class = format!("{}_s8_{unit}{}", if raw { "i32" } else { "f32" }, if raw { "" } else { "g" });
             (b, class, if raw { w.geometry.kp } else { segs.len })
         }

@@ -318,6 +318,7 @@ pub unsafe fn unpack_inner<S: Simd, U: Unpack>(a: &Inner) {
 /// Grouped product: for each group in increasing k, `c = fma(f32(D), s, c)` with `D` the exact integer sum.
 ///
 /// `ZEROS`: zero points are stored, integers or floats; else the zero is constant and folded into the sums.
+/// `INNER`: weights have two levels; then `c` holds int32 sums, and `c = c + D*t` with `t` the integer scale of the group.
 /// `SEG` is the number of registers of a segment (8, or 4 where there are two parts), 16 where a segment is whole blocks, or 0 to take it from
 /// `seg_registers` (codes of one byte).
 ///
@@ -329,6 +330,7 @@ pub unsafe fn grouped<
     S: Simd,
     U: Unpack,
     const ZEROS: bool,
+    const INNER: bool,
     const SEG: usize,
     const NP: usize,
     const MR: usize,
@@ -359,7 +361,7 @@ pub unsafe fn grouped<
                 let g = *a.seg_group.add(seg) as usize * 16;
                 let sums = a.act.sums.add(seg * a.act.rows);
                 for p in 0..NP {
-                    let s = scales::<S>(a.scales, p * a.scale_stride + g);
+                    let s = if INNER { S::splatf(0.0) } else { scales::<S>(a.scales, p * a.scale_stride + g) };
                     for m in 0..MR {
                         let mut d = S::sar(acc[p][m][$from], scaled::<S, U>($from));
                         acc[p][m][$from] = S::splat(0);
@@ -369,6 +371,14 @@ pub unsafe fn grouped<
                         }
                         let sum = S::splat(*sums.add(m));
                         d = S::add(d, S::and(d, dbl));
+                        if INNER {
+                            let zero =
+                                if ZEROS { S::mul(S::load_u8(a.zeros.add(p * a.scale_stride + g)), sum) } else { sum };
+                            let t = S::load_u8(a.inner.add(p * a.scale_stride + g));
+                            let c = S::add(S::bits(f[p][m]), S::mul(S::sub(d, zero), t));
+                            f[p][m] = S::from_bits(c);
+                            continue;
+                        }
                         let s = S::mulf(s, S::splatf(*act_scales.add(seg * act_step + m)));
                         if !ZEROS {
                             f[p][m] = S::fma(S::cvt(S::sub(d, sum)), s, f[p][m]);

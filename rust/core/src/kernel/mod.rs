@@ -74,7 +74,9 @@ pub struct Grp {
     pub fzeros: *const f32,
     /// Activations.
     pub act: ActRows,
-    /// Float sums `[m][ldc]`, read and written.
+    /// Integer scales of the first panel, of two-level weights.
+    pub inner: *const u8,
+    /// Float sums `[m][ldc]`, read and written; int32 of two-level weights.
     pub c: *mut f32,
     /// Row stride of `c`.
     pub ldc: usize,
@@ -217,6 +219,9 @@ pub struct Kernels {
     pub raw_table: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Fused grouped kernel by (bits, stored zeros, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, bool, usize, usize) -> Option<(GroupedFn, usize)>,
+    /// Fused kernel for two-level weights by (bits, stored zeros, registers of a segment, rows, one panel only): kernel and
+    /// panels.
+    pub inner: fn(usize, bool, usize, usize, bool) -> Option<(GroupedFn, usize)>,
     /// Grouped kernel over bytes, one panel, by (codes below 128, stored zeros, registers of a segment, rows).
     pub grouped_bytes: fn(bool, bool, usize, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
@@ -271,7 +276,7 @@ macro_rules! instantiate {
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)? $(, short [$fn1:literal, $fn2:literal, $fn4:literal])?)),*],
         lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
-        bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
+        inner [$(($ib:literal, $iu:ident, $ip:literal)),*], bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
@@ -294,7 +299,30 @@ macro_rules! instantiate {
             $(#[$feature])*
             unsafe fn grouped<U: Unpack, const Z: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
                 // SAFETY: as above.
-                unsafe { generic::grouped::<$v, U, Z, SEG, NP, MR, PARTS>(a) }
+                unsafe { generic::grouped::<$v, U, Z, false, SEG, NP, MR, PARTS>(a) }
+            }
+            $(#[$feature])*
+            #[allow(dead_code)]
+            unsafe fn two_level<U: Unpack, const Z: bool, const SEG: usize, const NP: usize, const MR: usize, const PARTS: usize>(a: &Grp) {
+                // SAFETY: as above.
+                unsafe { generic::grouped::<$v, U, Z, true, SEG, NP, MR, PARTS>(a) }
+            }
+            #[allow(unused_variables)]
+            fn inner(bits: usize, zeros: bool, seg: usize, mr: usize, single: bool) -> Option<(GroupedFn, usize)> {
+                macro_rules! rows { ($z:literal) => { match (bits, seg, mr, single) {
+                    $( ($ib, 16, 1, false) => Some((two_level::<$iu, $z, 16, 4, 1, $ip> as GroupedFn, 4)),
+                       ($ib, 16, 1, true) => Some((two_level::<$iu, $z, 16, 1, 1, $ip>, 1)),
+                       ($ib, 16, 2, false) => Some((two_level::<$iu, $z, 16, 2, 2, $ip>, 2)),
+                       ($ib, 16, 2, true) => Some((two_level::<$iu, $z, 16, 1, 2, $ip>, 1)),
+                       ($ib, 16, 4, _) => Some((two_level::<$iu, $z, 16, 1, 4, $ip>, 1)),
+                       ($ib, 8, 1, false) => Some((two_level::<$iu, $z, 8, 4, 1, $ip>, 4)),
+                       ($ib, 8, 1, true) => Some((two_level::<$iu, $z, 8, 1, 1, $ip>, 1)),
+                       ($ib, 8, 2, false) => Some((two_level::<$iu, $z, 8, 2, 2, $ip>, 2)),
+                       ($ib, 8, 2, true) => Some((two_level::<$iu, $z, 8, 1, 2, $ip>, 1)),
+                       ($ib, 8, 4, _) => Some((two_level::<$iu, $z, 8, 1, 4, $ip>, 1)), )*
+                    _ => None,
+                } } }
+                if zeros { rows!(true) } else { rows!(false) }
             }
             $(#[$feature])*
             unsafe fn raw<U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
@@ -503,6 +531,7 @@ macro_rules! instantiate {
                 grouped_table,
                 raw_table,
                 grouped: grouped_fused,
+                inner,
                 grouped_bytes,
                 raw: raw_fused,
                 raw_bytes,
@@ -526,5 +555,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], lut [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
+    fused [], lut [], inner [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
 );
