@@ -631,3 +631,123 @@ def test_any_layout_and_type(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="axis -1 of acc has 10 channels"):
         intops.requantize(x, multiplier=[2**30] * 4, shift=0)
     assert "intops" in dir(nb)
+
+
+# Products.
+
+
+def test_matmul(rng: np.random.Generator) -> None:
+    a8, au = rng.integers(-128, 128, (7, 50)).astype(np.int8), rng.integers(0, 256, (7, 50))
+    b8, bu = rng.integers(-128, 128, (50, 9)).astype(np.int8), rng.integers(0, 256, (50, 9))
+    au, bu = au.astype(np.uint8), bu.astype(np.uint8)
+    bias = rng.integers(-(2**20), 2**20, 9)
+    for a, za in ((a8, 0), (a8, -128), (a8, 17), (au, 0), (au, 131)):
+        for b, zb in ((b8, 0), (b8, 5), (bu, 0), (bu, 200)):
+            want = (a.astype(np.int64) - za) @ (b.astype(np.int64) - zb)
+            got = intops.matmul(a, b, a_zero=za, b_zero=zb)
+            assert got.dtype == np.int32
+            np.testing.assert_array_equal(got, want)
+            got = intops.matmul(a, b, a_zero=za, b_zero=zb, bias=bias, dtype=np.int64)
+            np.testing.assert_array_equal(got, want + bias)
+            stack = intops.matmul(a[None, :, None], b[None, None], a_zero=za, b_zero=zb)
+            np.testing.assert_array_equal(stack[0, :, 0], want)
+    for fmt in ("int8", "int4", "uint4", "ternary", "bipolar3"):
+        q = nb.quantize(rng.standard_normal((9, 50)).astype(np.float32), fmt)
+        w = q.codes().astype(np.int64) - (0 if q.zeros is None else q.zeros.astype(np.int64))
+        for a, za in ((a8, 0), (a8, -3), (au, 9)):
+            want = (a.astype(np.int64) - za) @ w.T + bias
+            np.testing.assert_array_equal(intops.matmul(a, q.T, a_zero=za, bias=bias), want)
+            got = intops.matmul(np.stack([a, a]), q.T, a_zero=za, bias=bias)
+            np.testing.assert_array_equal(got, [want, want])
+
+
+def test_matmul_does_not_overflow() -> None:
+    k = 140_000
+    a, b = np.full((1, k), -128, np.int8), np.full((k, 1), -128, np.int8)
+    with pytest.raises(ValueError, match="may reach 2293760000, past int32"):
+        intops.matmul(a, b)
+    assert intops.matmul(a, b, dtype=np.int64).tolist() == [[128 * 128 * k]]
+    small = np.ones((1, 1), np.int8)
+    with pytest.raises(ValueError, match="past int32"):
+        intops.matmul(small, small, bias=[2**31 - 1])
+    assert intops.matmul(small, small, bias=[2**31 - 1], dtype=np.int64) == 2**31
+    with pytest.raises(TypeError, match="a must be int8 or uint8, got int64"):
+        intops.matmul([[1]], small)
+    with pytest.raises(ValueError, match=r"a_zero must lie in \[-128, 127\], got 200"):
+        intops.matmul(small, small, a_zero=200)
+    with pytest.raises(ValueError, match="do not fit"):
+        intops.matmul(small, np.ones((2, 1), np.int8))
+    with pytest.raises(ValueError, match=r"bias must have shape \(1,\)"):
+        intops.matmul(small, small, bias=[1, 2])
+    with pytest.raises(TypeError, match="bias must hold integers"):
+        intops.matmul(small, small, bias=[0.5])
+    assert (
+        intops.matmul(np.ones((3, 0), np.int8), np.ones((0, 2), np.int8)).tolist() == [[0, 0]] * 3
+    )
+
+
+def test_bitlinear(rng: np.random.Generator) -> None:
+    q = rng.integers(-(2**15), 2**15, (2, 5, 64)).astype(np.int32)
+    w = nb.quantize(rng.standard_normal((12, 64)).astype(np.float32), "ternary")
+    norm = rng.normal(1, 0.1, 64).astype(np.float32)
+    sums, scales = intops.bitlinear(q, 0.01, norm, w, eps=1e-6)
+    assert sums.dtype == np.int32
+    codes, rows = intops.rmsnorm_quantize(q, 0.01, norm, eps=1e-6)
+    np.testing.assert_array_equal(sums, codes.astype(np.int64) @ w.codes().astype(np.int64).T)
+    exact = exact_norm(q * 0.01, norm.astype(float), 0.0, 1e-6, False) @ w.dequantize().T
+    error = np.abs(sums * scales - exact)
+    # Half a step for each activation at worst.
+    assert (error <= rows / 2 * np.abs(w.dequantize()).sum(1) * 1.001).all()
+
+
+def test_log2_softmax(rng: np.random.Generator) -> None:
+    q = rng.integers(-900, 100, (4, 60))
+    p = exact_softmax(q * 0.01)
+    for base, steps in (("2", 1), ("sqrt2", 2)):
+        for bits in (2, 4):
+            for top in (1.0, 0.07):
+                codes = intops.log2_softmax(q, 0.01, bits=bits, base=base, top=top)
+                near = -steps * np.log2(p / top)
+                sure = np.abs(near - np.floor(near) - 0.5) > 1e-3
+                want = np.clip(np.rint(near), 0, 2**bits)
+                assert sure.mean() > 0.9
+                np.testing.assert_array_equal(codes[sure], want[sure])
+                v = rng.integers(-128, 128, (60, 3)).astype(np.int8)
+                sums, scale = intops.log2_matmul(codes, v, 0.5, bits=bits, base=base, top=top)
+                level = np.where(codes < 2**bits, top * 2.0 ** (-codes.astype(float) / steps), 0)
+                np.testing.assert_allclose(sums * scale, level @ v * 0.5, atol=scale * 2)
+    hidden = intops.log2_softmax(q, 0.01, where=np.arange(60) < 1)
+    assert (hidden[:, 1:] == 16).all()
+    assert (hidden[:, 0] == 0).all()
+    with pytest.raises(ValueError, match="top must lie"):
+        intops.log2_softmax(q, 0.01, top=0.0)
+    with pytest.raises(ValueError, match=r"codes lie in \[0, 16\]"):
+        intops.log2_matmul([[17]], [[1]], 1.0)
+    with pytest.raises(ValueError, match="unknown base"):
+        intops.log2_softmax(q, 0.01, base="e")
+
+
+def test_folded_scales_change_nothing(rng: np.random.Generator) -> None:
+    k, n = 24, 7
+    xhat = rng.standard_normal((50, k))
+    g, b, w, c = (
+        rng.normal(1, 1, k),
+        rng.normal(0, 1, k),
+        rng.normal(0, 1, (n, k)),
+        rng.normal(0, 1, n),
+    )
+    y = xhat * g + b
+    low, high = np.minimum(y.min(0), 0), np.maximum(y.max(0), 0)
+    s = (high - low) / 255
+    z = np.rint(-low / s)
+    g2, b2, w2, c2, scale, zero = intops.fold_channel_scales(g, b, w, c, s, z)
+    folded = xhat * g2 + b2
+    np.testing.assert_allclose(folded @ w2.T + c2, y @ w.T + c, rtol=1e-9, atol=1e-9)
+    # The same codes, now with one scale and one zero point.
+    np.testing.assert_allclose(folded / scale + zero, y / s + z, rtol=1e-6, atol=1e-6)
+    s[3] = 0
+    assert np.isfinite(intops.fold_channel_scales(g, b, w, c, s)[2]).all()
+    with pytest.raises(ValueError, match="one of them positive"):
+        intops.fold_channel_scales(g, b, w, c, 0 * s)
+    with pytest.raises(ValueError, match="do not fit"):
+        intops.fold_channel_scales(g, b, w, c[1:], s)

@@ -20,7 +20,7 @@ from .formats import Format
 from .qtensor import QTensor
 
 if TYPE_CHECKING:
-    from . import approx, intops, io, testing
+    from . import approx, cost, intops, io, testing
     from ._hadamard import hadamard
     from ._info import info
     from ._sparse import DeltaLinear, prune
@@ -33,6 +33,7 @@ __all__ = [
     "QTensor",
     "__version__",
     "approx",
+    "cost",
     "explain",
     "formats",
     "get_num_threads",
@@ -56,6 +57,7 @@ __all__ = [
 _LAZY = {
     "DeltaLinear": "_sparse",
     "approx": "",
+    "cost": "",
     "cuda": "",
     "hadamard": "_hadamard",
     "info": "_info",

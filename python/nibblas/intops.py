@@ -19,13 +19,20 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core, _threads
+from ._api import matmul as _matmul
+from .qtensor import QTensor
 
 __all__ = [
     "add",
+    "bitlinear",
     "dyadic",
     "exp",
+    "fold_channel_scales",
     "gelu",
     "layernorm",
+    "log2_matmul",
+    "log2_softmax",
+    "matmul",
     "requantize",
     "rmsnorm",
     "rmsnorm_quantize",
@@ -709,3 +716,323 @@ def sqrt(
     count = _threads.resolve(threads)
     _core.ops_sqrt(bits.ravel(), y.ravel(), compat is not None, count, None)
     return y.astype(a.dtype)
+
+
+def matmul(
+    a: ArrayLike,
+    b: ArrayLike | QTensor,
+    *,
+    a_zero: SupportsIndex = 0,
+    b_zero: SupportsIndex = 0,
+    bias: ArrayLike | None = None,
+    dtype: DTypeLike = np.int32,
+    threads: SupportsIndex | None = None,
+) -> NDArray[Any]:
+    """Multiply integer matrices exactly: ``(a - a_zero) @ (b - b_zero) + bias``.
+
+    Parameters
+    ----------
+    a : array_like
+        int8 or uint8, ``(..., M, K)``.
+    b : array_like or QTensor
+        int8 or uint8, ``(..., K, N)``; or ``qw.T`` of weights with integer codes and one scale per
+        row, which is left out (zero points of the tensor's own are subtracted).
+    a_zero, b_zero : int, default 0
+        Zero points, within the operands' types.
+    bias : array_like of int, optional
+        One value per column.
+    dtype : dtype, default int32
+        int32 or int64.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    ndarray
+
+    Raises
+    ------
+    ValueError
+        If int32 could overflow, judging by the ranges of the types and the largest bias.
+
+    Examples
+    --------
+    >>> import numpy as np, nibblas as nb
+    >>> a, b = np.array([[3, 255]], np.uint8), np.array([[1], [-128]], np.int8)
+    >>> nb.intops.matmul(a, b, a_zero=3, bias=[7])
+    array([[-32249]], dtype=int32)
+    """
+    result = np.dtype(dtype)
+    if result not in (np.dtype(np.int32), np.dtype(np.int64)):
+        raise TypeError(f"sums have dtype int32 or int64, got {result}")
+    x, za = _bytes("a", a), _zero("a_zero", a_zero, a)
+    if x.ndim == 0:
+        raise ValueError("a needs at least one dimension")
+    extra = np.zeros(1, np.int64) if bias is None else np.asarray(bias)
+    if extra.dtype.kind not in "iu":
+        raise TypeError(f"bias must hold integers, got {extra.dtype}")
+    quantised = isinstance(b, QTensor)
+    sums: NDArray[Any]
+    if isinstance(b, QTensor):
+        if operator.index(b_zero) != 0:
+            raise ValueError("b_zero belongs to arrays: a QTensor has zero points of its own")
+        zb = 0
+        shape: tuple[int, ...] = b.shape
+        element = b.format.element
+        high = max(abs(element.minimum), abs(element.maximum))
+    else:
+        y, zb = _bytes("b", b), _zero("b_zero", b_zero, b)
+        shape = y.shape
+        high = _reach(y.dtype, zb)
+    if len(shape) < 2 or x.shape[-1] != shape[-2]:
+        raise ValueError(f"shapes {x.shape} and {shape} do not fit")
+    k, n = shape[-2:]
+    if extra.size and extra.shape not in ((1,), (n,)):
+        raise ValueError(f"bias must have shape ({n},), got {extra.shape}")
+    bound = k * _reach(x.dtype, za) * high + int(np.abs(extra.astype(object)).max(initial=0))
+    if bound >= 2**31 and result == np.int32:
+        raise ValueError(f"sums of {k} products may reach {bound}, past int32: use dtype=np.int64")
+    if k == 0 and len(shape) == 2:
+        sums = np.zeros((*x.shape[:-1], n), result)
+    elif quantised or len(shape) == 2:
+        weights = b if isinstance(b, QTensor) else _tensor(y.T, zb).T
+        lead = x.shape[:-1]
+        left = _tensor(x.reshape(math.prod(lead), k), za)
+        sums = _matmul(left, weights, dtype=result, threads=threads).reshape(*lead, n)
+    else:
+        # Stacks of small products: NumPy's loop for integers.
+        sums = np.matmul(x.astype(result) - result.type(za), y.astype(result) - result.type(zb))
+    if bias is not None:
+        sums += extra.astype(result)
+    return sums
+
+
+def _bytes(name: str, a: ArrayLike) -> NDArray[Any]:
+    x = np.asarray(a)
+    if x.dtype not in (np.dtype(np.int8), np.dtype(np.uint8)):
+        raise TypeError(f"{name} must be int8 or uint8, got {x.dtype}")
+    return x
+
+
+def _zero(name: str, zero: SupportsIndex, a: ArrayLike) -> int:
+    z = operator.index(zero)
+    info = np.iinfo(np.asarray(a).dtype)
+    if not info.min <= z <= info.max:
+        raise ValueError(f"{name} must lie in [{info.min}, {info.max}], got {z}")
+    return z
+
+
+def _reach(dtype: np.dtype[Any], zero: int) -> int:
+    info = np.iinfo(dtype)
+    return max(info.max - zero, zero - info.min)
+
+
+def _tensor(x: NDArray[Any], zero: int) -> QTensor:
+    """Return bytes as a tensor with scale 1."""
+    ones = np.ones(len(x), np.float32)
+    if zero == 0 and x.dtype == np.int8:
+        return QTensor.from_parts("int8", x, ones)
+    if x.dtype == np.int8:
+        # One number up, codes and zero point alike.
+        x, zero = x.view(np.uint8) ^ np.uint8(128), zero + 128
+    return QTensor.from_parts("uint8", x, ones, np.full((len(x), 1), zero))
+
+
+def bitlinear(
+    q: ArrayLike,
+    scale: float,
+    norm: ArrayLike,
+    weight: QTensor,
+    *,
+    eps: float = 0.0,
+    threads: SupportsIndex | None = None,
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """RMS norm, int8 codes for each row, a product with ternary weights (BitNet, MatMul-free LM).
+
+    Parameters
+    ----------
+    q : array_like of int
+        Codes ``(..., K)``.
+    scale : float
+        Their scale; it matters where `eps` is not 0.
+    norm : array_like
+        Weight of the norm, ``(K,)``.
+    weight : QTensor
+        ``(N, K)``: ternary, or other integer codes with one scale per row.
+    eps : float, default 0
+        Added to the mean square.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    sums : ndarray of int32
+        ``(..., N)``: additions and subtractions of codes, before any scale.
+    scales : ndarray of float64
+        What a sum is worth, ``(..., N)``.
+    """
+    codes, rows = rmsnorm_quantize(q, scale, norm, eps=eps, threads=threads)
+    sums = matmul(codes, weight.T, threads=threads)
+    return sums, rows * weight.scales[:, 0].astype(np.float64)
+
+
+_BASES = {"2": 1, "sqrt2": 2}
+
+
+def _base(base: str, bits: SupportsIndex) -> tuple[int, int]:
+    """Return steps per octave, and the number of codes."""
+    if base not in _BASES:
+        raise ValueError(f"unknown base {base!r}: expected 2 or sqrt2")
+    b = operator.index(bits)
+    if not 1 <= b <= 6:
+        raise ValueError(f"bits must lie in 1..6, got {b}")
+    return _BASES[base], 1 << b
+
+
+def log2_softmax(
+    q: ArrayLike,
+    scale: float,
+    *,
+    top: float = 1.0,
+    bits: SupportsIndex = 4,
+    base: str = "sqrt2",
+    where: ArrayLike | None = None,
+    threads: SupportsIndex | None = None,
+) -> NDArray[np.uint8]:
+    """Softmax coded by its logarithm (RepQ-ViT): ``round(-log_base(p / top))``.
+
+    Parameters
+    ----------
+    q, scale, where
+        As for :func:`softmax`.
+    top : float, default 1
+        The probability of code 0; larger ones have it too.
+    bits : int, default 4
+        Codes are below ``2**bits``; what is smaller still gets ``2**bits``: it stands for 0.
+    base : {"sqrt2", "2"}
+        What a step divides by.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    ndarray of uint8
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.intops.log2_softmax([0, -70, -140, -5000], 0.01)
+    array([ 1,  3,  5, 16], dtype=uint8)
+    """
+    steps, count = _base(base, bits)
+    if not (math.isfinite(top) and 0 < top <= 1):
+        raise ValueError(f"top must lie in (0, 1], got {top}")
+    p, unit = softmax(q, scale, where=where, dtype=np.int32, threads=threads)
+    # A code is the number of borders above p: comparisons of integers.
+    borders = [math.floor(top / unit * 2.0 ** (-(i + 0.5) / steps)) for i in range(count)]
+    ascending = np.array(borders[::-1], np.int64)
+    codes: NDArray[np.uint8] = (count - np.searchsorted(ascending, p, "left")).astype(np.uint8)
+    return codes
+
+
+def log2_matmul(
+    codes: ArrayLike,
+    v: ArrayLike,
+    scale: float,
+    *,
+    top: float = 1.0,
+    bits: SupportsIndex = 4,
+    base: str = "sqrt2",
+) -> tuple[NDArray[np.int64], float]:
+    """Multiply coded probabilities with values: a shift and an addition for each.
+
+    For base sqrt2 the codes of odd steps are summed apart, and their sum is multiplied by sqrt(2)
+    once per output, in integers: the scale reparametrisation of RepQ-ViT.
+
+    Parameters
+    ----------
+    codes : array_like of int
+        ``(..., M, K)``, see :func:`log2_softmax`.
+    v : array_like of int
+        ``(..., K, N)``, at most 32 bits.
+    scale : float
+        That of `v`.
+    top, bits, base
+        As for :func:`log2_softmax`.
+
+    Returns
+    -------
+    sums : ndarray of int64
+        ``(..., M, N)``, with the fraction bits of the longest shift.
+    scale : float
+    """
+    steps, count = _base(base, bits)
+    c, values = _codes(codes, "codes"), _codes(v, "v").astype(np.int64)
+    if c.size and not (c.min() >= 0 and c.max() <= count):
+        raise ValueError(f"codes lie in [0, {count}], got [{c.min()}, {c.max()}]")
+    if c.ndim < 2 or values.ndim < 2 or c.shape[-1] != values.shape[-2]:
+        raise ValueError(f"shapes {c.shape} and {values.shape} do not fit")
+    shift = -(-c.astype(np.int64) // steps)
+    most = -(-(count - 1) // steps)
+    if c.shape[-1] * int(np.abs(values).max(initial=0)) << most >= 2**62:
+        raise ValueError("the sums may leave 62 bits: use fewer bits, or narrower values")
+    # 2^(most - shift): a product with it is a shift to the left.
+    one = np.where(c < count, np.int64(1) << np.minimum(most - shift, most).clip(0), np.int64(0))
+    odd = (c % steps) != 0
+    sums = np.matmul(np.where(odd, 0, one), values)
+    if steps == 2:
+        half = np.matmul(np.where(odd, one, 0), values)
+        # sqrt(2) in Q30; high and low parts, so that 62 bits are enough.
+        root = 1518500250
+        sums = sums + (half >> 30) * root + (((half & (2**30 - 1)) * root) >> 30)
+    return sums, float(scale) * top * 2.0**-most
+
+
+def fold_channel_scales(
+    norm_weight: ArrayLike,
+    norm_bias: ArrayLike,
+    weight: ArrayLike,
+    bias: ArrayLike,
+    scales: ArrayLike,
+    zeros: ArrayLike | None = None,
+) -> tuple[
+    NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], float, float
+]:
+    """Move scales of channels from a norm's output into the product that follows (RepQ-ViT).
+
+    Afterwards one scale and one zero point serve all channels; the network computes the same.
+
+    Parameters
+    ----------
+    norm_weight, norm_bias : array_like
+        Of the norm, ``(K,)``.
+    weight, bias : array_like
+        Of the linear product, ``(N, K)`` and ``(N,)``.
+    scales, zeros : array_like
+        Quantisation of the norm's output for each channel, ``(K,)``; zeros are 0 by default. Scales
+        of 0 count as the smallest positive one.
+
+    Returns
+    -------
+    norm_weight, norm_bias, weight, bias : ndarray
+        With the scales folded in.
+    scale, zero : float
+        The common ones: the means.
+    """
+    g, b = (np.asarray(v, np.float64) for v in (norm_weight, norm_bias))
+    w, c = (np.asarray(v, np.float64) for v in (weight, bias))
+    s = np.asarray(scales, np.float64)
+    z = np.zeros_like(s) if zeros is None else np.asarray(zeros, np.float64)
+    k = len(s) if s.ndim == 1 else -1
+    if any(v.shape != (k,) for v in (g, b, z)) or w.shape[1:] != (k,) or c.shape != w.shape[:1]:
+        raise ValueError(
+            f"norm {g.shape}, {b.shape}, linear {w.shape}, {c.shape}, scales {s.shape} do not fit"
+        )
+    if not (np.isfinite(s).all() and (s >= 0).all() and np.isfinite(z).all()) or not (s > 0).any():
+        raise ValueError("scales must be finite and not negative, one of them positive")
+    s = np.where(s > 0, s, s[s > 0].min())
+    scale, zero = float(s.mean()), float(z.mean())
+    r = s / scale
+    # Where channel c stood at (q - z) s, it now stands at (q - zero) scale.
+    shift = -z * s / r + zero * scale
+    return g / r, b / r - shift, w * r, c + (w * r) @ shift, scale, zero

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from . import _bench, _demo, _explain, _info, _inspect, _quantize, _verify
+from . import _bench, _demo, _explain, _info, _inspect, _quantize, _report, _verify
 from ._out import Failure, Out, printable
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_COMMANDS = (_info, _quantize, _inspect, _explain, _bench, _verify, _demo)
+_COMMANDS = (_info, _quantize, _inspect, _explain, _bench, _report, _verify, _demo)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .. import _info as machine
-from ._out import Out
+from ._out import Out, number
 
 if TYPE_CHECKING:
     import argparse
@@ -16,7 +16,10 @@ DESCRIPTION = "Show versions, instruction sets and why one is missing, threads, 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments: none."""
+    """Declare the arguments."""
+    parser.add_argument(
+        "--measure", action="store_true", help="also measure bandwidth and peaks (some seconds)"
+    )
 
 
 def _state(entry: dict[str, Any]) -> str:
@@ -43,6 +46,13 @@ def run(args: argparse.Namespace, out: Out) -> int:
     rows.append(("threads", f"{threads['num_threads']} of {threads['cpus']} CPUs{limit}"))
     rows.append(("CUDA", _state(found["cuda"])))
     rows += [(name, version or "not installed") for name, version in found["packages"].items()]
+    if args.measure:
+        from ..cost import measure
+
+        reached = measure()
+        found["measured"] = {"bandwidth": reached.bandwidth, "peaks": reached.peaks}
+        rows.append(("bandwidth", f"{number(reached.bandwidth / 1e9)} GB/s"))
+        rows += [(f"peak {n}", f"{number(p / 1e9)} Gop/s") for n, p in reached.peaks.items()]
     out.table(["what", "value"], rows)
     out.result(found)
     return 0
