@@ -445,3 +445,28 @@ def test_hashed_attention(rng: np.random.Generator) -> None:
     with pytest.raises(ValueError, match="as long"):
         approx.hashed_attention(h[1:], h, v, compat="ecoformer")
     assert approx.hashed_attention(h[:3], h, v).shape == (3, d)
+
+
+def test_angular_attention(rng: np.random.Generator) -> None:
+    q, k = rng.integers(0, 2, (2, 19, 16)) * 2 - 1
+    v = rng.standard_normal((19, 6)).astype(np.float32)
+    want = v / 2 + q @ (k.T @ v.astype(float)) / np.pi
+    want /= np.linalg.norm(want, axis=1, keepdims=True)
+    np.testing.assert_allclose(approx.angular_attention(q, k, v), want, atol=1e-5)
+    assert not approx.angular_attention(q, k, 0 * v).any()
+    with pytest.raises(ValueError, match="do not fit"):
+        approx.angular_attention(q[1:], k, v)
+
+
+def test_shift_layers_are_powers_of_two(rng: np.random.Generator) -> None:
+    """ShiftAddViT's other half: weights that are shifts, through the same integer products."""
+    a = rng.integers(-128, 128, (5, 40)).astype(np.int8)
+    q = nb.quantize(rng.standard_normal((7, 40)).astype(np.float32), "pow2_4")
+    # Largest power 1, smallest 2^-6: in units of 2^-6 every weight is a shift.
+    shifts = np.rint(q.dequantize() / q.scales[:, :1].astype(np.float32) * 64).astype(np.int64)
+    assert set(np.abs(shifts).ravel().tolist()) <= {0, 1, 2, 4, 8, 16, 32, 64}
+    sums = np.sign(shifts) * (
+        a.astype(np.int64)[:, None] << np.frexp(np.abs(shifts) + (shifts == 0))[1] - 1
+    )
+    want = np.where(shifts == 0, 0, sums).sum(-1) / 64 * q.scales[:, 0].astype(np.float64)
+    np.testing.assert_allclose(nb.matmul(a, q.T, compute="int8"), want, rtol=1e-6, atol=1e-6)

@@ -20,6 +20,7 @@ from .qtensor import QTensor
 
 __all__ = [
     "SmallFloat",
+    "angular_attention",
     "hamming_matmul",
     "hash_codes",
     "hashed_attention",
@@ -596,3 +597,46 @@ def hashed_attention(
     count = right.codes().sum(axis=0, dtype=np.int64)
     bottom = left.codes().astype(np.int64) @ count + tokens * (bits + 1)
     return np.asarray(top / bottom[:, None], np.float32)
+
+
+def angular_attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    *,
+    threads: SupportsIndex | None = None,
+) -> NDArray[np.float32]:
+    """Attention of signs with a cost linear in the number of tokens (ShiftAddViT).
+
+    ``v / 2 + q (k^T v) / pi``, each row scaled to length 1: both products are additions and
+    subtractions alone. The convolution that the paper adds afterwards is the caller's.
+
+    Parameters
+    ----------
+    q, k : array_like
+        ``(N, bits)`` of -1 and 1.
+    v : array_like
+        ``(N, d)``.
+    threads : int, optional
+        At most this many threads.
+
+    Returns
+    -------
+    ndarray of float32
+        ``(N, d)``; rows of zeros stay zero.
+
+    Examples
+    --------
+    >>> import numpy as np, nibblas as nb
+    >>> nb.approx.angular_attention([[1, -1]], [[1, -1]], np.float32([[3, 4]])).round(3)
+    array([[0.6, 0.8]], dtype=float32)
+    """
+    left, right = _signs(q, "q"), _signs(k, "k")
+    values = np.asarray(v, np.float32)
+    if values.ndim != 2 or not len(values) == len(left) == len(right) or left.shape != right.shape:
+        raise ValueError(f"q {left.shape}, k {right.shape} and v {values.shape} do not fit")
+    state = matadd(values.T, right.codes().T, threads=threads)
+    mixed = matadd(np.ascontiguousarray(state), left.codes(), threads=threads).T
+    out = values * np.float32(0.5) + mixed * np.float32(1 / math.pi)
+    length = np.linalg.norm(out, axis=-1, keepdims=True)
+    return np.asarray(out / np.where(length == 0, np.float32(1), length), np.float32)

@@ -922,7 +922,7 @@ def log2_softmax(
     --------
     >>> import nibblas as nb
     >>> nb.intops.log2_softmax([0, -70, -140, -5000], 0.01)
-    array([ 1,  3,  5, 16], dtype=uint8)
+    array([ 2,  4,  6, 16], dtype=uint8)
     """
     steps, count = _base(base, bits)
     if not (math.isfinite(top) and 0 < top <= 1):
