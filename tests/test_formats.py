@@ -23,6 +23,9 @@ def test_the_table_holds_what_it_should() -> None:
     want |= {"nf4", "nf3", "fp4_bnb", "af4", "dyn8", "udyn8"} | {f"bfp{b}" for b in range(4, 9)}
     want |= {"nvfp4", "mxfp4", "mxfp6_e3m2", "mxfp6_e2m3", "mxfp8_e4m3", "mxfp8_e5m2", "mxint8"}
     want |= {"e2m1", "e3m2", "e2m3", "e4m3", "e5m2"} | {f"pow2_{b}" for b in range(3, 7)}
+    want |= {f"{n}_{b}" for n in ("log2", "logsqrt2") for b in range(3, 7)}
+    want |= {f"lut{b}" for b in range(2, 9)} | {f"bfp{b}" for b in range(9, 17)}
+    want |= {"dfp8", "dfp16"} | {f"trellis{b}" for b in range(1, 9)}
     assert want <= set(NAMES)
     assert len(NAMES) == len(set(NAMES))
     for e in ELEMENTS:
@@ -65,6 +68,12 @@ def legal_values(e: nb.formats.Element) -> np.ndarray:
     return values
 
 
+def some_values(e: nb.formats.Element) -> np.ndarray:
+    """Return the legal values, or a few of them with both ends where they are many."""
+    values = legal_values(e)
+    return values if len(values) <= 256 else np.append(values[:: len(values) // 100], values[-1])
+
+
 def formats_of(e: nb.formats.Element, *suffixes: str) -> list[nb.Format]:
     """Return the formats of an element, of the suffixes that it can have."""
     one = len(e.scales) == 1
@@ -77,17 +86,24 @@ CODED = [f for e in ELEMENTS for f in formats_of(e, "", "_g8", "_g24_sf32", "_g1
 @pytest.mark.parametrize("f", CODED, ids=str)
 def test_every_code_round_trips(f: nb.Format) -> None:
     e = f.element
-    values = legal_values(e)
-    worth = dict(zip(values.tolist(), e.values, strict=True))
+    values = some_values(e)
+    worth = dict(zip(legal_values(e).tolist(), e.values, strict=True))
     rng = np.random.default_rng(5)
     for k in (len(values), len(values) + 1, 3 * len(values) + 5):
         codes = np.resize(values, (4, k))
         codes = rng.permuted(codes, axis=1)
         groups = f.groups(k)
         scales = np.exp2(rng.integers(-6, 6, (4, groups))).astype(np.float32)
+        if e.shared:
+            scales[:] = 0.25
         zeros = rng.integers(0, e.levels, (4, groups)) if e.zeros else None
         q = nb.QTensor.from_parts(f, codes, scales, zeros)
         np.testing.assert_array_equal(q.codes(), codes)
+        further = {n: a for n, a in q.parts.items() if n not in ("codes", "scales", "zeros")}
+        if "table" in further:
+            further["table"] = rng.uniform(-1, 1, e.levels).astype(np.float32)
+            worth = dict(enumerate(further["table"]))
+            q = nb.QTensor.from_parts(f, codes, scales, zeros, **further)
         assert q.codes().dtype == (
             np.uint8 if e.minimum >= 0 else np.int8 if e.maximum <= 127 else np.int16
         )
@@ -95,12 +111,14 @@ def test_every_code_round_trips(f: nb.Format) -> None:
         wide = np.repeat(scales, length, 1)[:, :k]
         shift = 0 if zeros is None else np.repeat(zeros, length, 1)[:, :k]
         numbers = np.vectorize(worth.get, otypes=[np.float32])(codes)
-        np.testing.assert_array_equal(q.dequantize(), (numbers - shift).astype(np.float32) * wide)
-        assert nb.QTensor.from_parts(f, q.codes(), q.scales, q.zeros) == q
+        if e.span == 1:
+            numbers = (numbers - shift).astype(np.float32)
+            np.testing.assert_array_equal(q.dequantize(), numbers * wide)
+        assert nb.QTensor.from_parts(f, q.codes(), q.scales, q.zeros, **further) == q
 
 
 # The maps of dyn8 and udyn8 lack -1; means and zero points move.
-LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8", "nvfp4")
+LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8", "log", "lut", "trellis", "nvfp4")
 IDEMPOTENT = [
     f
     for e in ELEMENTS
@@ -137,7 +155,8 @@ def test_zero_groups_and_tiny_scales() -> None:
     for name in NAMES:
         q = nb.quantize(np.zeros((2, 16), np.float32), name + "_g8")
         assert q.format.group == 8
-        if name.startswith("bipolar"):  # no code is worth 0: the smallest scale comes nearest
+        if not (q.format.element.values == 0).any() and not q.format.has_zeros:
+            # No code is worth 0: the smallest scale comes nearest.
             np.testing.assert_array_equal(q.scales, np.full((2, 2), np.float16(6e-8)))
             continue
         np.testing.assert_array_equal(q.scales, np.ones((2, 2)))
@@ -284,7 +303,7 @@ def test_blocks_at_the_ends_of_the_range() -> None:
         assert scales[1] == 2.0**-127, name
 
 
-@pytest.mark.parametrize("bits", range(4, 9))
+@pytest.mark.parametrize("bits", range(4, 17))
 def test_the_rule_of_bfp(bits: int, rng: np.random.Generator) -> None:
     w = rng.standard_normal((5, 64)).astype(np.float32)
     q = nb.quantize(w, f"bfp{bits}_g16")
@@ -310,6 +329,22 @@ def test_dynamic_maps() -> None:
     np.testing.assert_allclose(signed[128:132], [5.5e-7, 3.25e-6, 7.75e-6, 2.125e-5], **near)
     np.testing.assert_allclose(unsigned[:4], [0, 3.25e-7, 7.75e-7, 2.125e-6], **near)
     np.testing.assert_allclose(unsigned[-3:], [0.98945, 0.99648, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", range(3, 7))
+def test_logarithmic_levels(bits: int) -> None:
+    top = 2**bits - 1
+    exponent = np.arange(1, top + 1) - top
+    for name, steps in (("log2", 1), ("logsqrt2", 2)):
+        values = nb.Format(f"{name}_{bits}").element.values
+        assert values[0] == 0
+        np.testing.assert_allclose(values[1:], np.exp2(exponent / steps), rtol=1e-7)
+        # What softmax gives, and what it never does.
+        x = np.array([[1, 0.8, 0.4, 1e-12, 0, -0.5]], np.float32)
+        got = nb.quantize(x, f"{name}_{bits}").dequantize()[0].astype(np.float64)
+        levels = values.astype(np.float64)
+        best = np.abs(levels[None] - x.T.astype(np.float64)).min(1)
+        np.testing.assert_array_equal(np.abs(got - x[0].astype(np.float64)), best)
 
 
 NF4 = [
@@ -420,7 +455,245 @@ def test_values_of_a_table_are_integers_where_products_are_exact(rng: np.random.
         q = nb.quantize(rng.standard_normal((5, 64)).astype(np.float32), e.name)
         y = nb.matmul(x, q.T, compute="int8").astype(np.float64)
         exact = x.astype(np.float64) @ q.dequantize().astype(np.float64).T
-        size = np.abs(x.astype(np.float64)).sum(1)[:, None] * q.scales.astype(np.float64).max(1)
-        assert (np.abs(y - exact) <= (e.rounding + 1e-6) * size).all(), e.name
-        assert (e.rounding == 0) == (e.name not in ("nf4", "nf3", "af4", "fp4_bnb"))
+        a = np.abs(x.astype(np.float64))
+        size = a.sum(1)[:, None] * q.scales.astype(np.float64).max(1)
+        bound = e.rounding * size + 1e-6 * (a @ np.abs(q.dequantize().astype(np.float64)).T)
+        assert (np.abs(y - exact) <= bound).all(), e.name
+        rounded = e.name in ("nf4", "nf3", "af4", "fp4_bnb") or e.name.startswith("lut")
+        assert (e.rounding > 0) == rounded
         assert e.rounding <= 0.5 / 127 * 1.001
+
+
+def test_tables_are_learned(rng: np.random.Generator, tmp_path: Path) -> None:
+    w = rng.standard_normal((256, 512)).astype(np.float32)
+    for bits, limit in ((2, 0.125), (3, 0.035), (4, 0.0088), (5, 0.0026), (6, 0.0006)):
+        q = nb.quantize(w, f"lut{bits}_g64")
+        table = q.parts["table"]
+        assert table.shape == (2**bits,)
+        assert (np.diff(table) > 0).all()
+        error = np.square(q.dequantize() - w).sum() / np.square(w).sum()
+        assert 0.6 * limit < error < limit, (bits, error)
+        # Each value is the mean of what it stands for, weighted by the squares of the scales.
+        scale = q.scales.astype(np.float64).repeat(64, 1)
+        for u in range(2**bits):
+            mine = q.codes() == u
+            mean = (w * scale)[mine].sum() / np.square(scale)[mine].sum()
+            assert table[u] == pytest.approx(mean, abs=6e-3 / 2**bits)
+        # The nearest, a tie the lower one.
+        near = np.abs((w / scale.astype(np.float32))[..., None] - table).argmin(-1)
+        assert (q.codes() == near).mean() > 0.9999
+    # A learned table beats the best one for normal weights in large groups where they are not.
+    heavy = rng.standard_t(3, (256, 512)).astype(np.float32)
+    errors = [
+        float(np.square(nb.quantize(heavy, f).dequantize() - heavy).sum())
+        for f in ("lut4_g64", "nf4_g64")
+    ]
+    assert errors[0] < 0.95 * errors[1]
+    nb.save(tmp_path / "f", {"w": q})
+    assert nb.load(tmp_path / "f")["w"] == q
+    assert pickle.loads(pickle.dumps(q)) == q
+    x = rng.standard_normal((3, 512)).astype(np.float32)
+    np.testing.assert_array_equal(x @ q[8:24].T, (x @ q.T)[:, 8:24])
+
+
+def test_tables_follow_importance(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((64, 256)).astype(np.float32)
+    w[:, 200:] = np.abs(w[:, 200:]) ** 0.2
+    h = np.ones(256)
+    h[200:] = 1000
+    plain, weighed = (nb.quantize(w, "lut3", importance=i) for i in (None, h))
+
+    def error(q: nb.QTensor) -> float:
+        return float((np.square(q.dequantize() - w) * h).sum())
+
+    assert error(weighed) < 0.7 * error(plain)
+    assert nb.quantize(w, "lut3", importance=np.ones(256)) == plain
+    for bad, says in (
+        (h[1:], "shape"),
+        (-h, "importance -1"),
+        (h * np.nan, "NaN"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            nb.quantize(w, "lut3", importance=bad)
+    with pytest.raises(ValueError, match="no table"):
+        nb.quantize(w, "nf4", importance=h)
+
+
+def test_bad_tables_are_refused() -> None:
+    codes, scales = np.zeros((2, 8), np.uint8), np.ones(2)
+    good = np.linspace(-1, 1, 16)
+    assert nb.QTensor.from_parts("lut4", codes, scales, table=good).dequantize()[0, 0] == -1
+    # Equal values are legal: the first code of them is what encoding gives.
+    twice = nb.QTensor.from_parts("lut4", codes + 5, scales, table=np.ones(16))
+    assert (twice.dequantize() == 1).all()
+    for bad in (good[:15], np.ones(17), np.append(good[:15], np.nan), np.append(good[:15], np.inf)):
+        with pytest.raises(ValueError, match="table"):
+            nb.QTensor.from_parts("lut4", codes, scales, table=bad)
+    with pytest.raises(ValueError, match="no table"):
+        nb.QTensor.from_parts("nf4", codes, scales, table=good)
+
+
+def test_nested_scales(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((64, 256)).astype(np.float32)
+    for name in ("nf4", "lut4"):
+        q, plain = nb.quantize(w, f"{name}_g64_se4m3"), nb.quantize(w, f"{name}_g64")
+        assert q.tensor_scale == np.abs(w).max() / np.float32(448)
+        assert float(q.scales.max()) == 448
+        assert q.bits_per_weight == pytest.approx(plain.bits_per_weight - 0.125, abs=0.003)
+        errors = [float(np.square(t.dequantize() - w).sum()) for t in (q, plain)]
+        assert errors[0] < 1.06 * errors[1]
+        x = rng.standard_normal((5, 256)).astype(np.float32)
+        y = nb.matmul(x, q.T, compute="int8")
+        np.testing.assert_allclose(y, x @ q.dequantize().T, atol=0.7, rtol=0)
+
+
+def test_dynamic_fixed_point(rng: np.random.Generator) -> None:
+    for bits in (8, 16):
+        w = (rng.standard_normal((6, 40)) * 1e-3).astype(np.float32)
+        w[4] = 0
+        q = nb.quantize(w, f"dfp{bits}", method="mse")
+        step = np.exp2(np.floor(np.log2(np.abs(w).max())) - (bits - 2))
+        top = 2 ** (bits - 1) - 1
+        np.testing.assert_array_equal(q.codes(), np.clip(np.rint(w / step), -top, top))
+        np.testing.assert_array_equal(q.dequantize(), q.codes() * step)
+        assert len(set(np.asarray(q.scales, np.float32).ravel())) == 1
+        with pytest.raises(ValueError, match="one scale"):
+            nb.QTensor.from_parts(q.format, q.codes(), [1, 1, 1, 2, 1, 1])
+        assert (nb.quantize(np.zeros((3, 4), np.float32), q.format).dequantize() == 0).all()
+        with pytest.raises(ValueError, match="not finite"):
+            nb.quantize(np.where(w == w.max(), np.inf, w), q.format)
+
+
+def lanes16(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Products of 16-bit integers as the core adds them: 16 lanes of pairs, spilled when unsafe."""
+    k = -(-a.shape[1] // 32) * 32
+    a, b = (np.pad(m.astype(np.int64), ((0, 0), (0, k - m.shape[1]))) for m in (a, b))
+    chain = (2**31 - 1) // (np.abs(a).max() * np.abs(b).max())
+    pairs = np.einsum("mij,nij->mnij", a.reshape(len(a), -1, 2), b.reshape(len(b), -1, 2)).sum(-1)
+    steps = pairs.reshape(len(a), len(b), -1, 16)
+    acc = np.zeros((len(a), len(b), 16), np.float32)
+    for i in range(0, steps.shape[2], max(chain // 2, 1)):
+        acc += steps[:, :, i : i + max(chain // 2, 1)].sum(2).astype(np.float32)
+    for half in (8, 4, 2, 1):
+        acc = acc[..., :half] + acc[..., half : 2 * half]
+    return acc[..., 0]
+
+
+@pytest.mark.parametrize("shrink", [1, 40, 5000])
+def test_products_of_16_bits(rng: np.random.Generator, shrink: int) -> None:
+    m, n, k = 9, 70, 333
+    x, w, d = (rng.standard_normal(s).astype(np.float32) for s in ((m, k), (n, k), (m, n)))
+    qx, qw, qd = (nb.quantize(a, "dfp16") for a in (x, w, d))
+    if shrink > 1:
+        # Small integers, whose chains are longer.
+        qx = nb.QTensor.from_parts("dfp16", qx.codes() // shrink, qx.scales)
+    # Forward, and both products of the way back.
+    for a, b in ((qx, qw.T), (qd, qw), (qd.T, qx)):
+        u, v = (q.codes().astype(np.int64) for q in (a, b))
+        scale = np.float32(np.asarray(a.scales, np.float64).flat[0] * 2.0**-14)
+        scale *= np.float32(np.asarray(b.scales, np.float64).flat[0] * 2.0**-14)
+        got = a @ b
+        np.testing.assert_array_equal(got, lanes16(u, v.T) * scale)
+        exact = (u @ v) * float(scale)
+        size = (np.abs(u) @ np.abs(v)) * float(scale)
+        assert (np.abs(got - exact) <= 2.0**-20 * size).all()
+        bias = rng.standard_normal(b.shape[1]).astype(np.float32)
+        np.testing.assert_array_equal(nb.matmul(a, b, bias=bias), got + bias)
+        for threads in (1, 3):
+            np.testing.assert_array_equal(nb.matmul(a, b, threads=threads), got)
+    # The same three with floats on one side, of any type.
+    for dtype in (np.float32, np.float16):
+        for a, b, q in (
+            (x, qw.dequantize().T, qw.T),
+            (d, qw.dequantize(), qw),
+            (d.T, qx.dequantize(), qx),
+        ):
+            a = a.astype(dtype)
+            got = a @ q
+            assert got.dtype == dtype
+            want = a.astype(np.float64) @ b.astype(np.float64)
+            np.testing.assert_allclose(got, want, rtol=2e-3, atol=2e-3 * np.abs(want).max())
+    np.testing.assert_array_equal(qw.T.dequantize(), qw.dequantize().T)
+    with pytest.raises(ValueError, match="integers of a byte"):
+        nb.matmul(qx, qw.T, dtype=np.int64)
+
+
+def test_sums_of_the_lowest_code_do_not_overflow() -> None:
+    q = nb.QTensor.from_parts("dfp16", np.full((2, 64), -32768, np.int16), [1.0, 1.0])
+    assert ((q @ q.T) == 64 * 4.0).all()
+
+
+def trellis_states(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The last 16 bits of a circle of codes, up to each."""
+    flat = (codes[:, None] >> np.arange(bits - 1, -1, -1)) & 1
+    circle = np.resize(flat.ravel(), flat.size * (2 + 16 // flat.size))
+    circle = np.concatenate([flat.ravel()] * (1 + -(-16 // flat.size)) + [flat.ravel()])
+    start = len(circle) - flat.size
+    ends = start + bits * (1 + np.arange(len(codes)))
+    windows = circle[ends[:, None] - 16 + np.arange(16)]
+    return windows @ (1 << np.arange(15, -1, -1))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("trellis")])
+def test_trellis_codes_decode_by_their_hash(name: str, rng: np.random.Generator) -> None:
+    f = nb.Format(name)
+    for k, group in ((300, 256), (40, 40), (7, 7)):
+        codes = rng.integers(0, 2**f.bits, (3, k)).astype(np.uint8)
+        scales = np.exp2(rng.integers(-4, 4, (3, -(-k // 256)))).astype(np.float32)
+        q = nb.QTensor.from_parts(f, codes, scales)
+        for n in range(3):
+            for g in range(0, k, group):
+                x = trellis_states(codes[n, g : g + group].astype(np.int64), f.bits)
+                if name.endswith("3inst"):
+                    y = (x * 89226354 + 64248484) % 2**32
+                    z = ((y & 0x8FFF8FFF) ^ 0x3B603B60).astype(np.uint32)
+                    halves = z.view(np.uint16).reshape(-1, 2).view(np.float16)
+                    numbers = (halves[:, 0] + halves[:, 1]).astype(np.float32)
+                else:
+                    one_mad = name.endswith("1mad")
+                    y = (x * 34038481 + 76625530 if one_mad else x * 0x83DCD12D) % 2**32
+                    parts = y.astype(np.uint32).view(np.uint8).reshape(-1, 4)
+                    numbers = parts.astype(np.int32).sum(1).astype(np.float32) - 510
+                want = numbers * scales[n, g // 256]
+                np.testing.assert_array_equal(q.dequantize()[n, g : g + group], want)
+        x8 = rng.integers(-127, 128, (6, k)).astype(np.int8)
+        if "int8" in f.computes:
+            y8 = nb.matmul(x8, q.T, compute="int8")
+            np.testing.assert_allclose(
+                y8,
+                x8.astype(np.float64) @ q.dequantize().T.astype(np.float64),
+                rtol=1e-6,
+                atol=1e-3,
+            )
+
+
+def test_trellis_codes_are_good(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((12, 1024)).astype(np.float32)
+    square = np.square(w).sum()
+    for name, limit in (
+        ("trellis1", 0.285),
+        ("trellis2", 0.070),
+        ("trellis2_1mad", 0.071),
+        ("trellis2_3inst", 0.071),
+        ("trellis3", 0.018),
+        ("trellis4", 0.0046),
+        ("trellis6", 0.00034),
+    ):
+        q = nb.quantize(w, name)
+        error = np.square(q.dequantize() - w).sum() / square
+        assert 0.7 * limit < error < limit, (name, error)
+        assert q.bits_per_weight == q.format.bits + 16 / 256
+    # Rotated outliers are normal weights again.
+    w[:, ::64] *= 20
+    turned = nb.quantize(nb.hadamard(w), "trellis2")
+    plain = nb.quantize(w, "trellis2")
+    errors = [
+        np.square(turned.dequantize() - nb.hadamard(w)).sum(),
+        np.square(plain.dequantize() - w).sum(),
+    ]
+    assert errors[0] < 0.5 * errors[1]
+    with pytest.raises(ValueError, match="at most 256"):
+        nb.Format("trellis2_g512")
+    w[3, 5] = np.nan
+    with pytest.raises(ValueError, match="row 3, column 5"):
+        nb.quantize(w, "trellis2")

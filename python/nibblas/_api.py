@@ -30,6 +30,7 @@ def quantize(
     *,
     axis: SupportsIndex = -1,
     method: str = "rtn",
+    importance: ArrayLike | None = None,
     threads: SupportsIndex | None = None,
 ) -> QTensor:
     """Quantise a float matrix.
@@ -45,6 +46,10 @@ def quantize(
         The axis along which groups run: the one that products contract.
     method : str, default "rtn"
         Quantiser; see :mod:`nibblas.quantizers`.
+    importance : array_like, optional
+        How much the squared error of each place along the axis counts, 0 or more, where the format
+        learns a table (``lut``): such as the mean squares of the activations, the diagonal of a
+        Hessian matrix.
     threads : int, optional
         At most this many threads. The result does not depend on it.
 
@@ -84,7 +89,8 @@ def quantize(
         p.name: np.zeros(p.shape, _PART_DTYPE[p.types[0]]) for p in parts
     }
     bounds = np.empty((rows, fmt.groups(cols)), np.float32)
-    _core.quantize(w, fmt, method, arrays, bounds, count)
+    weights = None if importance is None else _importance(importance, cols)
+    _core.quantize(w, fmt, method, weights, arrays, bounds, count)
     storage = _Storage(fmt, rows, cols, arrays, bounds)
     if target.structure is not None:
         storage = storage.sparse(target)
@@ -203,6 +209,7 @@ def explain(
         return cuda.explain(other, q, compute)
     x = other if isinstance(other, QTensor) else _import(other)
     shape = tuple(x.shape)
+    q = _facing(q, right)
     _check_inner(shape, q, right)
     rows = 1
     for n in shape[:-1] if right else shape[:-2] + shape[-1:] if len(shape) > 1 else ():
@@ -327,6 +334,14 @@ def _operand(x: Any, compute: str) -> tuple[NDArray[Any], np.dtype[Any]]:
     )
 
 
+def _facing(q: QTensor, right: bool) -> QTensor:
+    """Return `q` stored along the axis that a product contracts, where its format allows both."""
+    free = q.format.element.shared and q.format.structure is None
+    if q._transposed != right and free and q._storage.device == "cpu":
+        return QTensor._wrap(q._storage.turned(), not q._transposed)
+    return q
+
+
 def _check_inner(shape: tuple[int, ...], q: QTensor, right: bool) -> None:
     """Check that a product with `q` is defined, and contracts the axis it is quantised along."""
     if not shape:
@@ -375,6 +390,16 @@ def _bias(bias: ArrayLike | None, rows: int) -> NDArray[np.float32] | None:
         raise ValueError(f"bias must have shape ({rows},), one per weight row, got {b.shape}")
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(b, np.float32)
+
+
+def _importance(importance: ArrayLike, cols: int) -> NDArray[np.float32]:
+    w, _ = _operand(importance, "f32")
+    if w.dtype == np.uint16:
+        w = (w.astype(np.uint32) << 16).view(np.float32)
+    if w.shape != (cols,):
+        raise ValueError(f"importance must have shape ({cols},), one per column, got {w.shape}")
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(w, np.float32)
 
 
 def _is_distinct(a: NDArray[Any]) -> bool:
@@ -481,6 +506,7 @@ def _one(
 
         return cuda.product(other, q, right, compute, out, dtype, bias, threads)
     x, result = _operand(other, compute)
+    q = _facing(q, right)
     _check_inner(x.shape, q, right)
     if dtype is not None:
         result = _float_dtype(dtype)
@@ -549,6 +575,7 @@ def _both(
     """Multiply two QTensors as integers."""
     if not isinstance(compute, str):
         raise TypeError(f"compute must be a string, got {_kind(compute)}")
+    a, b = _facing(a, False), _facing(b, True)
     _check_inner(a.shape, b, True)
     _check_inner(b.shape, a, False)
     raw = dtype is not None and np.dtype(dtype).kind in "iub"

@@ -68,6 +68,8 @@ _Row: TypeAlias = tuple[
     bool,
     bool,
     float,
+    bool,
+    int,
 ]
 _Parts: TypeAlias = tuple[str, int, int, dict[str, NDArray[Any]]]
 
@@ -134,6 +136,7 @@ def quantize(
     x: NDArray[Any],
     format: str,
     method: str,
+    importance: NDArray[Any] | None,
     arrays: dict[str, NDArray[Any]],
     bounds: NDArray[Any],
     threads: int,

@@ -67,14 +67,22 @@ class Element(NamedTuple):
     rounding: float
     """How far an integer of integer products is from the value it stands for, before the scale."""
 
+    shared: bool
+    """Whether all groups of a matrix have one scale: either axis may then be contracted."""
+    span: int
+    """How many codes at most are made and read together, from the start of a group on."""
+
     @property
     def tensor_scale(self) -> bool:
-        """Whether a float32 of the whole tensor multiplies every scale."""
+        """Whether it has formats where a float32 of the whole tensor multiplies every scale."""
         return "e4m3" in self.scales
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """What each stored code is worth before zero point and scale, in order of the codes."""
+        """What each stored code is worth before zero point and scale, in order of the codes.
+
+        NaN where that depends on its neighbours, or on the table that the matrix brings.
+        """
         return np.array(_core.code_values(self.name), np.float32)
 
 

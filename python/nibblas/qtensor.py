@@ -112,6 +112,7 @@ class _Storage:
         "_arrays",
         "_columns",
         "_dropped",
+        "_turned",
         "bounds",
         "cols",
         "copies",
@@ -135,6 +136,7 @@ class _Storage:
         self.cols = cols
         self._arrays = {name: _freeze(a) for name, a in arrays.items()}
         self._dropped: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        self._turned: _Storage | None = None
         self.nbytes = sum(a.nbytes for a in self._arrays.values())
         self.bounds = None if bounds is None else _freeze(bounds)
         self.packed: _core.Packed | None = None
@@ -182,6 +184,26 @@ class _Storage:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of the portable layout by name, in the order of the format."""
         return {name: self._present(name) for name in (*self._dropped, *self._arrays)}
+
+    def turned(self) -> _Storage:
+        """Return the transposed matrix, of a format whose groups all have one scale."""
+        if self._turned is None:
+            fmt = self.format
+            if fmt.element.name in ("f32", "f16", "bf16"):
+                size = fmt.bits // 8
+                numbers = self.codes.reshape(self.rows, self.cols, size)
+                codes = numbers.swapaxes(0, 1).reshape(self.cols, self.rows * size)
+            else:
+                wide = np.empty((self.rows, self.cols), np.int16)
+                _core.decode_codes(self.parts(), wide, _threads.get_num_threads())
+                codes = np.zeros((self.cols, fmt.row_bytes(self.rows)), np.uint8)
+                _core.encode(fmt, np.ascontiguousarray(wide.T), codes)
+            scale = np.ones((self.cols, fmt.groups(self.rows)), self.scales.dtype)
+            if self.scales.size:
+                scale[:] = self.scales.flat[0]
+            arrays = {"codes": codes, "scales": scale}
+            self._turned = _Storage(self.format, self.cols, self.rows, arrays)
+        return self._turned
 
     def parts(self) -> _Parts:
         return self.format, self.rows, self.cols, self.arrays()

@@ -1,18 +1,20 @@
-"""Quantisers: how codes and scales are found for a float matrix.
+"""Quantisers: how codes and scales are found for a float matrix, and what to do before.
 
 ``"rtn"``
     Round to nearest: the scale comes from the extreme values of the group, the codes from rounding.
 ``"mse"``
     Scale search: a grid of scales below the ``"rtn"`` one, the smallest squared error wins.
 
-Each name is accepted as ``method=`` by :func:`nibblas.quantize`.
+Each name is accepted as ``method=`` by :func:`nibblas.quantize`. :func:`ksort` and :func:`cluster`
+reorder channels first, so that outliers share blocks.
 """
 
 from __future__ import annotations
 
+from ._ksort import ChannelOrder, HeadOrder, cluster, ksort
 from ._obs import obs_scores
 
-__all__ = ["METHODS", "obs_scores"]
+__all__ = ["METHODS", "ChannelOrder", "HeadOrder", "cluster", "ksort", "obs_scores"]
 
 METHODS: tuple[str, ...] = ("rtn", "mse")
 """Names accepted as ``method=``."""

@@ -8,15 +8,57 @@
 //! byte      2        1        0
 //!       77766655 54443332 22111000     (digit = index of the code; low bits right)
 //! ```
+//!
+//! Unpacked, a code is one byte; of 9 to 16 bits it is two, the low one first.
 
 /// Bytes of a row of `len` codes of `bits` bits.
 ///
 /// # Panics
-/// If `bits` is not in 1..=8, or the row has 2^61 codes or more.
+/// If `bits` is not in 1..=16, or the row has 2^60 codes or more.
 pub fn row_bytes(bits: u8, len: usize) -> usize {
-    assert!((1..=8).contains(&bits), "codes have 1 to 8 bits");
-    assert!(len >> (usize::BITS - 3) == 0, "row of {len} codes");
+    assert!((1..=16).contains(&bits), "codes have 1 to 16 bits");
+    assert!(len >> (usize::BITS - 4) == 0, "row of {len} codes");
     (len / 8) * bits as usize + ((len % 8) * bits as usize).div_ceil(8)
+}
+
+/// Bytes of an unpacked code.
+pub fn code_bytes(bits: u8) -> usize {
+    if bits > 8 {
+        2
+    } else {
+        1
+    }
+}
+
+/// [`pack`] of codes of two bytes.
+#[inline(always)]
+fn pack_long(bits: u8, codes: &[u8], out: &mut [u8]) {
+    let (mut held, mut count, mut at) = (0u32, 0, 0);
+    for c in codes.chunks_exact(2) {
+        held |= (u32::from(u16::from_le_bytes([c[0], c[1]])) & ((1 << bits) - 1)) << count;
+        count += u32::from(bits);
+        while count >= 8 {
+            out[at] = held as u8;
+            (held, count, at) = (held >> 8, count - 8, at + 1);
+        }
+    }
+    if count > 0 {
+        out[at] = held as u8;
+    }
+}
+
+/// [`unpack`] of codes of two bytes.
+#[inline(always)]
+fn unpack_long(bits: u8, bytes: &[u8], out: &mut [u8]) {
+    let (mut held, mut count, mut at) = (0u32, 0, 0);
+    for o in out.chunks_exact_mut(2) {
+        while count < u32::from(bits) {
+            held |= u32::from(bytes[at]) << count;
+            (count, at) = (count + 8, at + 1);
+        }
+        o.copy_from_slice(&((held & ((1 << bits) - 1)) as u16).to_le_bytes());
+        (held, count) = (held >> bits, count - u32::from(bits));
+    }
 }
 
 /// Keeps the low `b` bits of each of the eight bytes of `x` and moves them together into the low `8*b` bits.
@@ -102,10 +144,10 @@ fn spread_any<const B: usize>(x: u64) -> u64 {
     }
 }
 
-/// Packs `codes` (one per byte; only the low `bits` bits of each are kept) into `out`.
+/// Packs unpacked `codes` (only the low `bits` bits of each are kept) into `out`.
 ///
 /// # Panics
-/// If `out` is not `row_bytes(bits, codes.len())` long.
+/// If `out` is not as long as [`row_bytes`] of their number.
 pub fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
     pack_inline(bits, codes, out);
 }
@@ -113,7 +155,7 @@ pub fn pack(bits: u8, codes: &[u8], out: &mut [u8]) {
 /// [`pack`], to be compiled into the caller with the caller's instructions.
 #[inline(always)]
 pub(crate) fn pack_inline(bits: u8, codes: &[u8], out: &mut [u8]) {
-    assert_eq!(out.len(), row_bytes(bits, codes.len()), "packed row length");
+    assert_eq!(out.len(), row_bytes(bits, codes.len() / code_bytes(bits)), "packed row length");
     match bits {
         1 => pack_wide::<1>(codes, out),
         2 => pack_wide::<2>(codes, out),
@@ -122,14 +164,15 @@ pub(crate) fn pack_inline(bits: u8, codes: &[u8], out: &mut [u8]) {
         5 => pack_wide::<5>(codes, out),
         6 => pack_wide::<6>(codes, out),
         7 => pack_wide::<7>(codes, out),
-        _ => out.copy_from_slice(codes),
+        8 => out.copy_from_slice(codes),
+        _ => pack_long(bits, codes, out),
     }
 }
 
-/// Unpacks the first `out.len()` codes of the row `bytes`, one per byte of `out`.
+/// Unpacks the first codes of the row `bytes`, as many as `out` takes.
 ///
 /// # Panics
-/// If `bytes` is shorter than `row_bytes(bits, out.len())`.
+/// If `bytes` is shorter than [`row_bytes`] of their number.
 pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
     unpack_inline(bits, bytes, out);
 }
@@ -137,7 +180,7 @@ pub fn unpack(bits: u8, bytes: &[u8], out: &mut [u8]) {
 /// [`unpack`], to be compiled into the caller with the caller's instructions.
 #[inline(always)]
 pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
-    let need = row_bytes(bits, out.len());
+    let need = row_bytes(bits, out.len() / code_bytes(bits));
     assert!(bytes.len() >= need, "packed row too short: {} bytes, {need} needed", bytes.len());
     match bits {
         1 => unpack_wide::<1>(bytes, out),
@@ -147,19 +190,21 @@ pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
         5 => unpack_wide::<5>(bytes, out),
         6 => unpack_wide::<6>(bytes, out),
         7 => unpack_wide::<7>(bytes, out),
-        _ => out.copy_from_slice(&bytes[..need]),
+        8 => out.copy_from_slice(&bytes[..need]),
+        _ => unpack_long(bits, bytes, out),
     }
 }
 
-/// Unpacks `out.len()` codes from code `start` on; any start.
+/// Unpacks codes from code `start` on, as many as `out` takes; any start.
 ///
 /// # Panics
 /// If the codes leave `bytes`.
 pub fn unpack_from(bits: u8, bytes: &[u8], start: usize, out: &mut [u8]) {
-    let lead = (start.wrapping_neg() % 8).min(out.len());
-    let (first, rest) = out.split_at_mut(lead);
-    for (i, o) in first.iter_mut().enumerate() {
-        *o = get(bits, bytes, start + i);
+    let size = code_bytes(bits);
+    let lead = (start.wrapping_neg() % 8).min(out.len() / size);
+    let (first, rest) = out.split_at_mut(lead * size);
+    for (i, o) in first.chunks_exact_mut(size).enumerate() {
+        o.copy_from_slice(&get(bits, bytes, start + i).to_le_bytes()[..size]);
     }
     if !rest.is_empty() {
         unpack(bits, &bytes[row_bytes(bits, start + lead)..], rest);
@@ -171,12 +216,13 @@ pub fn unpack_from(bits: u8, bytes: &[u8], start: usize, out: &mut [u8]) {
 /// # Panics
 /// If the code lies outside `bytes`.
 #[inline]
-pub fn get(bits: u8, bytes: &[u8], i: usize) -> u8 {
-    let shift = (i % 8) * bits as usize;
-    let first = (i / 8) * bits as usize + shift / 8;
-    let low = u16::from(bytes[first]) >> (shift % 8);
-    let high = if shift % 8 + bits as usize > 8 { u16::from(bytes[first + 1]) << (8 - shift % 8) } else { 0 };
-    ((low | high) & ((1 << bits) - 1)) as u8
+pub fn get(bits: u8, bytes: &[u8], i: usize) -> u16 {
+    let bits = bits as usize;
+    let shift = (i % 8) * bits;
+    let first = (i / 8) * bits + shift / 8;
+    let last = first + (shift % 8 + bits - 1) / 8;
+    let held = bytes[first..=last].iter().rev().fold(0u32, |h, &b| (h << 8) | u32::from(b));
+    ((held >> (shift % 8)) & ((1 << bits) - 1)) as u16
 }
 
 #[cfg(test)]
@@ -184,12 +230,12 @@ mod tests {
     use super::*;
 
     /// One bit at a time, straight from the definition.
-    fn pack_by_bit(bits: u8, codes: &[u8]) -> Vec<u8> {
+    fn pack_by_bit(bits: u8, codes: &[u16]) -> Vec<u8> {
         let mut out = vec![0u8; row_bytes(bits, codes.len())];
         for (i, c) in codes.iter().enumerate() {
             for t in 0..bits as usize {
                 let at = i * bits as usize + t;
-                out[at / 8] |= ((c >> t) & 1) << (at % 8);
+                out[at / 8] |= (((c >> t) & 1) as u8) << (at % 8);
             }
         }
         out
@@ -198,25 +244,27 @@ mod tests {
     #[test]
     fn every_width_and_length_follows_the_definition() {
         let mut state = 1u32;
-        for bits in 1..=8u8 {
+        for bits in 1..=16u8 {
+            let size = code_bytes(bits);
             for len in 0..70 {
-                let codes: Vec<u8> = (0..len)
+                let codes: Vec<u16> = (0..len)
                     .map(|_| {
                         state = state.wrapping_mul(1664525).wrapping_add(1013904223);
-                        ((state >> 16) & ((1 << bits) - 1)) as u8
+                        ((state >> 16) & ((1 << bits) - 1)) as u16
                     })
                     .collect();
+                let flat: Vec<u8> = codes.iter().flat_map(|c| c.to_le_bytes()[..size].to_vec()).collect();
                 let mut packed = vec![0xaa; row_bytes(bits, len)];
-                pack(bits, &codes, &mut packed);
+                pack(bits, &flat, &mut packed);
                 assert_eq!(packed, pack_by_bit(bits, &codes), "bits {bits}, length {len}");
-                let mut back = vec![0xaa; len];
+                let mut back = vec![0xaa; len * size];
                 unpack(bits, &packed, &mut back);
-                assert_eq!(back, codes);
+                assert_eq!(back, flat);
                 for (i, &c) in codes.iter().enumerate() {
                     assert_eq!(get(bits, &packed, i), c);
-                    let mut part = vec![0xaa; len - i];
+                    let mut part = vec![0xaa; (len - i) * size];
                     unpack_from(bits, &packed, i, &mut part);
-                    assert_eq!(part, codes[i..]);
+                    assert_eq!(part, flat[i * size..]);
                 }
             }
         }
@@ -227,6 +275,9 @@ mod tests {
         let mut out = [0; 3];
         pack(3, &[0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8, 0xff, 0xf8], &mut out);
         assert_eq!(out, pack_by_bit(3, &[7, 0, 7, 0, 7, 0, 7, 0])[..]);
+        let mut out = [0; 3];
+        pack(12, &[0xff, 0xff, 0x00, 0xf0], &mut out);
+        assert_eq!(out, pack_by_bit(12, &[0xfff, 0])[..]);
     }
 
     #[test]

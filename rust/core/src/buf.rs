@@ -82,6 +82,8 @@ unsafe impl Plain for u16 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for i32 {}
 // SAFETY: plain numbers.
+unsafe impl Plain for u32 {}
+// SAFETY: plain numbers.
 unsafe impl Plain for i64 {}
 // SAFETY: plain numbers.
 unsafe impl Plain for f32 {}

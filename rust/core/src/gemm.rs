@@ -2,14 +2,16 @@
 //! operands are in `pair.rs`.
 use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
+use crate::dense;
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, TrellisPanels, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
+use crate::qtensor::QTensor;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
@@ -112,6 +114,7 @@ pub(crate) struct Scratch {
     pub wide: Option<Buf<i64>>,
     pub floats: Option<Buf<f32>>,
     pub weights: Option<Buf<f32>>,
+    pub rows: Option<Buf<f32>>,
     pub bias: Option<Buf<f32>>,
 }
 
@@ -292,6 +295,9 @@ pub(crate) fn int8(
     if !w.format.element.has_integers() {
         return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
     }
+    if let Some(trellis) = &w.trellis {
+        return hashed(x, w, trellis, y, o, given);
+    }
     let t = kernel::table(o.isa);
     let segs = w.segments(group)?;
     let raw = w.sum_groups() <= 1 && group.is_none();
@@ -375,6 +381,44 @@ pub(crate) fn int8(
                 finish_floats(t, row, act.scale[m0 + m], bias);
                 store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
             }
+        }
+        Ok(())
+    })
+}
+
+/// The integer product with trellis codes: numbers are sums of four bytes less 510, which the sums of the activations take
+/// away.
+fn hashed(
+    x: &MatRef,
+    w: &Packed,
+    trellis: &TrellisPanels,
+    y: &mut MatMut,
+    o: &Options,
+    given: Option<&[f32]>,
+) -> Result<()> {
+    let t = kernel::table(o.isa);
+    let segs = w.segments(None)?;
+    let b = plan::int8(x.rows, w, &segs, false, o.isa, o.threads);
+    let (f, mr) = (t.trellis)(trellis.quick(w.bits), x.rows);
+    let act = Act::quantise(x, &trellis.geometry, &segs, None, mr, 510, given, true, t, b.threads)?;
+    let y = &*y;
+    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+        let ldc = np * PANEL;
+        let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
+        let c = grown(&mut s.floats, rows.next_multiple_of(mr) * ldc)?;
+        c[..rows.next_multiple_of(mr) * ldc].fill(0.0);
+        for p in 0..np {
+            let a = trellis.groups(w.bits, p0 + p, 0, trellis.geometry.groups);
+            for m in (0..rows).step_by(mr) {
+                let c = c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL);
+                // SAFETY: whole groups of an existing panel, activations of blocks of `mr` rows, padded sums.
+                unsafe { f(&a, &act.rows((m0 + m) / mr, 0), c, ldc) };
+            }
+        }
+        for m in 0..rows {
+            let row = &mut c[m * ldc..][..ldc];
+            finish_floats(t, row, act.scale[m0 + m], bias);
+            store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
         }
         Ok(())
     })
@@ -1124,6 +1168,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
     let mode = weight_mode(w);
     let g = &w.geometry;
+    let portable = w.portable.as_ref().map(QTensor::view);
     let (xs, stride) = (&xs, xs.stride);
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
@@ -1176,7 +1221,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 let wide = np - p >= b.np;
                 let count = if wide { b.np } else { 1 };
                 let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
-                for i in 0..count {
+                let coded = if portable.is_some() { 0 } else { count };
+                for i in 0..coded {
                     // SAFETY: see above.
                     unsafe { w.unpack(t, p0 + p + i, k, n, 0, 0, bytes.as_mut_ptr().add(i * b.window * 1024)) };
                 }
@@ -1201,7 +1247,26 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 } else {
                     let span = b.window * 1024;
                     let weights = grown(&mut s.weights, b.np * span)?;
-                    for i in 0..count {
+                    if let Some(q) = &portable {
+                        let rows = grown(&mut s.rows, span)?;
+                        for (i, out) in weights.chunks_exact_mut(span).take(count).enumerate() {
+                            let out = &mut out[..n * 1024];
+                            match &w.trellis {
+                                Some(tr) if tr.geometry.padded == b.window * BLOCK => {
+                                    let a = tr.groups(w.bits, p0 + p + i, k / b.window, 1);
+                                    out[a.last * PANEL..].fill(0.0);
+                                    // SAFETY: a group of an existing panel, and room for its values.
+                                    unsafe { (t.trellis_expand)(tr.quick(w.bits))(&a, out.as_mut_ptr()) };
+                                }
+                                _ => dense::window(q, p0 + p + i, k * BLOCK, &mut rows[..n * 1024], out),
+                            }
+                            if bf16 {
+                                // SAFETY: a multiple of 16 floats.
+                                unsafe { (t.round_bf16)(out.as_mut_ptr(), out.len()) };
+                            }
+                        }
+                    }
+                    for i in 0..coded {
                         let at = bytes.as_ptr().wrapping_add(i * span);
                         let a = args(p0 + p + i, at, k, n, 0, cp);
                         // SAFETY: see above.

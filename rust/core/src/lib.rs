@@ -14,7 +14,9 @@
 pub mod activation;
 pub mod bits;
 pub mod buf;
+mod dense;
 pub mod error;
+pub mod fixed;
 pub mod format;
 pub mod gemm;
 pub mod isa;
@@ -28,6 +30,7 @@ pub mod qtensor;
 pub mod quantize;
 pub mod reference;
 pub mod sparse;
+pub mod trellis;
 
 pub use error::{Error, Result};
 pub use format::{Element, Format, ScaleType, ValueMap, ZeroKind};

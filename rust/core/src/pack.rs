@@ -24,14 +24,16 @@ use crate::activation::Segments;
 use crate::bits;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::format::{e4m3_byte, e8m0_byte, Format, ScaleType, ValueMap, Zero};
-use crate::kernel::Kernels;
+use crate::format::{e4m3_byte, e8m0_byte, Book, Format, ScaleType, ValueMap, Zero};
+use crate::kernel::trellis::Trellis;
+use crate::kernel::{Kernels, ScalePtr};
 use crate::pool;
-use crate::qtensor::{QView, ScalesRef, ZerosRef};
+use crate::qtensor::{QTensor, QView, Scales, ScalesRef, ZerosRef};
 use crate::quantize::ScalesMut;
 use crate::sparse::floats::FloatPanels;
 use crate::sparse::kernel::Fill;
 use crate::sparse::Panels;
+use crate::trellis::{Code, TILE};
 
 use std::borrow::Cow;
 
@@ -115,6 +117,15 @@ pub enum PanelScales {
 }
 
 impl PanelScales {
+    /// The first of them.
+    pub(crate) fn ptr(&self) -> ScalePtr {
+        match self {
+            Self::F32(b) => ScalePtr::F32(b.as_ptr()),
+            Self::F16(b) => ScalePtr::F16(b.as_ptr()),
+            Self::BF16(b) => ScalePtr::BF16(b.as_ptr()),
+        }
+    }
+
     fn nbytes(&self) -> usize {
         match self {
             Self::F32(b) => b.len() * 4,
@@ -193,6 +204,10 @@ pub struct Packed {
     pub sparse: Option<Panels>,
     /// Numbers that are not quantised, in the place of `codes`.
     pub floats: Option<FloatPanels>,
+    /// The matrix itself, where kernels meet the decoded floats only; there are no panels of codes then.
+    pub portable: Option<QTensor>,
+    /// Its bits as words, where they are trellis codes that kernels hash.
+    pub trellis: Option<TrellisPanels>,
     /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
     /// up instead of making them.
     segments: [Option<Segments>; 3],
@@ -202,11 +217,13 @@ impl Packed {
     /// The segments of a product under activation groups of `act`.
     pub(crate) fn segments(&self, act: Option<usize>) -> Result<Cow<'_, Segments>> {
         let known = SEGMENT_GROUPS.iter().position(|g| *g == act).and_then(|i| self.segments[i].as_ref());
-        known.map_or_else(|| self.cut(act).map(Cow::Owned), |s| Ok(Cow::Borrowed(s)))
+        let known = known.map(Cow::Borrowed);
+        known.map_or_else(|| self.cut(act).map(Cow::Owned), Ok)
     }
 
     fn cut(&self, act: Option<usize>) -> Result<Segments> {
-        integer_segments(&self.geometry, self.inner.is_some(), act)
+        let geometry = self.trellis.as_ref().map_or(&self.geometry, |t| &t.geometry);
+        integer_segments(geometry, self.inner.is_some(), act)
     }
 
     /// Groups whose scales integer products apply one by one.
@@ -326,6 +343,9 @@ impl Packed {
     /// # Errors
     /// [`Error::Shape`] for a buffer of another length, [`Error::OutOfMemory`].
     pub fn restore_codes(&self, out: &mut [u8], threads: usize) -> Result<()> {
+        if let Some(q) = &self.portable {
+            return copy("codes", &q.codes, out);
+        }
         let (k, kp) = (self.geometry.k, self.geometry.kp);
         let row_bytes = (k * self.bits).div_ceil(8);
         fits("codes", out.len(), self.n * row_bytes)?;
@@ -359,6 +379,18 @@ impl Packed {
     /// # Errors
     /// [`Error::Shape`] for a buffer of another length or type.
     pub fn restore_scales(&self, out: ScalesMut) -> Result<()> {
+        if let Some(q) = &self.portable {
+            return match (&q.scales, out) {
+                (Scales::F32(src), ScalesMut::F32(out)) => copy("scales", src, out),
+                (Scales::F16(src), ScalesMut::F16(out)) | (Scales::BF16(src), ScalesMut::BF16(out)) => {
+                    copy("scales", src, out)
+                }
+                (Scales::E8M0(src), ScalesMut::E8M0(out)) | (Scales::E4M3(src), ScalesMut::E4M3(out)) => {
+                    copy("scales", src, out)
+                }
+                (_, out) => Err(wrong_scales(&self.format, &out)),
+            };
+        }
         match (&self.scales, out) {
             (PanelScales::F32(src), ScalesMut::F32(out)) => self.restore("scales", src, out),
             (PanelScales::F16(src), ScalesMut::F16(out)) | (PanelScales::BF16(src), ScalesMut::BF16(out)) => {
@@ -375,7 +407,7 @@ impl Packed {
             (PanelScales::F16(src), ScalesMut::E4M3(out)) if self.format.scale == ScaleType::E4M3 => {
                 self.restore_as("scales", src, out, |s| e4m3_byte(half::f16::from_bits(s).to_f32()))
             }
-            (_, out) => Err(Error::Shape(format!("a buffer of {} scales for {}", out.kind().name(), self.format))),
+            (_, out) => Err(wrong_scales(&self.format, &out)),
         }
     }
 
@@ -425,7 +457,9 @@ impl Packed {
         };
         let inner = self.inner.as_ref().map_or(0, |i| i.mul.len() + i.add.len() + i.rows.nbytes());
         let kept = self.sparse.as_ref().map_or(0, Panels::nbytes) + self.floats.as_ref().map_or(0, FloatPanels::nbytes);
-        self.codes.len() + kept + self.scales.nbytes() + z + inner
+        let whole = self.portable.as_ref().map_or(0, |q| q.codes.len() + q.scales.nbytes());
+        let words = self.trellis.as_ref().map_or(0, |t| 4 * t.words.len() + t.scales.nbytes());
+        self.codes.len() + kept + self.scales.nbytes() + z + inner + whole + words
     }
 }
 
@@ -443,12 +477,130 @@ impl<T> Shared<T> {
     }
 }
 
+/// Trellis codes in the order of `kernel::trellis`.
+#[derive(Debug)]
+pub struct TrellisPanels {
+    /// The layout of the activations.
+    pub geometry: Geometry,
+    /// `[panel][group][stride][16]`.
+    pub words: Buf<u32>,
+    /// Words of a group and row, the one in front included.
+    pub stride: usize,
+    /// Scales `[panel][group][16]`.
+    pub scales: PanelScales,
+    /// Factor and addend of the hash.
+    pub hash: (i32, i32),
+}
+
+impl TrellisPanels {
+    /// The groups from `first` on of a panel, `count` of them.
+    pub(crate) fn groups(&self, bits: usize, panel: usize, first: usize, count: usize) -> Trellis {
+        let g = &self.geometry;
+        let at = panel * g.groups + first;
+        let last = if first + count == g.groups { g.k - (g.groups - 1) * g.group } else { g.group };
+        Trellis {
+            words: self.words.as_ptr().wrapping_add(at * self.stride * PANEL),
+            stride: self.stride,
+            bits,
+            hash: self.hash,
+            groups: count,
+            len: g.group,
+            last,
+            padded: g.padded,
+            scales: self.scales.ptr().offset(at * PANEL),
+        }
+    }
+
+    /// The bits by which kernels are looked up.
+    pub(crate) fn quick(&self, bits: usize) -> usize {
+        if self.hash.1 == 0 {
+            bits
+        } else {
+            0
+        }
+    }
+
+    fn new(q: &QView, code: Code) -> Result<Option<Self>> {
+        let hash = match code {
+            Code::Mul1 => (0x83DC_D12D_u32 as i32, 0),
+            Code::Mad1 => (34_038_481, 76_625_530),
+            Code::Inst3 => return Ok(None),
+        };
+        let bits = usize::from(q.format.element.bits);
+        let geometry = Geometry::new(q.cols, q.format.group.map(|g| g as usize));
+        let stride = 1 + (geometry.group * bits).div_ceil(32);
+        let panels = q.rows.div_ceil(PANEL);
+        let mut words = Buf::<u32>::zeroed(panels * geometry.groups * stride * PANEL)?;
+        let mut codes = [0u8; TILE];
+        for n in 0..q.rows {
+            for g in 0..geometry.groups {
+                let k0 = g * geometry.group;
+                let codes = &mut codes[..geometry.group.min(q.cols - k0)];
+                q.unpack_row(n, k0, codes);
+                let at = ((n / PANEL) * geometry.groups + g) * stride * PANEL + n % PANEL;
+                let mut state = 0;
+                crate::trellis::states(bits as u32, codes, |_, s| state = s);
+                words[at] = u32::from(state);
+                for (t, &u) in codes.iter().enumerate() {
+                    // Bits `t*bits` on of the string, the first on top; a code may lie in two words.
+                    let over = 64 - (t * bits) % 32 - bits;
+                    let both = u64::from(u) << over;
+                    let word = at + (1 + t * bits / 32) * PANEL;
+                    words[word] |= (both >> 32) as u32;
+                    if both as u32 != 0 {
+                        words[word + PANEL] |= both as u32;
+                    }
+                }
+            }
+        }
+        let scales = panel_scales(q, geometry.groups)?;
+        Ok(Some(Self { geometry, words, stride, scales, hash }))
+    }
+}
+
+/// Keeps a matrix whose panels are decoded when they are needed.
+fn keep(q: &QView) -> Result<Packed> {
+    let trellis = match q.format.element.map {
+        ValueMap::Trellis(code) => TrellisPanels::new(q, code)?,
+        _ => None,
+    };
+    // Groups meet their scales before the kernels do.
+    let geometry = Geometry::new(q.cols, None);
+    Ok(Packed {
+        format: q.format,
+        n: q.rows,
+        geometry,
+        bits: usize::from(q.format.element.bits),
+        mul: 1,
+        sub: 0,
+        zero_max: 0,
+        step: q.step(),
+        tensor: 1.0,
+        byte_top: 255,
+        values: Buf::zeroed(256)?,
+        bytes: None,
+        codes: Buf::zeroed(0)?,
+        scales: PanelScales::F32(Buf::zeroed(0)?),
+        zeros: PanelZeros::Const,
+        inner: None,
+        sparse: None,
+        floats: None,
+        portable: Some(q.to_owned()?),
+        trellis,
+        segments: [const { None }; 3],
+    })
+}
+
 /// Rearranges a quantised matrix into panels.
 ///
 /// # Errors
 /// [`crate::Error::OutOfMemory`].
 pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
+    if q.format.element.is_dense() {
+        return keep(q);
+    }
     let bits = usize::from(q.format.element.bits);
+    let book = q.book();
     let geometry = Geometry::new(q.cols, q.format.group.map(|g| g as usize));
     let panels = q.rows.div_ceil(PANEL);
     let block_bytes = 128 * bits;
@@ -467,7 +619,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
             let n = p * PANEL + i;
             bits::unpack(bits as u8, &q.codes[n * row_bytes..(n + 1) * row_bytes], flat);
             let row = &mut rows[i * geometry.kp..(i + 1) * geometry.kp];
-            fill_padding(q, n, &geometry, row);
+            fill_padding(q, book.as_deref(), n, &geometry, row);
             geometry.runs(|k0, p0, len| row[p0..p0 + len].copy_from_slice(&flat[k0..k0 + len]));
         }
         // SAFETY: panel p owns this part of the buffer, and no other task touches it.
@@ -478,42 +630,25 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         Ok(())
     })?;
     let groups = geometry.groups;
-    let scales = match q.scales {
-        ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
-        ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
-        ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
-        ScalesRef::I8(_) => {
-            let full: Vec<f32> = (0..q.rows * groups).map(|i| q.full_scale(i / groups, i % groups)).collect();
-            PanelScales::F32(panelise(&full, q.rows, groups)?)
-        }
-        ScalesRef::E4M3(_) => {
-            // float16 has every number of E4M3.
-            let wide: Vec<u16> = (0..q.rows * groups).map(|i| half::f16::from_f32(q.scales.get(i)).to_bits()).collect();
-            PanelScales::F16(panelise(&wide, q.rows, groups)?)
-        }
-        ScalesRef::E8M0(_) => {
-            // bfloat16 has every power of two of E8M0, and of the units too.
-            let wide: Vec<u16> =
-                (0..q.rows * groups).map(|i| half::bf16::from_f32(q.scale(i / groups, i % groups)).to_bits()).collect();
-            PanelScales::BF16(panelise(&wide, q.rows, groups)?)
-        }
-    };
+    let scales = panel_scales(q, groups)?;
     let e = q.format.element;
-    let (mul, sub, bytes, byte_top) = match e.map {
-        ValueMap::Affine { .. } if plain.is_some() => (1, 0, None, 0),
-        ValueMap::Affine { mul, sub } => (mul, sub, None, (1 << bits) - 1),
-        ValueMap::Table(book) if e.has_integers() => {
-            let low = book.integers().iter().copied().min().unwrap_or(0);
-            let byte = |u: u8| (e.integer(u) - i32::from(low)) as u8;
-            let bytes: Box<[u8; 64]> = Box::new(std::array::from_fn(|u| byte(u as u8)));
+    let (mul, sub, bytes, byte_top) = match (e.map, &book) {
+        (ValueMap::Affine { .. }, _) if plain.is_some() => (1, 0, None, 0),
+        (ValueMap::Affine { mul, sub }, _) => (mul, sub, None, (1 << bits) - 1),
+        (_, Some(book)) if e.has_integers() => {
+            let integers = book.integers();
+            let low = integers.iter().copied().min().unwrap_or(0);
+            let byte = |u: usize| (i32::from(integers[u % integers.len()]) - i32::from(low)) as u8;
+            let bytes: Box<[u8; 64]> = Box::new(std::array::from_fn(byte));
             let top = bytes.iter().copied().max().unwrap_or(0);
             (1, -i32::from(low), Some(bytes), i32::from(top))
         }
-        ValueMap::Table(_) => (1, 0, None, 255),
+        _ => (1, 0, None, 255),
     };
     let mut values = Buf::<f32>::zeroed(if plain.is_some() { 0 } else { 64.max(1 << bits) })?;
     for (u, v) in values.iter_mut().enumerate() {
-        *v = e.number((u & ((1 << bits) - 1)) as u8);
+        let u = u & ((1 << bits) - 1);
+        *v = book.as_ref().map_or_else(|| e.number(u as u32), |b| b.of_bytes()[u]);
     }
     let (zeros, zero_max) = match q.zeros {
         ZerosRef::None => (PanelZeros::Const, 0),
@@ -565,6 +700,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         inner,
         sparse,
         floats,
+        portable: None,
+        trellis: None,
         segments,
     })
 }
@@ -585,9 +722,8 @@ fn integer_segments(g: &Geometry, two_level: bool, act: Option<usize>) -> Result
 /// Gives the padding of a row the code that decodes to the least weight that is +0 or more, where there is one. A padded
 /// place meets an activation of -0, so their product is -0, which added to any sum, -0 included, changes nothing; a
 /// small weight stays finite under the largest scales.
-fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
+fn fill_padding(q: &QView, book: Option<&Book>, n: usize, geometry: &Geometry, row: &mut [u8]) {
     let ValueMap::Affine { mul, sub } = q.format.element.map else {
-        let book = q.format.element.book();
         let least = [false, true].map(|negative| book.map_or(0, |b| b.least(negative)));
         for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
             let s = q.scale(n, g.min(geometry.groups - 1));
@@ -595,7 +731,7 @@ fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
         }
         return;
     };
-    let top = i32::from(q.format.element.levels) - 1;
+    let top = q.format.element.levels as i32 - 1;
     for (g, part) in row.chunks_mut(geometry.padded).enumerate() {
         let g = g.min(geometry.groups - 1);
         let s = q.scale(n, g);
@@ -615,6 +751,30 @@ fn fill_padding(q: &QView, n: usize, geometry: &Geometry, row: &mut [u8]) {
         };
         part.fill(code.clamp(0, top) as u8);
     }
+}
+
+/// Scales in panel order, in a type that kernels read.
+fn panel_scales(q: &QView, groups: usize) -> Result<PanelScales> {
+    Ok(match q.scales {
+        ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
+        ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),
+        ScalesRef::BF16(s) => PanelScales::BF16(panelise(s, q.rows, groups)?),
+        ScalesRef::I8(_) => {
+            let full: Vec<f32> = (0..q.rows * groups).map(|i| q.full_scale(i / groups, i % groups)).collect();
+            PanelScales::F32(panelise(&full, q.rows, groups)?)
+        }
+        ScalesRef::E4M3(_) => {
+            // float16 has every number of E4M3.
+            let wide: Vec<u16> = (0..q.rows * groups).map(|i| half::f16::from_f32(q.scales.get(i)).to_bits()).collect();
+            PanelScales::F16(panelise(&wide, q.rows, groups)?)
+        }
+        ScalesRef::E8M0(_) => {
+            // bfloat16 has every power of two of E8M0, and of the units too.
+            let wide: Vec<u16> =
+                (0..q.rows * groups).map(|i| half::bf16::from_f32(q.scale(i / groups, i % groups)).to_bits()).collect();
+            PanelScales::BF16(panelise(&wide, q.rows, groups)?)
+        }
+    })
 }
 
 /// `[N][groups]` to `[N/16][groups][16]`.
@@ -641,6 +801,16 @@ fn planes(bits: usize) -> &'static [usize] {
         7 => &[4, 2, 1],
         _ => &[8],
     }
+}
+
+fn copy<T: Copy>(what: &str, src: &[T], out: &mut [T]) -> Result<()> {
+    fits(what, out.len(), src.len())?;
+    out.copy_from_slice(src);
+    Ok(())
+}
+
+fn wrong_scales(format: &Format, out: &ScalesMut) -> Error {
+    Error::Shape(format!("a buffer of {} scales for {format}", out.kind().name()))
 }
 
 fn fits(what: &str, got: usize, want: usize) -> Result<()> {

@@ -33,7 +33,7 @@ enum Sums<'a> {
 /// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
 fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     let e = a.format.element;
-    if !e.has_integers() {
+    if !e.has_integers() || e.is_dense() {
         return Err(Error::Unsupported(format!("{} has no integer products", a.format)));
     }
     if matches!(a.zeros, ZerosRef::Float(_)) {
@@ -57,7 +57,11 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
     let (out, len) = (&out, a.group_len().max(1));
-    let values: [i32; 256] = std::array::from_fn(|u| e.integer(u as u8));
+    let book = a.book();
+    let values: [i32; 256] = std::array::from_fn(|u| match &book {
+        Some(b) => i32::from(b.integers()[u % b.integers().len()]),
+        None => e.integer(u as u32),
+    });
     pool::try_run(if size < 1 << 18 { 1 } else { o.threads }, m, o.poll, |i| {
         let mut row = Taken::<u8>::new(k)?;
         let row = &mut row[..k];
@@ -112,8 +116,10 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
         if f.is_two_level() {
             return Err(Error::Value(format!("raw sums need one scale per row, but {f} has two levels")));
         }
-        if !f.element.is_linear() {
-            return Err(Error::Value(format!("raw sums need codes that are integers, which those of {f} are not")));
+        if !f.element.is_linear() || f.element.is_dense() {
+            return Err(Error::Value(format!(
+                "raw sums need codes that are integers of a byte, which those of {f} are not"
+            )));
         }
     }
     if matches!(w.zeros, PanelZeros::Float(_)) {
@@ -280,6 +286,9 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     }
     if k == 0 {
         return nothing(y, o);
+    }
+    if let Some(q) = &w.portable {
+        return crate::fixed::matmul(a, &q.view(), y, o);
     }
     if !w.format.element.has_integers() {
         return Err(Error::Unsupported(format!("{} has no integer products", w.format)));

@@ -3,10 +3,11 @@
 //! Codes are stored unsigned (`u`), bit-packed little-endian along K, element 0 in the lowest bits of byte 0; each row
 //! starts at a byte. Scales are `[N][groups]`, zeros likewise.
 use crate::bits;
-use crate::format::{Format, Level, ScaleType, Zero, ZeroKind};
+use crate::format::{lanes, Book, Format, Level, ScaleType, Tie, Zero, ZeroKind};
 use crate::pool;
 use crate::sparse::{mask, Mask};
 use crate::{Error, Result};
+use std::borrow::Cow;
 
 /// Owned scales; 16-bit types are kept as their bits.
 #[derive(Debug, Clone, PartialEq)]
@@ -83,6 +84,8 @@ pub struct QView<'a> {
     pub outer: &'a [f32],
     /// Which entries are kept, of sparse formats.
     pub mask: Option<&'a Mask>,
+    /// What each code is worth, where the matrix says that; else empty.
+    pub table: &'a [f32],
 }
 
 /// A matrix in the portable layout, owned.
@@ -104,6 +107,8 @@ pub struct QTensor {
     pub outer: Vec<f32>,
     /// Which entries are kept, of sparse formats.
     pub mask: Option<Mask>,
+    /// What each code is worth, where the matrix says that; else empty.
+    pub table: Vec<f32>,
 }
 
 /// Rows that one task of a parallel pass takes: enough to be worth handing out, few enough to stop soon after a poll.
@@ -141,6 +146,12 @@ impl Scales {
             ScaleType::E4M3 => Self::E4M3(zeros_vec(len)?),
             ScaleType::I8 => Self::I8(zeros_vec(len)?),
         })
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        let v = self.view();
+        v.len() * v.kind().size()
     }
 
     /// Borrows the scales.
@@ -249,7 +260,7 @@ impl<'a> QView<'a> {
         mask: Option<&'a Mask>,
     ) -> Result<Self> {
         area(rows, cols)?;
-        let view = Self { format, rows, cols, codes, scales, zeros, outer: &[], mask };
+        let view = Self { format, rows, cols, codes, scales, zeros, outer: &[], mask, table: &[] };
         if mask.map(Mask::structure) != format.structure {
             return Err(Error::Value(format!("{format} needs the mask of its structure, and no other")));
         }
@@ -310,6 +321,30 @@ impl<'a> QView<'a> {
         Ok(Self { outer, ..self })
     }
 
+    /// The view with its table of values, of formats whose matrices bring one.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for a table of another length, [`Error::Value`] for a value that is not finite.
+    pub fn with_table(self, table: &'a [f32]) -> Result<Self> {
+        let want = self.format.element.learned();
+        if table.len() != want {
+            return Err(Error::Shape(format!("{} has a table of {want} values, not {}", self.format, table.len())));
+        }
+        if let Some(i) = table.iter().position(|v| !v.is_finite()) {
+            return Err(Error::Value(format!("value {} of the table, {}, is not finite", i, table[i])));
+        }
+        Ok(Self { table, ..self })
+    }
+
+    /// The table of values with what integer products need, of formats that have one.
+    pub fn book(&self) -> Option<Cow<'static, Book>> {
+        match self.format.element.book() {
+            Some(book) => Some(Cow::Borrowed(book)),
+            None if self.table.is_empty() => None,
+            None => Some(Cow::Owned(Book::new(self.table, Tie::Down))),
+        }
+    }
+
     fn check_scales(&self) -> Result<()> {
         let (format, rows, groups) = (self.format, self.rows, self.groups());
         let count = rows * groups;
@@ -339,6 +374,12 @@ impl<'a> QView<'a> {
                 return Err(Error::Value(format!("scale 0 at row {}, group {} is below 1", i / groups, i % groups)));
             }
         }
+        if format.element.shared {
+            let first = |i: usize| self.scales.get(i).to_bits() == self.scales.get(0).to_bits();
+            if let Some(i) = (0..count).find(|&i| !first(i)) {
+                return Err(Error::Value(format!("{format} has one scale, but row {} has another", i / groups)));
+            }
+        }
         let top = format.element.levels - 1;
         match (format.element.zero, self.zeros) {
             (ZeroKind::None, ZerosRef::None) => Ok(()),
@@ -346,7 +387,7 @@ impl<'a> QView<'a> {
             (ZeroKind::PerGroup, ZerosRef::None) => Err(Error::Value(format!("{format} needs zero points"))),
             (ZeroKind::PerGroup, ZerosRef::Int(z)) => {
                 check_len("zero points", z.len())?;
-                match z.iter().position(|&z| u16::from(z) > top) {
+                match z.iter().position(|&z| u32::from(z) > top) {
                     None => Ok(()),
                     Some(i) => Err(Error::Value(format!(
                         "zero point {} at row {}, group {} is above {top}",
@@ -382,7 +423,7 @@ impl<'a> QView<'a> {
         for (i, &t) in inner.iter().enumerate() {
             let (n, g) = (i / groups, i % groups);
             let zero = self.zero(n, g);
-            if e.fits_inner(t, zero, (0, i32::from(e.levels) - 1)) {
+            if e.fits_inner(t, zero, (0, e.levels as i32 - 1)) {
                 continue;
             }
             // Some code would leave the byte; perhaps not one of those that are there.
@@ -431,7 +472,7 @@ impl<'a> QView<'a> {
             for k0 in (0..self.cols).step_by(buf.len()) {
                 let u = &mut buf[..(self.cols - k0).min(1024)];
                 self.unpack(level, n, k0, u);
-                if let Some(i) = u.iter().position(|&u| u16::from(u) >= e.levels) {
+                if let Some(i) = u.iter().position(|&u| u32::from(u) >= e.levels) {
                     return Err(Error::Value(format!("{} has no code {}: row {n}, column {}", e.name, u[i], k0 + i)));
                 }
             }
@@ -478,7 +519,7 @@ impl<'a> QView<'a> {
 
     /// What multiplies every scale.
     pub fn tensor(&self) -> f32 {
-        if self.format.element.tensor {
+        if self.format.has_tensor_scale() {
             self.outer_scale(0)
         } else {
             1.0
@@ -487,7 +528,7 @@ impl<'a> QView<'a> {
 
     /// What the integer 1 is worth in integer products, before [`Self::scale`].
     pub fn step(&self) -> f32 {
-        self.format.element.step() * self.tensor()
+        self.book().map_or(1.0, |b| b.unit()) * self.tensor()
     }
 
     /// Zero point of group `g` of row `n`.
@@ -504,12 +545,12 @@ impl<'a> QView<'a> {
     ///
     /// # Panics
     /// If the position is outside the matrix.
-    pub fn code(&self, n: usize, k: usize) -> u8 {
+    pub fn code(&self, n: usize, k: usize) -> u16 {
         assert!(k < self.cols, "column {k} of {}", self.cols);
         if let Some(m) = self.mask {
             let mut u = [0];
             self.unpack_kept(m, n, k, &mut u);
-            return u[0];
+            return u16::from(u[0]);
         }
         bits::get(self.format.element.bits, self.row(n), k)
     }
@@ -544,12 +585,12 @@ impl<'a> QView<'a> {
         }
     }
 
-    /// Stored codes of row `n` from column `k0` on, one per byte.
+    /// Stored codes of row `n` from column `k0` on, unpacked (see [`crate::bits`]).
     ///
     /// # Panics
     /// If the range leaves the matrix.
     pub fn unpack_row(&self, n: usize, k0: usize, out: &mut [u8]) {
-        assert!(n < self.rows && k0 + out.len() <= self.cols);
+        assert!(n < self.rows && k0 + out.len() / self.format.element.code_bytes() <= self.cols);
         self.unpack(Level::detect(), n, k0, out);
     }
 
@@ -561,7 +602,7 @@ impl<'a> QView<'a> {
         self.dequantize_row_at(Level::detect(), n, k0, out);
     }
 
-    fn dequantize_row_at(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
+    pub(crate) fn dequantize_row_at(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
         assert!(n < self.rows && k0 + out.len() <= self.cols);
         if let Some(kind) = self.format.element.plain {
             let size = kind.size();
@@ -571,20 +612,50 @@ impl<'a> QView<'a> {
             return;
         }
         let (e, g) = (self.format.element, self.group_len());
+        if e.span() > 1 {
+            return self.dequantize_tiles(level, n, k0, out);
+        }
+        let size = e.code_bytes();
+        let values: [f32; 256] = match self.table {
+            [] => [0.0; 256],
+            t => std::array::from_fn(|u| t[u % t.len()]),
+        };
         let mut buf = [0u8; 1024];
         let (mut k, mut rest) = (k0, out);
         while !rest.is_empty() {
-            let len = rest.len().min(buf.len());
+            let len = rest.len().min(buf.len() / size);
             let (mut part, tail) = rest.split_at_mut(len);
-            self.unpack(level, n, k, &mut buf[..len]);
-            let mut u = &buf[..len];
+            self.unpack(level, n, k, &mut buf[..len * size]);
+            let mut u = &buf[..len * size];
             while !u.is_empty() {
-                let here = (g - k % g).min(u.len());
+                let here = (g - k % g).min(u.len() / size);
                 let (w, next) = part.split_at_mut(here);
-                e.codec.decode(e, level, &u[..here], self.full_scale(n, k / g), self.zero(n, k / g), w);
-                (part, u, k) = (next, &u[here..], k + here);
+                let s = self.full_scale(n, k / g);
+                if self.table.is_empty() {
+                    e.codec.decode(e, level, &u[..here * size], s, self.zero(n, k / g), w);
+                } else {
+                    lanes::book_decode(level, &u[..here], &values, s, w);
+                }
+                (part, u, k) = (next, &u[here * size..], k + here);
             }
             rest = tail;
+        }
+    }
+
+    /// The same where codes are read together: whole tiles, of which only a part may be wanted.
+    fn dequantize_tiles(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
+        let (e, g) = (self.format.element, self.group_len());
+        let (mut codes, mut values) = ([0u8; 256], [0.0f32; 256]);
+        let (mut k, end) = (k0, k0 + out.len());
+        while k < end {
+            let start = k - (k % g) % e.span();
+            let stop = (start + e.span()).min((k / g + 1) * g).min(self.cols);
+            let (codes, values) = (&mut codes[..stop - start], &mut values[..stop - start]);
+            self.unpack(level, n, start, codes);
+            e.codec.decode(e, level, codes, self.full_scale(n, k / g), self.zero(n, k / g), values);
+            let here = stop.min(end) - k;
+            out[k - k0..][..here].copy_from_slice(&values[k - start..][..here]);
+            k += here;
         }
     }
 
@@ -608,12 +679,13 @@ impl<'a> QView<'a> {
             return Err(Error::Unsupported(format!("{} has no codes but its numbers", self.format)));
         }
         self.fill(out, threads, |level, n, values| {
-            let mut buf = [0u8; 1024];
-            for (i, part) in values.chunks_mut(buf.len()).enumerate() {
-                let u = &mut buf[..part.len()];
-                self.unpack(level, n, i * 1024, u);
-                for (v, &u) in part.iter_mut().zip(&*u) {
-                    *v = e.value(u) as i16;
+            let (mut buf, size) = ([0u8; 1024], e.code_bytes());
+            let step = buf.len() / size;
+            for (i, part) in values.chunks_mut(step).enumerate() {
+                let u = &mut buf[..part.len() * size];
+                self.unpack(level, n, i * step, u);
+                for (v, u) in part.iter_mut().zip(u.chunks_exact(size)) {
+                    *v = e.value(u16::from_le_bytes([u[0], if size == 2 { u[1] } else { 0 }])) as i16;
                 }
             }
         })
@@ -667,6 +739,7 @@ impl<'a> QView<'a> {
             },
             outer: copy(self.outer)?,
             mask: self.mask.cloned(),
+            table: copy(self.table)?,
         })
     }
 }
@@ -712,14 +785,16 @@ pub fn pack_values(format: Format, rows: usize, cols: usize, values: &[i16], out
         return Ok(());
     }
     let level = Level::detect();
-    let mut row = zeros_vec::<u8>(cols)?;
+    let size = e.code_bytes();
+    let mut row = zeros_vec::<u8>(cols * size)?;
     for (n, (v, o)) in values.chunks_exact(cols).zip(out.chunks_exact_mut(row_bytes)).enumerate() {
-        for (k, (u, &v)) in row.iter_mut().zip(v).enumerate() {
-            *u = e.code(i32::from(v)).ok_or_else(|| {
+        for (k, (u, &v)) in row.chunks_exact_mut(size).zip(v).enumerate() {
+            let code = e.code(i32::from(v)).ok_or_else(|| {
                 let (lo, hi) = e.values();
-                let kind = if e.value(1) - lo == 2 { "odd integers " } else { "" };
+                let kind = if e.value(1u32) - lo == 2 { "odd integers " } else { "" };
                 Error::Value(format!("code {v} at row {n}, column {k}: {} has {kind}{lo} to {hi}", e.name))
             })?;
+            u.copy_from_slice(&code.to_le_bytes()[..size]);
         }
         crate::format::lanes::pack(level, e.bits, &row, o);
     }
@@ -727,7 +802,8 @@ pub fn pack_values(format: Format, rows: usize, cols: usize, values: &[i16], out
 }
 
 impl QTensor {
-    /// A matrix from code values (see [`crate::Element::value`]), scales and zero points.
+    /// A matrix from code values (see [`crate::Element::value`]), scales and zero points; a table of values is evenly spaced,
+    /// an outer scale 1.
     ///
     /// # Errors
     /// As [`pack_values`] and [`QView::new`].
@@ -743,7 +819,10 @@ impl QTensor {
         let mut codes = zeros_vec(rows * format.row_bytes(cols))?;
         pack_values(format, rows, cols, values, &mut codes)?;
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
-        Ok(Self { format, rows, cols, codes, scales, zeros, outer: vec![1.0; format.outer_len(rows)], mask: None })
+        let outer = vec![1.0; format.outer_len(rows)];
+        let levels = format.element.learned();
+        let table = (0..levels).map(|u| (2 * u + 1) as f32 / levels as f32 - 1.0).collect();
+        Ok(Self { format, rows, cols, codes, scales, zeros, outer, mask: None, table })
     }
 
     /// Borrows the matrix.
@@ -757,6 +836,7 @@ impl QTensor {
             zeros: self.zeros.view(),
             outer: &self.outer,
             mask: self.mask.as_ref(),
+            table: &self.table,
         }
     }
 
@@ -777,6 +857,7 @@ impl PartialEq for QTensor {
         self.format == other.format
             && (self.rows, self.cols) == (other.rows, other.cols)
             && same_bits(&self.outer, &other.outer)
+            && same_bits(&self.table, &other.table)
             && self.codes == other.codes
             && self.mask == other.mask
             && match (&self.scales, &other.scales) {

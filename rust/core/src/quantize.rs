@@ -7,10 +7,10 @@
 //! decode past the f32 range the scale is the next lower one.
 //!
 //! `mse` tries multiples of the `rtn` scale per group and keeps the one with the smallest squared error, the `rtn` scale
-//! itself included: it is never worse.
+//! itself included: it is never worse. Where the whole tensor has one scale it is `rtn`.
 use std::sync::Mutex;
 
-use crate::format::{e4m3_byte, e8m0_byte, lanes, Format, Level, ScaleType, Zero, ZeroKind};
+use crate::format::{e4m3_byte, e8m0_byte, lanes, lut, Book, Format, Level, ScaleType, Tie, Zero, ZeroKind};
 use crate::qtensor::{area, parallel, rows_per_task, zeros_vec};
 use crate::{Error, MatRef, QTensor, Result, Scales, Zeros};
 
@@ -124,6 +124,8 @@ pub struct Dest<'a> {
     pub bounds: &'a mut [f32],
     /// What multiplies the scales, as many as the format has.
     pub outer: &'a mut [f32],
+    /// What each code is worth, where the matrix says that; else empty.
+    pub table: &'a mut [f32],
 }
 
 impl Dest<'_> {
@@ -135,7 +137,8 @@ impl Dest<'_> {
             && self.scales.len() == count
             && self.zeros.len() == zeros
             && (self.bounds.is_empty() || self.bounds.len() == count)
-            && self.outer.len() == format.outer_len(rows);
+            && self.outer.len() == format.outer_len(rows)
+            && self.table.len() == format.element.learned();
         if fits {
             return Ok(());
         }
@@ -160,8 +163,9 @@ impl Dest<'_> {
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
         let (outer, outer2) = cut(self.outer, outer);
-        let rest = Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: outer2 };
-        (Self { codes, scales, zeros, bounds, outer }, rest)
+        let rest =
+            Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: outer2, table: &mut [] };
+        (Self { codes, scales, zeros, bounds, outer, table: &mut [] }, rest)
     }
 }
 
@@ -179,6 +183,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup { count } else { 0 })?;
     let mut bounds = zeros_vec(count)?;
     let mut outer = zeros_vec(format.outer_len(rows))?;
+    let mut table = zeros_vec(format.element.learned())?;
     let dest = Dest {
         codes: &mut codes,
         scales: match &mut scales {
@@ -192,10 +197,12 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
         zeros: &mut zeros,
         bounds: &mut bounds,
         outer: &mut outer,
+        table: &mut table,
     };
     quantize_into(x, format, method, threads, dest)?;
     let zeros = if format.element.zero == ZeroKind::PerGroup { Zeros::Int(zeros) } else { Zeros::None };
-    Ok(Quantized { tensor: QTensor { format: *format, rows, cols, codes, scales, zeros, outer, mask: None }, bounds })
+    let tensor = QTensor { format: *format, rows, cols, codes, scales, zeros, outer, mask: None, table };
+    Ok(Quantized { tensor, bounds })
 }
 
 /// As [`quantize`], into buffers of the caller. After an error their contents are unspecified.
@@ -203,10 +210,10 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
 /// # Errors
 /// As [`quantize`], and [`Error::Shape`] for buffers that do not fit.
 pub fn quantize_into(x: &MatRef, format: &Format, method: Method, threads: usize, dest: Dest) -> Result<()> {
-    quantize_at(Level::detect(), x, format, method, threads, None, dest)
+    quantize_at(Level::detect(), x, format, method, None, threads, None, dest)
 }
 
-/// As [`quantize_into`]; `poll` is asked now and then, from the calling thread, whether to stop.
+/// As [`quantize_into`]; `importance` weighs the columns where a table is learned, and `poll` is asked now and then, from the calling thread, whether to stop.
 ///
 /// # Errors
 /// As [`quantize_into`], and [`Error::Interrupted`].
@@ -214,11 +221,12 @@ pub fn quantize_polled(
     x: &MatRef,
     format: &Format,
     method: Method,
+    importance: Option<&[f32]>,
     threads: usize,
     poll: &(dyn Fn() -> bool + Sync),
     dest: Dest,
 ) -> Result<()> {
-    quantize_at(Level::detect(), x, format, method, threads, Some(poll), dest)
+    quantize_at(Level::detect(), x, format, method, importance, threads, Some(poll), dest)
 }
 
 /// As [`quantize_into`] with the instructions of one level, and perhaps a `poll`.
@@ -230,6 +238,7 @@ pub fn quantize_at(
     x: &MatRef,
     format: &Format,
     method: Method,
+    importance: Option<&[f32]>,
     threads: usize,
     poll: Option<&(dyn Fn() -> bool + Sync)>,
     dest: Dest,
@@ -240,7 +249,17 @@ pub fn quantize_at(
         return Err(Error::Unsupported(format!("{format} is packed from {}, see sparse::pack", format.dense())));
     }
     dest.check(format, rows, cols)?;
-    let tensor = if format.element.tensor { tensor_scale(level, x, format, threads)? } else { 1.0 };
+    if let Some(weights) = importance {
+        check_importance(weights, format, cols)?;
+    }
+    let e = format.element;
+    let top = if format.has_tensor_scale() || e.shared { largest(level, x, threads)? } else { 0.0 };
+    let tensor = if format.has_tensor_scale() { tensor_scale(top, format) } else { 1.0 };
+    if e.learned() > 0 {
+        dest.table.copy_from_slice(&lut::learn(level, x, format, tensor, importance)?);
+    }
+    let book = (e.learned() > 0).then(|| Book::new(dest.table, Tie::Down));
+    let common = Common { tensor, top: e.shared.then_some(top), book: book.as_ref() };
     dest.outer.fill(tensor);
     if rows == 0 || cols == 0 {
         return Ok(());
@@ -263,7 +282,7 @@ pub fn quantize_at(
         if lock().as_ref().is_some_and(|(t, _)| *t < task) {
             return;
         }
-        if let Err(e) = rows_of(level, x, format, method, tensor, row0, part) {
+        if let Err(e) = rows_of(level, x, format, method, common, row0, part) {
             let mut slot = lock();
             if slot.as_ref().is_none_or(|(t, _)| task < *t) {
                 *slot = Some((task, e));
@@ -274,9 +293,35 @@ pub fn quantize_at(
     first.map_or(finished, |(_, e)| Err(e))
 }
 
-/// The scale of the tensor: the largest magnitude over the largest number that element and group scale make, at least
-/// `2^-126`; 1 where all is zero. Values that are not finite are left to be found later.
-fn tensor_scale(level: Level, x: &MatRef, format: &Format, threads: usize) -> Result<f32> {
+/// Whether numbers can weigh the columns.
+fn check_importance(weights: &[f32], format: &Format, cols: usize) -> Result<()> {
+    if format.element.learned() == 0 {
+        return Err(Error::Value(format!("{format} learns no table that importance could weigh")));
+    }
+    if weights.len() != cols {
+        return Err(Error::Shape(format!("importance of {} columns, the matrix has {cols}", weights.len())));
+    }
+    match weights.iter().position(|w| !(w.is_finite() && *w >= 0.0)) {
+        None => Ok(()),
+        Some(k) => {
+            Err(Error::Value(format!("importance {} of column {k} is not finite and positive, or 0", weights[k])))
+        }
+    }
+}
+
+/// What the groups of a tensor have in common.
+#[derive(Clone, Copy)]
+struct Common<'a> {
+    /// What multiplies every scale.
+    tensor: f32,
+    /// The largest magnitude of the tensor, where it decides the scale of every group.
+    top: Option<f32>,
+    /// The table that was learned.
+    book: Option<&'a Book>,
+}
+
+/// The largest magnitude. Values that are not finite are left to be found later.
+fn largest(level: Level, x: &MatRef, threads: usize) -> Result<f32> {
     let step = rows_per_task(x.rows.max(1), x.cols, threads);
     let mut tops = zeros_vec::<u32>(x.rows.div_ceil(step))?;
     parallel(threads, tops.iter_mut().collect(), None, |task, top| {
@@ -287,14 +332,23 @@ fn tensor_scale(level: Level, x: &MatRef, format: &Format, threads: usize) -> Re
             *top = (*top).max(if bits < 0x7f80_0000 { bits } else { 0 });
         }
     })?;
-    let top = f32::from_bits(tops.into_iter().max().unwrap_or(0));
+    Ok(f32::from_bits(tops.into_iter().max().unwrap_or(0)))
+}
+
+/// The scale of the tensor: the largest magnitude over the largest number that element and group scale make, at least
+/// `2^-126`; 1 where all is zero.
+fn tensor_scale(top: f32, format: &Format) -> f32 {
     let largest = format.scale.largest() * format.element.top();
     let mut s = top / largest;
     while !(s * largest).is_finite() {
         s = s.next_down();
     }
     // Times the smallest group scale it must not vanish.
-    Ok(if top > 0.0 { s.max(f32::MIN_POSITIVE) } else { 1.0 })
+    if top > 0.0 || !format.element.codec.has_zero() {
+        s.max(f32::MIN_POSITIVE)
+    } else {
+        1.0
+    }
 }
 
 fn rows_of(
@@ -302,13 +356,18 @@ fn rows_of(
     x: &MatRef,
     format: &Format,
     method: Method,
-    tensor: f32,
+    common: Common,
     row0: usize,
     mut part: Dest,
 ) -> Result<()> {
     let (e, cols) = (format.element, x.cols);
+    if e.span() > 1 {
+        // A search takes long: what is bad is found first.
+        finite(level, x, row0, part.codes.len() / format.row_bytes(cols))?;
+    }
     let (row_bytes, groups, len) = (format.row_bytes(cols), format.groups(cols), format.group_len(cols));
-    let mut codes = zeros_vec::<u8>(cols)?;
+    let size = e.code_bytes();
+    let mut codes = zeros_vec::<u8>(cols * size)?;
     let mut scratch = Scratch::default();
     let mut copy = Vec::new();
     for i in 0..part.codes.len() / row_bytes {
@@ -345,9 +404,10 @@ fn rows_of(
             part.outer[i] = row_scale(level, format, values);
             part.outer[i]
         } else {
-            tensor
+            common.tensor
         };
-        for (g, (w, u)) in values.chunks(len).zip(codes.chunks_mut(len)).enumerate() {
+        let common = Common { tensor: outer, ..common };
+        for (g, (w, u)) in values.chunks(len).zip(codes.chunks_mut(len * size)).enumerate() {
             let bits = lanes::absmax_bits(level, w);
             let at = i * groups + g;
             if bits >= 0x7f80_0000 && e.nan {
@@ -359,13 +419,12 @@ fn rows_of(
                 continue;
             }
             if bits >= 0x7f80_0000 {
-                let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
-                return Err(Error::Value(format!("{} at row {row}, column {} is not finite", w[k], g * len + k)));
+                return Err(not_finite(w, row, g * len));
             }
-            let group =
-                encode_group(level, format, method, outer, w, f32::from_bits(bits), u, &mut scratch).map_err(|s| {
-                    Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
-                })?;
+            let top = common.top.unwrap_or(f32::from_bits(bits));
+            let group = encode_group(level, format, method, common, w, top, u, &mut scratch).map_err(|s| {
+                Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
+            })?;
             part.scales.set(at, group.scale);
             if let Zero::Int(z) = group.zero {
                 part.zeros[at] = z;
@@ -398,6 +457,24 @@ fn row_scale(level: Level, format: &Format, row: &[f32]) -> f32 {
     wanted.clamp(f32::MIN_POSITIVE, f32::MAX / 256.0)
 }
 
+/// The error that names the first value of a row that is not finite.
+fn not_finite(w: &[f32], row: usize, k0: usize) -> Error {
+    let k = w.iter().position(|v| !v.is_finite()).unwrap_or(0);
+    Error::Value(format!("{} at row {row}, column {} is not finite", w[k], k0 + k))
+}
+
+/// Whether all values of some rows are finite.
+fn finite(level: Level, x: &MatRef, row0: usize, rows: usize) -> Result<()> {
+    let mut values = zeros_vec(x.cols)?;
+    for row in row0..row0 + rows {
+        x.read_row(row, 0, &mut values);
+        if lanes::absmax_bits(level, &values) >= 0x7f80_0000 {
+            return Err(not_finite(&values, row, 0));
+        }
+    }
+    Ok(())
+}
+
 struct Group {
     scale: f32,
     zero: Zero,
@@ -415,29 +492,39 @@ fn encode_group(
     level: Level,
     format: &Format,
     method: Method,
-    tensor: f32,
+    common: Common,
     x: &[f32],
     absmax: f32,
     out: &mut [u8],
     scratch: &mut Scratch,
 ) -> std::result::Result<Group, f32> {
-    let (e, unit) = (format.element, format.element.unit * tensor);
-    let codec = e.codec;
+    let (e, tensor) = (format.element, common.tensor);
+    let (unit, codec) = (e.unit * tensor, e.codec);
+    let encode = |s: f32, z: Zero, out: &mut [u8]| match common.book {
+        Some(book) => book.encode(level, x, s, out),
+        None => codec.encode(e, level, x, s, z, e.lowest, out),
+    };
     if absmax == 0.0 && codec.has_zero() {
         let zero = codec.zero(e, 0.0, 1.0);
-        let error = codec.encode(e, level, x, unit, zero, e.lowest, out);
+        let error = encode(unit, zero, out);
         return Ok(Group { scale: 1.0, zero, bound: upper(error) });
     }
     let fit = codec.fit(e, level, x, absmax);
     let scale = format.round_scale(fit.scale / tensor)?;
     let zero = codec.zero(e, fit.low, scale * tensor);
-    let error = codec.encode(e, level, x, scale * unit, zero, e.lowest, out);
+    let error = encode(scale * unit, zero, out);
     let group = Group { scale, zero, bound: upper(error) };
-    if method == Method::Rtn {
+    if method == Method::Rtn || e.shared {
         return Ok(group);
     }
 
-    let cost = |s: f32, z: Zero| codec.cost(e, level, x, s * unit, z) * (s / scale) * (s / scale);
+    let cost = |s: f32, z: Zero| {
+        let squares = match common.book {
+            Some(book) => book.cost(level, x, s * unit),
+            None => codec.cost(e, level, x, s * unit, z),
+        };
+        squares * (s / scale) * (s / scale)
+    };
     let mut best = (cost(scale, zero), scale, zero);
     // Short groups gain little from a fine search, and the search may cost at most ten times `rtn`.
     let step = match x.len() {
@@ -455,7 +542,7 @@ fn encode_group(
             continue;
         }
         let z = codec.zero(e, fit.low * f, s * tensor);
-        if format.is_two_level() && !e.fits_inner(s as u8, z, (0, i32::from(e.levels) - 1)) {
+        if format.is_two_level() && !e.fits_inner(s as u8, z, (0, e.levels as i32 - 1)) {
             continue;
         }
         let c = cost(s, z);
@@ -468,12 +555,16 @@ fn encode_group(
     }
     // The ranking is approximate; the choice is made on the decoded numbers.
     let (_, s, z) = best;
-    scratch.codes.resize(x.len(), 0);
+    scratch.codes.resize(x.len() * e.code_bytes(), 0);
     scratch.values.resize(x.len(), 0.0);
-    let error = codec.encode(e, level, x, s * unit, z, e.lowest, &mut scratch.codes);
-    codec.decode(e, level, out, scale * unit, zero, &mut scratch.values);
+    let decode = |u: &[u8], s: f32, z: Zero, out: &mut [f32]| match common.book {
+        Some(book) => lanes::book_decode(level, u, book.of_bytes(), s, out),
+        None => codec.decode(e, level, u, s, z, out),
+    };
+    let error = encode(s * unit, z, &mut scratch.codes);
+    decode(out, scale * unit, zero, &mut scratch.values);
     let before = lanes::square_error(level, x, &scratch.values);
-    codec.decode(e, level, &scratch.codes, s * unit, z, &mut scratch.values);
+    decode(&scratch.codes, s * unit, z, &mut scratch.values);
     if lanes::square_error(level, x, &scratch.values) < before {
         out.copy_from_slice(&scratch.codes);
         return Ok(Group { scale: s, zero: z, bound: upper(error) });

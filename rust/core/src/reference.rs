@@ -2,7 +2,8 @@
 //!
 //! Products are `y[m][n] = sum_k x[m][k] * w[n][k]`, row-major, with `w` in the portable layout.
 use crate::format::Zero;
-use crate::{MatRef, QView};
+use crate::trellis::states;
+use crate::{MatRef, QView, ValueMap};
 
 /// Integer products of `a` (`m` by `k`) and `b` (`n` by `k`).
 ///
@@ -21,11 +22,25 @@ pub fn matmul_int_ref(a: &[i64], b: &[i64], m: usize, n: usize, k: usize) -> Vec
 /// The integers of integer products: value minus integer zero point, or the integers of a table. A float zero point is
 /// not subtracted.
 pub fn integers(w: &QView) -> Vec<i64> {
-    let g = w.group_len();
+    let (g, book) = (w.group_len(), w.book());
+    let integer = |u: u16| match &book {
+        Some(b) => i64::from(b.integers()[usize::from(u)]),
+        None => i64::from(w.format.element.integer(u)),
+    };
     let mut out = Vec::with_capacity(w.rows * w.cols);
+    if let ValueMap::Trellis(code) = w.format.element.map {
+        for n in 0..w.rows {
+            for k0 in (0..w.cols).step_by(g) {
+                let mut codes = vec![0; g.min(w.cols - k0)];
+                w.unpack_row(n, k0, &mut codes);
+                states(u32::from(w.format.element.bits), &codes, |_, s| out.push(code.number(s) as i64));
+            }
+        }
+        return out;
+    }
     for n in 0..w.rows {
         for k in 0..w.cols {
-            let value = i64::from(w.format.element.integer(w.code(n, k)));
+            let value = integer(w.code(n, k));
             let value = match w.zero(n, k / g) {
                 Zero::Int(z) => value - i64::from(z),
                 Zero::None | Zero::Float(_) => value,

@@ -382,6 +382,7 @@ struct Parts {
     zeros: Guarded,
     float_zeros: bool,
     outer: Guarded,
+    table: Guarded,
 }
 
 impl Parts {
@@ -398,7 +399,8 @@ impl Parts {
         };
         let codes = Guarded::copy(&q.codes, rng.place());
         let outer = Guarded::of(&q.outer, rng.aligned());
-        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros, outer }
+        let table = Guarded::of(&q.table, rng.aligned());
+        Self { format: q.format, rows: q.rows, cols: q.cols, codes, scales, zeros, float_zeros, outer, table }
     }
 
     fn view(&self) -> QView<'_> {
@@ -416,7 +418,7 @@ impl Parts {
             (ZeroKind::PerGroup, true) => ZerosRef::Float(self.zeros.slice()),
         };
         let view = QView::new(self.format, self.rows, self.cols, self.codes.bytes(), scales, zeros).unwrap();
-        view.with_outer(self.outer.slice()).unwrap()
+        view.with_outer(self.outer.slice()).unwrap().with_table(self.table.slice()).unwrap()
     }
 }
 
@@ -656,9 +658,12 @@ fn decoding_stays_inside_its_buffers() {
         assert!(codes.surroundings_untouched());
         if n > 0 && k > 0 {
             let k0 = rng.next() as usize % k;
-            let mut row = Guarded::new(k - k0, rng.place());
+            let size = f.element.code_bytes();
+            let mut row = Guarded::new((k - k0) * size, rng.place());
             parts.view().unpack_row(n - 1, k0, row.bytes_mut());
-            assert!(row.bytes().iter().enumerate().all(|(j, &u)| u == q.view().code(n - 1, k0 + j)));
+            for (j, u) in row.bytes().chunks_exact(size).enumerate() {
+                assert_eq!(u, &q.view().code(n - 1, k0 + j).to_le_bytes()[..size]);
+            }
             assert!(row.surroundings_untouched());
             let mut row = Guarded::new((k - k0) * 4, rng.aligned());
             parts.view().dequantize_row(n - 1, k0, row.slice_mut());
@@ -689,6 +694,7 @@ fn quantising_stays_inside_its_buffers() {
         let mut zeros = Guarded::new(zeros, rng.place());
         let mut bounds = Guarded::new(count * 4, rng.aligned());
         let mut outer = Guarded::new(f.outer_len(n) * 4, rng.aligned());
+        let mut table = Guarded::new(f.element.learned() * 4, rng.aligned());
         let dest = Dest {
             codes: codes.bytes_mut(),
             scales: match f.scale {
@@ -702,6 +708,7 @@ fn quantising_stays_inside_its_buffers() {
             zeros: zeros.bytes_mut(),
             bounds: bounds.slice_mut(),
             outer: outer.slice_mut(),
+            table: table.slice_mut(),
         };
         quantize_into(&x.view(), &f, method, 1 + i % 3, dest).unwrap();
         let q = &want.tensor;
@@ -715,8 +722,9 @@ fn quantising_stays_inside_its_buffers() {
             assert_eq!(zeros.bytes(), z);
         }
         assert_eq!(outer.slice::<f32>(), q.outer);
+        assert_eq!(table.slice::<f32>(), q.table);
         assert_eq!(bounds.slice::<f32>(), want.bounds);
-        for g in [&codes, &scales, &zeros, &outer, &bounds] {
+        for g in [&codes, &scales, &zeros, &outer, &table, &bounds] {
             assert!(g.surroundings_untouched());
         }
     }

@@ -246,6 +246,7 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
         },
         outer: if q.format.is_two_level() { q.outer[from..to].to_vec() } else { q.outer.clone() },
         mask: None,
+        table: q.table.clone(),
     }
 }
 
@@ -255,7 +256,7 @@ const INTEGER: [Compute; 3] =
 /// Codes anywhere in their range, scales powers of two near 1, integer zero points.
 fn integer_tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bool) -> QTensor {
     let (e, count) = (f.element, n * f.groups(k));
-    let values: Vec<i16> = (0..n * k).map(|_| e.value(rng.below(u64::from(e.levels)) as u8) as i16).collect();
+    let values: Vec<i16> = (0..n * k).map(|_| e.value(rng.below(u64::from(e.levels)) as u32) as i16).collect();
     let scales: Vec<f32> = (0..count).map(|_| 2f32.powi(rng.below(5) as i32 - 2)).collect();
     let scales = match f.scale {
         ScaleType::F32 => Scales::F32(scales),

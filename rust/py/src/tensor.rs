@@ -28,6 +28,7 @@ pub struct Memory {
     zeros: Option<Nd>,
     outer: Option<Nd>,
     mask: Option<Mask>,
+    table: Option<Nd>,
 }
 
 fn optional(arrays: &Arrays<'_>, name: &str) -> PyResult<Option<Nd>> {
@@ -64,6 +65,7 @@ impl Parts<'_> {
             zeros: optional(arrays, "zeros")?,
             outer: outer(&format, arrays)?,
             mask,
+            table: optional(arrays, "table")?,
         })
     }
 }
@@ -87,21 +89,25 @@ impl Memory {
             },
         };
         let outer = self.outer.as_ref().map_or(Ok(&[][..]), Nd::f32s)?;
+        let table = self.table.as_ref().map_or(Ok(&[][..]), Nd::f32s)?;
         QView::with_mask(self.format, self.rows, self.cols, self.codes.u8s()?, scales, zeros, self.mask.as_ref())
             .and_then(|v| v.with_outer(outer))
+            .and_then(|v| v.with_table(table))
             .map_err(to_py)
     }
 }
 
 /// Name, bits, lowest and highest code, levels, zero points, computes; group length, scale types, whether codes are
-/// integers, whether a group may be NaN, the rounding of integer products.
+/// integers, whether a group may be NaN, the rounding of integer products, whether all groups share one scale, how many codes
+/// are read together.
 fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, PyTuple>> {
     let (low, high) = e.values();
     let computes = PyTuple::new(py, e.computes)?;
     let scales = PyTuple::new(py, e.scales.iter().map(|s| s.name()))?;
     let zeros = e.zero == ZeroKind::PerGroup;
-    (e.name, e.bits, low, high, e.levels, zeros, computes, e.group, scales, e.is_linear(), e.nan, e.rounding())
-        .into_pyobject(py)
+    let first = (e.name, e.bits, low, high, e.levels, zeros, computes, e.group, scales).into_pyobject(py)?;
+    let second = (e.is_linear(), e.nan, e.rounding(), e.shared, e.span()).into_pyobject(py)?;
+    PyTuple::new(py, first.iter().chain(second.iter()).collect::<Vec<_>>())
 }
 
 /// What each stored code is worth before zero point and stored scale.
@@ -109,7 +115,7 @@ fn row_tuple<'py>(py: Python<'py>, e: &'static Element) -> PyResult<Bound<'py, P
 #[pyo3(signature = (name, /))]
 fn code_values(name: &str) -> PyResult<Vec<f32>> {
     let e = Format::parse(name).map_err(to_py)?.element;
-    Ok((0..e.levels).map(|u| e.number(u as u8) * e.unit).collect())
+    Ok((0..e.levels).map(|u| e.number(u) * e.unit).collect())
 }
 
 #[pyfunction]
@@ -156,21 +162,25 @@ fn method_of(name: &str) -> PyResult<Method> {
 }
 
 #[pyfunction]
-#[pyo3(signature = (x, format, method, arrays, bounds, threads, /))]
+#[pyo3(signature = (x, format, method, importance, arrays, bounds, threads, /))]
 fn quantize(
     py: Python<'_>,
     x: &Bound<'_, PyAny>,
     format: &str,
     method: &str,
+    importance: Option<&Bound<'_, PyAny>>,
     arrays: &Arrays<'_>,
     bounds: &Bound<'_, PyAny>,
     threads: usize,
 ) -> PyResult<()> {
     let format = Format::parse(format).map_err(to_py)?;
     let method = method_of(method)?;
+    let importance = importance.map(Nd::new).transpose()?;
+    let importance = importance.as_ref().map(Nd::f32s).transpose()?;
     let x = Nd::new(x)?;
     let (mut codes, mut scales, mut bounds) = (array(arrays, "codes")?, array(arrays, "scales")?, Nd::new(bounds)?);
     let (mut zeros, mut outer) = (optional(arrays, "zeros")?, outer(&format, arrays)?);
+    let mut table = optional(arrays, "table")?;
     let x = x.mat()?;
     let dest = Dest {
         codes: codes.u8s_mut()?,
@@ -191,8 +201,12 @@ fn quantize(
             None => &mut [],
             Some(s) => s.f32s_mut()?,
         },
+        table: match &mut table {
+            None => &mut [],
+            Some(t) => t.f32s_mut()?,
+        },
     };
-    detached(py, |poll| quantize_polled(&x, &format, method, threads, poll, dest))
+    detached(py, |poll| quantize_polled(&x, &format, method, importance, threads, poll, dest))
 }
 
 #[pyfunction]

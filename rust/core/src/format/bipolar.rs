@@ -25,7 +25,7 @@ pub static ROWS: [Element; 8] = [
 ];
 
 fn grid(e: &Element, scale: f32, lowest: u8) -> Grid {
-    Grid { scale, zero: 0, lo: i32::from(lowest), hi: i32::from(e.levels) - 1 }
+    Grid { scale, zero: 0, lo: i32::from(lowest), hi: e.levels as i32 - 1 }
 }
 
 impl Codec for Bipolar {

@@ -4,6 +4,7 @@
 //!
 //! * `bfp<b>`: integers of b bits, without the lowest, times `2^(E - (b - 2))` with `E = floor(log2(absmax))` in the scale.
 //!   A value that rounds to `2^(b-1)` becomes the largest integer.
+//! * `dfp<b>`: the same with one `E` for the whole tensor, repeated for each row.
 //! * `mxfp4`, `mxfp6_e3m2`, `mxfp6_e2m3`, `mxfp8_e4m3`, `mxfp8_e5m2`: small floats times the scale.
 //! * `mxint8`: integers of 8 bits times `2^-6` and the scale. The code -128 is legal and never made.
 //!
@@ -142,6 +143,9 @@ impl Codec for Mantissas {
     }
 
     fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, _: Zero, lowest: u8, out: &mut [u8]) -> f32 {
+        if e.bits > 8 {
+            return lanes::encode_long(level, x, grid(e, s, lowest), out);
+        }
         lanes::encode_near(level, x, grid(e, s, lowest), out)
     }
 
@@ -155,7 +159,7 @@ impl Codec for Mantissas {
 }
 
 fn grid(e: &Element, scale: f32, lowest: u8) -> Grid {
-    Grid { scale, zero: e.sub(), lo: i32::from(lowest), hi: i32::from(e.levels) - 1 }
+    Grid { scale, zero: e.sub(), lo: i32::from(lowest), hi: e.levels as i32 - 1 }
 }
 
 const fn mantissas(name: &'static str, bits: u8, group: u32) -> Element {
@@ -168,13 +172,32 @@ const fn mantissas(name: &'static str, bits: u8, group: u32) -> Element {
     }
 }
 
-/// `bfp4` to `bfp8`.
-pub static BFP: [Element; 5] = [
+/// Codes of more than a byte: products take the decoded floats, which are exact.
+const fn long(name: &'static str, bits: u8) -> Element {
+    Element { computes: FLOAT, ..mantissas(name, bits, 16) }
+}
+
+/// `bfp4` to `bfp16`.
+pub static BFP: [Element; 13] = [
     mantissas("bfp4", 4, 16),
     mantissas("bfp5", 5, 16),
     mantissas("bfp6", 6, 16),
     mantissas("bfp7", 7, 16),
     mantissas("bfp8", 8, 16),
+    long("bfp9", 9),
+    long("bfp10", 10),
+    long("bfp11", 11),
+    long("bfp12", 12),
+    long("bfp13", 13),
+    long("bfp14", 14),
+    long("bfp15", 15),
+    long("bfp16", 16),
+];
+
+/// `dfp8` and `dfp16`.
+pub static DFP: [Element; 2] = [
+    Element { shared: true, group: None, ..mantissas("dfp8", 8, 16) },
+    Element { shared: true, group: None, ..long("dfp16", 16) },
 ];
 
 /// Small floats that share a power of two.
@@ -192,12 +215,8 @@ impl Codec for Shared {
 }
 
 /// `nvfp4`.
-pub static NVFP4: [Element; 1] = [Element {
-    group: Some(16),
-    scales: &[ScaleType::E4M3],
-    tensor: true,
-    ..Element::table("nvfp4", 4, &E2M1, INTEGER, &Float)
-}];
+pub static NVFP4: [Element; 1] =
+    [Element { group: Some(16), scales: &[ScaleType::E4M3], ..Element::table("nvfp4", 4, &E2M1, INTEGER, &Float) }];
 
 #[allow(clippy::needless_pass_by_value)] // a reference to a constant would have to live as long as the row
 const fn mx(mantissa: u32, row: Element) -> Element {

@@ -125,12 +125,12 @@ impl Book {
     }
 
     /// Nearest codes of `x` at a scale; returns the largest `fl(|w - decoded|)`.
-    pub(super) fn encode(&self, level: Level, x: &[f32], s: f32, out: &mut [u8]) -> f32 {
+    pub(crate) fn encode(&self, level: Level, x: &[f32], s: f32, out: &mut [u8]) -> f32 {
         lanes::book_encode(level, x, s, &self.cuts, &self.order, &self.sorted, out)
     }
 
     /// Squared error of `x` at a scale in squares of the scale, about.
-    pub(super) fn cost(&self, level: Level, x: &[f32], s: f32) -> f32 {
+    pub(crate) fn cost(&self, level: Level, x: &[f32], s: f32) -> f32 {
         lanes::book_cost(level, x, 1.0 / s, &self.cuts, &self.sorted)
     }
 }

@@ -8,7 +8,7 @@
 //!   midpoints are values, with 0 and 1. `dyn8` has no -1.
 //!
 //! rtn: `s = absmax`, the nearest value of `w/s`; a tie goes to the lower value, of `fp4_bnb` to the smaller magnitude.
-use super::{Book, Codec, Element, Fit, Level, Tie, FLOAT, INTEGER};
+use super::{Book, Codec, Element, Fit, Level, ScaleType, Tie, FLOAT, INTEGER};
 use std::sync::LazyLock;
 
 #[derive(Debug)]
@@ -97,12 +97,21 @@ fn dynamic(signed: bool) -> Vec<f32> {
     all.into_iter().map(|v| v as f32).collect()
 }
 
+const fn row(
+    name: &'static str,
+    bits: u8,
+    book: &'static LazyLock<Book>,
+    computes: &'static [&'static str],
+) -> Element {
+    Element { scales: &ScaleType::NESTED, ..Element::table(name, bits, book, computes, &Codebook) }
+}
+
 /// `nf4` to `udyn8`.
 pub static ROWS: [Element; 6] = [
-    Element::table("nf4", 4, &NF4, INTEGER, &Codebook),
-    Element::table("nf3", 3, &NF3, INTEGER, &Codebook),
-    Element::table("af4", 4, &AF4, INTEGER, &Codebook),
-    Element::table("fp4_bnb", 4, &FP4_BNB, INTEGER, &Codebook),
-    Element::table("dyn8", 8, &DYN8, FLOAT, &Codebook),
-    Element::table("udyn8", 8, &UDYN8, FLOAT, &Codebook),
+    row("nf4", 4, &NF4, INTEGER),
+    row("nf3", 3, &NF3, INTEGER),
+    row("af4", 4, &AF4, INTEGER),
+    row("fp4_bnb", 4, &FP4_BNB, INTEGER),
+    row("dyn8", 8, &DYN8, FLOAT),
+    row("udyn8", 8, &UDYN8, FLOAT),
 ];

@@ -64,7 +64,7 @@ pub(super) fn parse(name: &str) -> Result<Format> {
             if scale.is_some() {
                 return fail(format!("format {}: two scale types", quote(name)));
             }
-            scale = ScaleType::TWO_LEVEL.into_iter().find(|s| s.name() == t);
+            scale = ScaleType::NAMED.into_iter().find(|s| s.name() == t);
             if scale.is_none() {
                 return fail(format!("format {}: scale type {} is none of f32, f16, bf16, i8", quote(name), quote(t)));
             }

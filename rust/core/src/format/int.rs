@@ -53,7 +53,7 @@ pub static UINT: [Element; 7] = [
 impl Codec for Int {
     fn fit(&self, e: &Element, level: Level, x: &[f32], absmax: f32) -> Fit {
         if e.zero == ZeroKind::None {
-            return Fit { scale: absmax / (i32::from(e.levels) / 2 - 1) as f32, low: 0.0 };
+            return Fit { scale: absmax / (e.levels / 2 - 1) as f32, low: 0.0 };
         }
         let (low, high) = lanes::range(level, x);
         Fit { scale: (high - low) / (e.levels - 1) as f32, low }
@@ -96,7 +96,7 @@ fn grid(e: &Element, scale: f32, z: Zero, lowest: u8) -> Grid {
         Zero::Int(z) => i32::from(z),
         Zero::None | Zero::Float(_) => e.sub(),
     };
-    Grid { scale, zero, lo: i32::from(lowest), hi: i32::from(e.levels) - 1 }
+    Grid { scale, zero, lo: i32::from(lowest), hi: e.levels as i32 - 1 }
 }
 
 /// Nearest code of `fma(u, s, -fl(s*z))`; imported tensors only, so it is plain.

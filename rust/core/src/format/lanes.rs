@@ -33,7 +33,7 @@ impl Level {
     }
 
     /// The best level of this machine.
-    fn best() -> Self {
+    pub(crate) fn best() -> Self {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::is_x86_feature_detected as has;
@@ -83,6 +83,8 @@ macro_rules! per_level {
         }
     };
 }
+
+pub(crate) use per_level;
 
 #[inline(always)]
 fn min(a: f32, b: f32) -> f32 {
@@ -259,6 +261,22 @@ per_level! {
     encode_odd = encode_odd_body(x: &[f32], g: Grid, out: &mut [u8]) -> f32
 }
 
+#[inline(always)]
+fn encode_long_body(x: &[f32], g: Grid, out: &mut [u8]) -> f32 {
+    let (lo, hi) = ((g.lo - g.zero) as f32, (g.hi - g.zero) as f32);
+    let mut worst = 0;
+    for (o, &x) in out.chunks_exact_mut(2).zip(x) {
+        let v = near(x / g.scale, lo, hi);
+        worst = worst.max((x - v * g.scale).abs().to_bits());
+        o.copy_from_slice(&((int(v) + g.zero) as u16).to_le_bytes());
+    }
+    f32::from_bits(worst)
+}
+per_level! {
+    /// As [`encode_near`] for codes of two bytes.
+    encode_long = encode_long_body(x: &[f32], g: Grid, out: &mut [u8]) -> f32
+}
+
 /// Sum of squared errors of `x` on the grid in squares of the scale, for ranking: it uses the reciprocal of the scale.
 /// Lane `j` adds the values `16 i + j`; the lanes are added as in [`abs_sum`].
 ///
@@ -407,6 +425,17 @@ fn affine_body(u: &[u8], mul: i32, sub: i32, s: f32, out: &mut [f32]) {
 per_level! {
     /// `out = fl(f32(mul*u - sub) * s)`.
     affine = affine_body(u: &[u8], mul: i32, sub: i32, s: f32, out: &mut [f32]) -> ()
+}
+
+#[inline(always)]
+fn affine_long_body(u: &[u8], sub: i32, s: f32, out: &mut [f32]) {
+    for (o, u) in out.iter_mut().zip(u.chunks_exact(2)) {
+        *o = (i32::from(u16::from_le_bytes([u[0], u[1]])) - sub) as f32 * s;
+    }
+}
+per_level! {
+    /// `out = fl(f32(u - sub) * s)` for codes of two bytes.
+    affine_long = affine_long_body(u: &[u8], sub: i32, s: f32, out: &mut [f32]) -> ()
 }
 
 #[inline(always)]

@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use crate::error::Result;
 use crate::sparse::Structure;
+use crate::trellis::{Code, TILE};
 
 mod bipolar;
 mod block;
@@ -16,9 +17,12 @@ mod float;
 mod grammar;
 mod int;
 pub mod lanes;
+mod log;
+pub(crate) mod lut;
 mod parts;
 mod plain;
 mod ternary;
+mod trellis;
 
 pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
 pub use book::{Book, Tie};
@@ -26,17 +30,21 @@ pub use lanes::Level;
 pub use parts::{Along, Part, PART_NAMES};
 
 /// The families of the table, in the order of listing.
-static FAMILIES: [&[Element]; 10] = [
+static FAMILIES: &[&[Element]] = &[
     &int::INT,
     &int::UINT,
     &bipolar::ROWS,
     &ternary::ROWS,
     &float::ROWS,
     &float::POW2,
+    &log::ROWS,
     &codebook::ROWS,
+    &lut::ROWS,
     &block::BFP,
+    &block::DFP,
     &block::MX,
     &block::NVFP4,
+    &trellis::ROWS,
 ];
 
 /// Elements that are not quantised: they are named and stored as the others, and no row of the table.
@@ -72,7 +80,13 @@ impl ScaleType {
     /// The types of elements that have two-level formats too.
     pub const TWO_LEVEL: [Self; 4] = [Self::F32, Self::F16, Self::BF16, Self::I8];
 
-    /// Name in the grammar: `f32`, `f16`, `bf16`, `i8`; the others are never written there.
+    /// Those of codebooks: small scales under a scale of the tensor too, which is nested quantisation.
+    pub const NESTED: [Self; 4] = [Self::F32, Self::F16, Self::BF16, Self::E4M3];
+
+    /// Those that names of formats spell.
+    pub const NAMED: [Self; 5] = [Self::F32, Self::F16, Self::BF16, Self::I8, Self::E4M3];
+
+    /// Name in the grammar; powers of two are never written there.
     pub fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -150,6 +164,10 @@ pub enum ValueMap {
     },
     /// `table[u]`: codebooks and small floats.
     Table(&'static LazyLock<Book>),
+    /// A table that each matrix brings.
+    Learned,
+    /// A hash of the last 16 bits of the codes of a tile.
+    Trellis(Code),
 }
 
 /// Whether groups carry a zero point.
@@ -196,8 +214,8 @@ pub trait Codec: fmt::Debug + Sync {
         true
     }
 
-    /// Codes of `x`, not below `lowest`, at a scale and zero point; returns the largest `fl(|w - decoded|)`. Elements with
-    /// a table take the nearest value.
+    /// Codes of `x`, not below `lowest`, at a scale and zero point, unpacked (see [`crate::bits`]); returns the largest
+    /// `fl(|w - decoded|)`. Elements with a table take the nearest value.
     fn encode(&self, e: &Element, level: Level, x: &[f32], s: f32, _z: Zero, _lowest: u8, out: &mut [u8]) -> f32 {
         e.book().map_or(0.0, |b| b.encode(level, x, s, out))
     }
@@ -214,9 +232,11 @@ pub trait Codec: fmt::Debug + Sync {
     fn decode(&self, e: &Element, level: Level, u: &[u8], s: f32, z: Zero, out: &mut [f32]) {
         match (e.map, z) {
             (ValueMap::Table(book), _) => lanes::book_decode(level, u, book.of_bytes(), s, out),
+            (ValueMap::Affine { sub, .. }, _) if e.bits > 8 => lanes::affine_long(level, u, sub, s, out),
             (ValueMap::Affine { mul, sub }, Zero::None) => lanes::affine(level, u, mul, sub, s, out),
             (ValueMap::Affine { mul, .. }, Zero::Int(z)) => lanes::affine(level, u, mul, i32::from(z), s, out),
             (ValueMap::Affine { .. }, Zero::Float(z)) => lanes::affine_float(level, u, s, -(s * z), out),
+            (ValueMap::Learned | ValueMap::Trellis(_), _) => {}
         }
     }
 }
@@ -226,14 +246,14 @@ pub trait Codec: fmt::Debug + Sync {
 pub struct Element {
     /// Name without group or scale suffix, such as `int4`.
     pub name: &'static str,
-    /// Bits of one stored code, 1 to 8.
+    /// Bits of one stored code, 1 to 16.
     pub bits: u8,
     /// Meaning of a code.
     pub map: ValueMap,
     /// Zero points.
     pub zero: ZeroKind,
     /// Number of legal codes (codes are `0..levels`).
-    pub levels: u16,
+    pub levels: u32,
     /// Lowest code that a quantiser emits.
     pub lowest: u8,
     /// Arithmetic of the inner product that products with this element may use.
@@ -246,8 +266,8 @@ pub struct Element {
     pub unit: f32,
     /// Whether a group may be NaN, and has to be where a weight is not finite.
     pub nan: bool,
-    /// Whether a float32 of the whole tensor multiplies every scale.
-    pub tensor: bool,
+    /// Whether all groups of the tensor have one scale.
+    pub shared: bool,
     /// Mantissa bits of elements whose formats name how they pick the power of two (see [`ScaleMode`]).
     pub mantissa: Option<u32>,
     /// The type of numbers that are stored as they are.
@@ -267,7 +287,7 @@ impl Element {
         bits: u8,
         mul: i32,
         sub: i32,
-        levels: u16,
+        levels: u32,
         lowest: u8,
         codec: &'static dyn Codec,
     ) -> Self {
@@ -283,7 +303,7 @@ impl Element {
             scales: &ScaleType::ALL,
             unit: 1.0,
             nan: false,
-            tensor: false,
+            shared: false,
             mantissa: None,
             plain: None,
             codec,
@@ -305,43 +325,55 @@ impl Element {
         table().chain(plain_elements()).find(|e| e.name == name)
     }
 
-    /// The table of values, of elements that have one.
+    /// Values of the table that each matrix brings; 0 where none does.
+    pub fn learned(&self) -> usize {
+        match self.map {
+            ValueMap::Learned => self.levels as usize,
+            _ => 0,
+        }
+    }
+
+    /// The table of values, of elements that have one and the same.
     pub fn book(&self) -> Option<&'static Book> {
         match self.map {
-            ValueMap::Affine { .. } => None,
             ValueMap::Table(book) => Some(book),
+            _ => None,
         }
     }
 
     fn sub(&self) -> i32 {
         match self.map {
             ValueMap::Affine { sub, .. } => sub,
-            ValueMap::Table(_) => 0,
+            _ => 0,
         }
     }
 
     /// The integer that stands for a code in products of integers and in lists of codes: before zero point and scale,
     /// what the code is worth; for elements with a table, the code itself.
-    pub fn value(&self, u: u8) -> i32 {
+    pub fn value(&self, u: impl Into<u32>) -> i32 {
+        let u = u.into();
         match self.map {
-            ValueMap::Affine { mul, sub } => mul * i32::from(u) - sub,
-            ValueMap::Table(_) => i32::from(u),
+            ValueMap::Affine { mul, sub } => mul * u as i32 - sub,
+            _ => u as i32,
         }
     }
 
-    /// What a code is worth before zero point and scale.
-    pub fn number(&self, u: u8) -> f32 {
+    /// What a code is worth before zero point and scale; NaN where that depends on the matrix, or on its neighbours.
+    pub fn number(&self, u: impl Into<u32>) -> f32 {
+        let u = u.into();
         match self.map {
             ValueMap::Affine { .. } => self.value(u) as f32,
-            ValueMap::Table(book) => book.of_bytes()[usize::from(u)],
+            ValueMap::Table(book) => book.of_bytes()[u as usize & 255],
+            ValueMap::Learned | ValueMap::Trellis(_) => f32::NAN,
         }
     }
 
     /// The integer that stands for a code in integer products, worth [`Self::step`] each.
-    pub fn integer(&self, u: u8) -> i32 {
+    pub fn integer(&self, u: impl Into<u32>) -> i32 {
+        let u = u.into();
         match self.map {
-            ValueMap::Affine { .. } => self.value(u),
-            ValueMap::Table(book) => i32::from(book.integers()[usize::from(u) % book.integers().len()]),
+            ValueMap::Affine { .. } | ValueMap::Learned | ValueMap::Trellis(_) => self.value(u),
+            ValueMap::Table(book) => i32::from(book.integers()[u as usize % book.integers().len()]),
         }
     }
 
@@ -352,9 +384,12 @@ impl Element {
 
     /// How far an integer of integer products may be from the value it stands for; 0 where it is exact or there are none.
     pub fn rounding(&self) -> f32 {
-        let far = |u: u8| (f64::from(self.number(u)) - f64::from(self.integer(u)) * f64::from(self.step())).abs();
-        if self.has_integers() {
-            (0..self.levels).map(|u| far(u as u8)).fold(0.0, f64::max) as f32
+        let far = |u: u32| (f64::from(self.number(u)) - f64::from(self.integer(u)) * f64::from(self.step())).abs();
+        if matches!(self.map, ValueMap::Learned) && self.has_integers() {
+            // Of a table that reaches 1.
+            0.5 / 127.0
+        } else if self.has_integers() {
+            (0..self.levels).map(far).fold(0.0, f64::max) as f32
         } else {
             0.0
         }
@@ -365,6 +400,19 @@ impl Element {
         matches!(self.map, ValueMap::Affine { .. })
     }
 
+    /// Whether products meet the decoded floats only: no kernel knows the codes.
+    pub fn is_dense(&self) -> bool {
+        self.plain.is_none() && (self.bits > 8 || self.span() > 1)
+    }
+
+    /// How many codes at most are made and read together, from the start of a group on.
+    pub fn span(&self) -> usize {
+        match self.map {
+            ValueMap::Trellis(_) => TILE,
+            _ => 1,
+        }
+    }
+
     /// Whether products may be computed in integers.
     pub fn has_integers(&self) -> bool {
         self.computes.contains(&"int8")
@@ -373,43 +421,52 @@ impl Element {
     /// The largest finite magnitude of a number.
     pub fn top(&self) -> f32 {
         match self.map {
-            ValueMap::Affine { .. } => self.number((self.levels - 1) as u8).abs(),
+            ValueMap::Affine { .. } => self.number(self.levels - 1).abs(),
             ValueMap::Table(book) => book.top(),
+            ValueMap::Learned => 1.0,
+            ValueMap::Trellis(code) => code.numbers().iter().fold(0.0, |m, v| m.max(v.abs())),
         }
     }
 
-    /// The code of 0, or nearest to it.
+    /// The code of 0, or nearest to it; of elements whose codes are bytes.
     pub fn zero_code(&self) -> u8 {
         match self.map {
             ValueMap::Affine { sub, .. } => sub.clamp(0, 255) as u8,
             ValueMap::Table(book) => book.zero().unwrap_or(0),
+            ValueMap::Learned | ValueMap::Trellis(_) => 0,
         }
     }
 
-    /// Whether a code is worth exactly 0 under every scale and integer zero point.
+    /// Whether a code, of those that kernels know, is worth exactly 0 under every scale and integer zero point.
     pub fn has_zero(&self) -> bool {
         match self.map {
+            _ if self.is_dense() => false,
             ValueMap::Affine { mul: 1, .. } => self.zero == ZeroKind::PerGroup || self.values().0 <= 0,
-            ValueMap::Affine { .. } => false,
             ValueMap::Table(book) => book.zero().is_some_and(|u| self.number(u) == 0.0),
+            ValueMap::Affine { .. } | ValueMap::Learned | ValueMap::Trellis(_) => false,
         }
     }
 
     /// The code of a value, if there is one.
-    pub fn code(&self, value: i32) -> Option<u8> {
+    pub fn code(&self, value: i32) -> Option<u16> {
         let (mul, sub) = match self.map {
             ValueMap::Affine { mul, sub } => (mul, sub),
-            ValueMap::Table(_) => (1, 0),
+            _ => (1, 0),
         };
         let u = value.checked_add(sub)?;
-        (u % mul == 0 && (0..i32::from(self.levels)).contains(&(u / mul))).then_some((u / mul) as u8)
+        (u % mul == 0 && (0..self.levels as i32).contains(&(u / mul))).then_some((u / mul) as u16)
+    }
+
+    /// Bytes of an unpacked code: one, or two, the low one first.
+    pub fn code_bytes(&self) -> usize {
+        crate::bits::code_bytes(self.bits)
     }
 
     /// The magnitude that a quantiser gives the largest weight of a row in two-level formats with zero points, in steps of
     /// the row: half an inner scale beyond it is still a byte (arXiv 2405.04532, section 4: 119 for four bits).
     pub(crate) fn inner_reach(&self) -> i32 {
-        let steps = i32::from(self.levels) - 1;
-        127 * steps / i32::from(self.levels)
+        let steps = self.levels as i32 - 1;
+        127 * steps / self.levels as i32
     }
 
     /// Whether codes from `codes.0` to `codes.1`, less a zero point, stay within a byte from -128 to 127 times an inner scale.
@@ -421,7 +478,7 @@ impl Element {
     /// The largest inner scale of two-level formats: values times it are bytes from -128 to 127; with zero points, that of a
     /// group which spans twice [`Self::inner_reach`].
     pub fn inner_top(&self) -> u8 {
-        let steps = i32::from(self.levels) - 1;
+        let steps = self.levels as i32 - 1;
         if self.zero == ZeroKind::PerGroup {
             return (f64::from(2 * self.inner_reach()) / f64::from(steps)).round_ties_even() as u8;
         }
@@ -431,7 +488,7 @@ impl Element {
 
     /// Lowest and highest value.
     pub fn values(&self) -> (i32, i32) {
-        (self.value(0), self.value((self.levels - 1) as u8))
+        (self.value(0u32), self.value(self.levels - 1))
     }
 }
 
@@ -512,6 +569,9 @@ impl Format {
         }
         if element.plain.is_some() && (group.is_some() || scale.is_some()) {
             return fail(format!("{} has neither groups nor scales", element.name));
+        }
+        if let Some(g) = group.filter(|&g| element.span() > 1 && g as usize > element.span()) {
+            return fail(format!("groups of {} are at most {} values, not {g}", element.name, element.span()));
         }
         if let Some(s) = scale.filter(|s| !element.scales.contains(s)) {
             let own = element.scales.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");

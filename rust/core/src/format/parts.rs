@@ -4,7 +4,7 @@ use crate::error::Result;
 use crate::qtensor::area;
 
 /// Every name that some part has.
-pub const PART_NAMES: [&str; 6] = ["codes", "scales", "zeros", "tensor_scale", "row_scales", "mask"];
+pub const PART_NAMES: [&str; 7] = ["codes", "scales", "zeros", "tensor_scale", "row_scales", "mask", "table"];
 
 /// Which part of an array a part of the matrix takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,11 +48,16 @@ pub struct Part {
 }
 
 impl Format {
+    /// Whether a float32 of the whole tensor multiplies every scale: small scales reach no further than 448.
+    pub fn has_tensor_scale(&self) -> bool {
+        self.scale == ScaleType::E4M3
+    }
+
     /// The array of the numbers that multiply scales, if there is one.
     pub fn outer_name(&self) -> Option<&'static str> {
         if self.is_two_level() {
             Some("row_scales")
-        } else if self.element.tensor {
+        } else if self.has_tensor_scale() {
             Some("tensor_scale")
         } else {
             None
@@ -64,7 +69,7 @@ impl Format {
         if self.is_two_level() {
             rows
         } else {
-            usize::from(self.element.tensor)
+            usize::from(self.has_tensor_scale())
         }
     }
 
@@ -100,6 +105,10 @@ impl Format {
         if let Some(s) = self.structure {
             let (unit_rows, bytes) = s.mask_shape(rows, cols);
             parts.push(Part { name: "mask", types: &["u8"], shape: vec![unit_rows, bytes], along: Along::Whole });
+        }
+        if self.element.learned() > 0 {
+            let shape = vec![self.element.learned()];
+            parts.push(Part { name: "table", types: &["f32"], shape, along: Along::Whole });
         }
         Ok(parts)
     }

