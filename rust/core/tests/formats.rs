@@ -816,8 +816,8 @@ fn two_level_parts_are_checked() {
     let f = Format::parse("int4_g8_si8").unwrap();
     let make = |values: &[i16], t: &[u8]| QTensor::from_values(f, 1, 8, values, Scales::I8(t.to_vec()), Zeros::None);
     make(&[-8; 8], &[16]).unwrap();
-    make(&[7; 8], &[18]).unwrap();
-    for (values, t) in [([-8; 8], 17), ([7; 8], 19), ([0; 8], 0)] {
+    make(&[7; 8], &[17]).unwrap();
+    for (values, t) in [([-8; 8], 17), ([7; 8], 18), ([0; 8], 0)] {
         assert!(matches!(make(&values, &[t]), Err(Error::Value(_))), "{t}");
     }
     let q = make(&[1; 8], &[1]).unwrap();

@@ -6,7 +6,7 @@ use nibblas_core::quantize::{quantize, Method};
 use nibblas_core::reference::{
     f32_bound, matmul_f32_ref, matmul_f64_ref, matmul_int8_ref, matmul_sums_ref, same_bits, Activations,
 };
-use nibblas_core::{pack, Format, MatMut, MatRef, QTensor, ScaleType, Zeros};
+use nibblas_core::{pack, Format, MatMut, MatRef, QTensor, ScaleType, Scales, Zeros};
 
 /// A small generator, so that cases are the same everywhere.
 struct Rng(u64);
@@ -264,6 +264,37 @@ fn two_level_pairs_are_exact() {
                 same_bits(&y, &want, n).unwrap_or_else(|e| panic!("{a} x {b} on {isa}: {e}"));
                 let raw = pair::matmul_raw(&p.view(), &w, &mut RawOut::I64(&mut vec![0; m * n]), &o);
                 assert!(matches!(raw, Err(nibblas_core::Error::Value(_))));
+            }
+        }
+    }
+}
+
+/// The largest integer scales that are legal, at the codes that make the largest products.
+#[test]
+fn two_level_extremes_are_exact() {
+    let mut rng = Rng(11);
+    for (name, low, high, t, z) in [
+        ("int4_g32_si8", -7, 7, 17u8, 0u8),
+        ("int4_g32_si8", -8, 7, 16, 0),
+        ("int3_g32_si8", -4, 3, 32, 0),
+        ("int2_g32_si8", -1, 1, 85, 0),
+        ("ternary_g32_si8", -1, 1, 127, 0),
+        ("uint4_g32_si8", 8, 15, 17, 8),
+        ("uint4_g32_si8", 0, 2, 127, 1),
+        ("uint2_g32_si8", 2, 3, 85, 2),
+    ] {
+        let f = Format::parse(name).unwrap();
+        for (m, n, k) in [(1, 40, 100), (3, 17, 64), (20, 33, 130)] {
+            let values: Vec<i16> = (0..n * k).map(|_| if rng.next() & 1 == 0 { low } else { high }).collect();
+            let count = n * f.groups(k);
+            let zeros = if name.starts_with('u') { Zeros::Int(vec![z; count]) } else { Zeros::None };
+            let q = QTensor::from_values(f, n, k, &values, Scales::I8(vec![t; count]), zeros).unwrap();
+            let x = rng.matrix(m * k);
+            let acts = Activations::quantize(&MatRef::from_f32(&x, m, k), None);
+            let want = matmul_int8_ref(&acts, &q.view(), None);
+            for isa in isas() {
+                let o = Options { isa, compute: Compute::Int8 { group: None }, ..Options::default() };
+                same_bits(&run(&x, m, &q, &o), &want, n).unwrap_or_else(|e| panic!("{name} t = {t} {isa}: {e}"));
             }
         }
     }

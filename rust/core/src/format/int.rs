@@ -11,7 +11,7 @@
 //! section 4). rtn, with `s` the scale that a group asks for by the rules above: `int b`: `r = max(s)/T` with
 //! `T = floor(128/2^(b-1))`; `uint b`: `r = absmax(row)/R` with `R = floor(127*(2^b-1)/2^b)`; then
 //! `t = clip(rint(s/r), 1, T)`, codes and zero points as above at the scale `fl(t*r)`. The protective range: `z*t <= 128` and
-//! `(2^b-1-z)*t <= 127` hold for all that rtn makes, and are checked in tensors from elsewhere.
+//! `(2^b-1-z)*t <= 127` hold for the codes that rtn makes, and `u*t <= 255`; tensors from elsewhere are checked.
 use super::lanes::{self, Grid, Level};
 use super::{Codec, Element, Fit, ScaleType, Zero, ZeroKind};
 

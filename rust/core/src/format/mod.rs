@@ -469,10 +469,11 @@ impl Element {
         127 * steps / self.levels as i32
     }
 
-    /// Whether codes from `codes.0` to `codes.1`, less a zero point, stay within a byte from -128 to 127 times an inner scale.
+    /// Whether codes from `codes.0` to `codes.1`, less a zero point, stay within a byte from -128 to 127 times an inner scale,
+    /// and within an unsigned byte before the zero point is subtracted: kernels multiply two codes at once.
     pub(crate) fn fits_inner(&self, inner: u8, zero: Zero, codes: (i32, i32)) -> bool {
         let (t, z) = (i32::from(inner), if let Zero::Int(z) = zero { i32::from(z) } else { self.sub() });
-        (codes.0 - z) * t >= -128 && (codes.1 - z) * t <= 127
+        (codes.0 - z) * t >= -128 && (codes.1 - z) * t <= 127 && codes.1.max(z) * t <= 255
     }
 
     /// The largest inner scale of two-level formats: values times it are bytes from -128 to 127; with zero points, that of a
