@@ -214,6 +214,10 @@ fn shared(f: &Format, absmax: f32) -> f32 {
 
 /// The nearest code of a table by looking at every value.
 fn nearest(e: &Element, number: &dyn Fn(u8) -> f32, t: f32) -> u8 {
+    if t < 0.0 && (0..e.levels).all(|u| number(u as u8) >= 0.0) {
+        // In f64 the distances to 0 and to the least of 2^-62 may be equal.
+        return (0..e.levels).map(|u| u as u8).find(|&u| number(u) == 0.0).unwrap();
+    }
     let distance = |u: u8| (f64::from(t) - f64::from(number(u))).abs();
     let finite = (0..e.levels).map(|u| u as u8).filter(|&u| number(u).is_finite());
     let least = finite.clone().map(distance).fold(f64::INFINITY, f64::min);
