@@ -410,11 +410,11 @@ def test_medians_take_turns():
 
 
 def test_demo(capsys):
-    args = ["demo", "--shape", "64x256"]
+    args = ["demo", "--shape", "16x256"]
     found = result(capsys, *args)
     names = [e.name if e.group else f"{e.name}_g128" for e in nb.formats.table()]
     assert [r["format"] for r in found["results"]] == names
-    w = _measure.transformer_weight(64, 256)
+    w = _measure.transformer_weight(16, 256)
     for r in found["results"]:
         q = nb.quantize(w, r["format"])
         assert r["bits_per_weight"] == q.bits_per_weight

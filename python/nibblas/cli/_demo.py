@@ -33,7 +33,7 @@ _M = (1, 16, 256)
 _COMPUTES = ("f32", "int8")
 _SECONDS = 40.0
 # Weights that are quantised of formats whose codes are searched for.
-_SEARCHED = 1 << 15
+_SEARCHED = 1 << 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -292,9 +292,7 @@ pub(crate) fn int8(
     group: Option<usize>,
     given: Option<&[f32]>,
 ) -> Result<()> {
-    if !w.format.element.has_integers() {
-        return Err(Error::Unsupported(format!("{} has no integer products", w.format)));
-    }
+    w.check_integers(group)?;
     if let Some(trellis) = &w.trellis {
         return hashed(x, w, trellis, y, o, given);
     }

@@ -226,6 +226,17 @@ impl Packed {
         integer_segments(geometry, self.inner.is_some(), act)
     }
 
+    /// That there are integer products under such activation groups.
+    pub(crate) fn check_integers(&self, group: Option<usize>) -> Result<()> {
+        if !self.format.element.has_integers() {
+            return Err(Error::Unsupported(format!("{} has no integer products", self.format)));
+        }
+        if let (Some(g), true) = (group, self.trellis.is_some()) {
+            return Err(Error::Unsupported(format!("{} has no products with activation groups of {g}", self.format)));
+        }
+        Ok(())
+    }
+
     /// Groups whose scales integer products apply one by one.
     pub(crate) fn sum_groups(&self) -> usize {
         if self.inner.is_some() {

@@ -184,9 +184,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
     compute.check()?;
     let (mut b, class, segment) = match compute {
         Compute::Int8 { group } => {
-            if !w.format.element.has_integers() {
-                return Err(crate::Error::Unsupported(format!("{} has no integer products", w.format)));
-            }
+            w.check_integers(group.map(|g| g as usize))?;
             let segs = w.segments(group.map(|g| g as usize))?;
             let raw = w.sum_groups() <= 1 && group.is_none();
             let b = int8(m, w, &segs, group.is_some(), isa, threads);
