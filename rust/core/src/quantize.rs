@@ -336,7 +336,7 @@ fn largest(level: Level, x: &MatRef, threads: usize) -> Result<f32> {
 }
 
 /// The scale of the tensor: the largest magnitude over the largest number that element and group scale make, at least
-/// `2^-126`; 1 where all is zero.
+/// `2^-126`; 1 where all is zero and the element has a code for it.
 fn tensor_scale(top: f32, format: &Format) -> f32 {
     let largest = format.scale.largest() * format.element.top();
     let mut s = top / largest;
