@@ -8,7 +8,7 @@ use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, TrellisPanels, BLOCK, PANEL};
+use crate::pack::{Geometry, Inner, Packed, PanelScales, PanelZeros, Shared, TrellisPanels, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
 use crate::qtensor::QTensor;
@@ -1249,8 +1249,11 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                         let rows = grown(&mut s.rows, span)?;
                         for (i, out) in weights.chunks_exact_mut(span).take(count).enumerate() {
                             let out = &mut out[..n * 1024];
+                            // A window is a group where groups fill their places.
+                            let whole =
+                                |g: &Geometry| g.padded == b.window * BLOCK && (g.group == g.padded || g.groups == 1);
                             match &w.trellis {
-                                Some(tr) if tr.geometry.padded == b.window * BLOCK => {
+                                Some(tr) if whole(&tr.geometry) => {
                                     let a = tr.groups(w.bits, p0 + p + i, k / b.window, 1);
                                     out[a.last * PANEL..].fill(0.0);
                                     // SAFETY: a group of an existing panel, and room for its values.

@@ -396,23 +396,25 @@ fn adversarial_groups_follow_the_rule() {
 #[test]
 fn overflow_and_non_finite_values_are_errors_with_a_place() {
     for f in formats() {
+        // Tasks before the one that meets them do their work, which of a search is long.
+        let (rows, bad_row) = if f.element.span() > 1 { (3, 1) } else { (600, 411) };
         for (bad, says) in [(f32::NAN, "NaN"), (f32::INFINITY, "inf"), (f32::NEG_INFINITY, "-inf")] {
-            let mut x = noise(600 * 300, 3);
-            x[411 * 300 + 217] = bad;
-            x[599 * 300] = bad;
-            let got = quantize(&MatRef::from_f32(&x, 600, 300), &f, Method::Rtn, 3);
+            let mut x = noise(rows * 300, 3);
+            x[bad_row * 300 + 217] = bad;
+            x[(rows - 1) * 300] = bad;
+            let got = quantize(&MatRef::from_f32(&x, rows, 300), &f, Method::Rtn, 3);
             if f.element.nan {
                 let w = got.unwrap().tensor.dequantize(1).unwrap();
                 let len = f.group_len(300);
                 for (i, v) in w.iter().enumerate() {
                     let (n, k) = (i / 300, i % 300);
-                    let poisoned = (n == 411 && k / len == 217 / len) || (n == 599 && k / len == 0);
+                    let poisoned = (n == bad_row && k / len == 217 / len) || (n == rows - 1 && k / len == 0);
                     assert_eq!(v.is_nan(), poisoned, "{f} row {n} column {k}");
                 }
                 continue;
             }
             let e = got.unwrap_err();
-            assert_eq!(e, Error::Value(format!("{says} at row 411, column 217 is not finite")));
+            assert_eq!(e, Error::Value(format!("{says} at row {bad_row}, column 217 is not finite")));
         }
         let mut x = noise(2 * 30, 3);
         x[59] = f32::MAX;

@@ -1,4 +1,7 @@
 //! Every kernel of every ISA of this CPU against the reference, bit for bit: formats x computes x shapes.
+mod common;
+
+use common::quantised;
 use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
 use nibblas_core::pair::{self, RawOut};
@@ -61,6 +64,10 @@ fn formats() -> Vec<Format> {
             }
             all.push(Format::parse(&format!("{}{suffix}", e.name)).unwrap());
         }
+        if e.span() > 1 {
+            // As many windows of K as groups, which begin elsewhere.
+            all.push(Format::with(e, Some(200), None).unwrap());
+        }
         if e.scales.contains(&ScaleType::I8) {
             for group in [8, 12, 32, 48, 96, 128, 4096] {
                 all.push(Format::parse(&format!("{}_g{group}_si8", e.name)).unwrap());
@@ -73,7 +80,7 @@ fn formats() -> Vec<Format> {
 /// The tensor of a case; every third one with float zero points where the format has zeros.
 fn tensor(rng: &mut Rng, f: &Format, n: usize, k: usize, float_zeros: bool) -> QTensor {
     let w = rng.matrix(n * k);
-    let mut q = quantize(&MatRef::from_f32(&w, n, k), f, Method::Rtn, 1).unwrap().tensor;
+    let mut q = quantised(f, &w, n, k);
     if let (Zeros::Int(z), true) = (&q.zeros, float_zeros && !f.is_two_level()) {
         q.zeros = Zeros::Float(z.iter().map(|&v| f32::from(v) + 0.25).collect());
     }
@@ -215,8 +222,8 @@ fn raw_sums_and_quantised_pairs_are_exact() {
                 let mut y = vec![0f32; m * n];
                 pair::matmul_q(&a.view(), &w, &mut MatMut::from_f32(&mut y, m, n), &o).unwrap();
                 for (t, v) in y.iter().enumerate() {
-                    let (sa, sb) = (a.scales.view().get(t / n), b.scales.view().get(t % n));
-                    let sa = sa * fa.element.step() * fb.element.step();
+                    let (a, b) = (a.view(), b.view());
+                    let (sa, sb) = (a.scale(t / n, 0) * a.step() * b.step(), b.scale(t % n, 0));
                     assert_eq!(*v, (want[t] as f32).mul_add(sb, 0.0) * sa, "{a_name} x {b_name} on {isa}");
                 }
             }
