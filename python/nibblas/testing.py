@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from . import _core, _threads
 from ._api import quantize
-from .formats import table
+from .formats import Format, table
 from .qtensor import QTensor
 
 __all__ = ["Case", "Report", "cases", "matmul_bound", "self_test", "values"]
@@ -61,6 +61,17 @@ def values(shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
     return result.reshape(shape)
 
 
+def _weights(w: NDArray[np.float32], name: str) -> QTensor:
+    """Return `w` in a format. Where codes take a long search they come from the bits of `w`."""
+    fmt = Format(name)
+    if fmt.element.span == 1:
+        return quantize(w, fmt)
+    codes = w.view(np.uint32) >> np.uint32(7) & np.uint32((1 << fmt.element.bits) - 1)
+    shape = (len(w), fmt.groups(w.shape[1]))
+    scales = np.exp2(np.arange(shape[0] * shape[1]) % 5 - 6).reshape(shape)
+    return QTensor.from_parts(fmt, codes, scales)
+
+
 def cases() -> Iterator[Case]:
     """Yield the corpus: every element, group lengths, shapes and computes in turn."""
     seed = 0
@@ -73,9 +84,7 @@ def cases() -> Iterator[Case]:
             for s in range(2) if element.linear else [g % 2]:
                 shape, m, n, k = _SHAPES[(e + 2 * g + 3 * s) % len(_SHAPES)]
                 seed += 1
-                # Searches take long.
-                n = min(n, 4) if element.span > 1 else n
-                w = quantize(values((n, k), seed), element.name + group)
+                w = _weights(values((n, k), seed), element.name + group)
                 x: NDArray[Any] = values((m, k), seed + 1_000_000)
                 bias = values((n,), seed + 2_000_000) if s else None
                 for compute in w.format.computes:

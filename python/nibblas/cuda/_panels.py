@@ -12,7 +12,7 @@ from ..formats import Format
 from ..qtensor import _E4M3, _powers, _Storage
 from ._launch import arch, kernel, tensor_map
 from ._plan import CHUNK, padded_group
-from ._worth import Worth, integers, line, worth
+from ._worth import Worth, integers, known, line, worth
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -267,10 +267,12 @@ class Panels:
 
 
 def is_dense(fmt: Format) -> bool:
-    """Whether a matrix is codes with a scale per group, and nothing that kernels do not know."""
+    """Whether a matrix is codes that kernels know with a scale per group, and nothing else."""
     parts = {p.name: p.along for p in fmt.parts(1, 1)}
-    known = {"codes", "scales", "zeros", "row_scales", "tensor_scale"}
-    return parts.keys() <= known and parts.get("scales") == "groups" and not fmt.is_plain
+    arrays = {"codes", "scales", "zeros", "row_scales", "tensor_scale"}
+    if not parts.keys() <= arrays or parts.get("scales") != "groups" or fmt.is_plain:
+        return False
+    return known(fmt.element.name)
 
 
 def _has_specials(cupy: Any, codes: Any, values: NDArray[np.float32]) -> bool:

@@ -12,7 +12,7 @@ from ..formats import Element
 from ..qtensor import _to_bf16_bits
 from ._plan import BF16, F16, FLOAT, LINE, PAIRS, S8, TABLE
 
-__all__ = ["Worth", "integers", "line", "worth"]
+__all__ = ["Worth", "integers", "known", "line", "worth"]
 
 
 class Worth(NamedTuple):
@@ -124,6 +124,32 @@ def _worth(name: str, act: int, finite: bool) -> Worth:
         if not rest.any():
             break
     return Worth(kind, 0, tuple(tables), 1 / lift)
+
+
+@functools.cache
+def known(name: str) -> bool:
+    """Whether registers of every class of arithmetic hold the numbers of the element of that name.
+
+    They do not where a code says nothing by itself, has more than eight bits, or reaches beyond
+    what the precise part of float16 spans.
+    """
+    from ..formats import Format
+
+    element = Format(name).element
+    if element.span > 1 or element.bits > 8:
+        return False
+    if element.linear:
+        return True
+    numbers = element.values[np.isfinite(element.values)]
+    if not numbers.any():
+        return False
+    found = _worth(name, F16, True)
+    if found.kind == FLOAT:
+        return True
+    half = found.tables[0].view(np.float16)[: len(element.values)].astype(np.float64) * found.unit
+    exact = element.values.astype(np.float64)
+    finite = np.isfinite(exact)
+    return bool((np.abs(half - exact) <= 2.0**-11 * np.abs(exact))[finite].all())
 
 
 def worth(element: Element, act: int, finite: bool) -> Worth:

@@ -160,23 +160,27 @@ fn twice(from: &[f32], to: &mut [f32]) {
 /// The cost of every state at the number `x`.
 #[inline(always)]
 fn extend_bits<const B: u32>(x: f32, numbers: &[f32; STATES], best: &[f32], next: &mut [f32]) {
+    if B >= 3 {
+        // At least a vector of states has the same states before it.
+        for (before, (next, numbers)) in
+            best.iter().zip(next.chunks_exact_mut(1 << B).zip(numbers.chunks_exact(1 << B)))
+        {
+            for (next, number) in next.iter_mut().zip(numbers) {
+                *next = before + (number - x) * (number - x);
+            }
+        }
+        return;
+    }
     let per = CHUNK >> B;
     for (before, (next, numbers)) in
         best.chunks_exact(per).zip(next.chunks_exact_mut(CHUNK).zip(numbers.chunks_exact(CHUNK)))
     {
-        let mut a = [0.0f32; CHUNK];
-        if B >= 5 {
-            for (a, before) in a.chunks_exact_mut(1 << B).zip(before) {
-                a.fill(*before);
-            }
-        } else {
-            let mut c = [0.0f32; CHUNK];
-            twice(before, &mut a[..2 * per]);
-            for b in 1..B {
-                let n = per << b;
-                twice(&a[..n], &mut c[..2 * n]);
-                a[..2 * n].copy_from_slice(&c[..2 * n]);
-            }
+        let (mut a, mut c) = ([0.0f32; CHUNK], [0.0f32; CHUNK]);
+        twice(before, &mut a[..2 * per]);
+        for b in 1..B {
+            let n = per << b;
+            twice(&a[..n], &mut c[..2 * n]);
+            a[..2 * n].copy_from_slice(&c[..2 * n]);
         }
         for ((next, number), before) in next.iter_mut().zip(numbers).zip(&a) {
             *next = before + (number - x) * (number - x);
