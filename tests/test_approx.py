@@ -27,9 +27,9 @@ FORMATS = [
 ]
 
 
-def shift_add(a: np.ndarray, q: nb.QTensor, isa: str, threads: int = 1) -> np.ndarray:
+def shift_add(a: np.ndarray, q: nb.QTensor, isa: str, by: str = "planes") -> np.ndarray:
     y = np.empty((len(a), len(q)), np.float32)
-    _core.ops_shift_add(a, q._storage.parts(), y, None, threads, isa)
+    _core.ops_shift_add(by, a, q._storage.parts(), y, None, 1, isa)
     return y
 
 
@@ -458,15 +458,126 @@ def test_angular_attention(rng: np.random.Generator) -> None:
         approx.angular_attention(q[1:], k, v)
 
 
-def test_shift_layers_are_powers_of_two(rng: np.random.Generator) -> None:
-    """ShiftAddViT's other half: weights that are shifts, through the same integer products."""
-    a = rng.integers(-128, 128, (5, 40)).astype(np.int8)
-    q = nb.quantize(rng.standard_normal((7, 40)).astype(np.float32), "pow2_4")
-    # Largest power 1, smallest 2^-6: in units of 2^-6 every weight is a shift.
-    shifts = np.rint(q.dequantize() / q.scales[:, :1].astype(np.float32) * 64).astype(np.int64)
-    assert set(np.abs(shifts).ravel().tolist()) <= {0, 1, 2, 4, 8, 16, 32, 64}
-    sums = np.sign(shifts) * (
-        a.astype(np.int64)[:, None] << np.frexp(np.abs(shifts) + (shifts == 0))[1] - 1
+# Shifts.
+
+POWERS = ["pow2_3", "pow2_4", "pow2_4_g32", "pow2_5_g24", "pow2_6", "e3m0", "log2_4_g32"]
+POWERS += ["ternary_g32", "bipolar1_g64", "int2"]
+
+
+def shift_sums(a: np.ndarray, q: nb.QTensor) -> np.ndarray:
+    """Group by group in Python integers, from the levels of the format."""
+    scales = q.scales.astype(np.float64)
+    ones = np.ones_like(q.scales)
+    level = nb.QTensor.from_parts(q.format, q.codes(), ones).dequantize().astype(np.float64)
+    low = np.abs(level[level != 0]).min(initial=1)
+    steps = np.rint(level / low).astype(np.int64)
+    assert np.array_equal(steps * low, level)
+    group = q.format.group or max(q.shape[1], 1)
+    y = np.zeros((len(a), len(q)), np.float32)
+    for g, start in enumerate(range(0, q.shape[1], group)):
+        part = slice(start, start + group)
+        d = a[:, part].astype(np.int64) @ steps[:, part].T
+        near = d.astype(np.float32).astype(np.longdouble) * low
+        y = (near * scales[:, g] + y).astype(np.float32)
+    return y
+
+
+@pytest.mark.parametrize("isa", levels())
+@pytest.mark.parametrize("fmt", POWERS)
+def test_shift_matmul(fmt: str, isa: str) -> None:
+    rng = np.random.default_rng(5)
+    for m, n, k in SHAPES:
+        a = rng.integers(-128, 128, (m, k)).astype(np.int8)
+        q = nb.quantize(testing.values((n, k), 3), fmt)
+        got = shift_add(a, q, isa, "powers")
+        np.testing.assert_array_equal(got, shift_sums(a, q))
+        np.testing.assert_array_equal(approx.shift_matmul(a, q.T, threads=3), got)
+        if "int8" in q.format.computes:
+            np.testing.assert_array_equal(got, nb.matmul(a, q.T, compute="int8"))
+        half = testing.values((m, k), 8).astype(np.float16)
+        wide = half.astype(np.float32)
+        ones = nb.QTensor.from_parts(q.format, q.codes(), np.ones_like(q.scales)).dequantize()
+        group, y = q.format.group or k, np.zeros((m, n), np.float32)
+        for g, start in enumerate(range(0, k, group)):
+            d = np.zeros((m, n), np.float32)
+            for i in range(start, min(start + group, k)):
+                d += wide[:, i : i + 1] * ones[:, i]
+            y = (d.astype(np.longdouble) * q.scales[:, g].astype(np.float64) + y).astype(np.float32)
+        np.testing.assert_array_equal(shift_add(wide, q, isa, "powers"), y)
+
+
+def test_shift_matmul_of_all_pairs() -> None:
+    """Every byte and every power; every finite float16 and every power."""
+    q = nb.QTensor.from_parts("pow2_4", np.arange(16)[:, None], np.ones(16))
+    w = q.dequantize()[:, 0]
+    a = np.arange(-128, 128).astype(np.int8)[:, None]
+    np.testing.assert_array_equal(approx.shift_matmul(a, q.T), a.astype(np.float32) * w)
+    a = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    a = a[np.isfinite(a)][:, None]
+    got = shift_add(a.astype(np.float32), q, levels()[-1], "powers")
+    np.testing.assert_array_equal(got, a.astype(np.float32) * w)
+
+
+def test_shift_sums_do_not_wrap() -> None:
+    """The largest sums of every width, over more values than 32 bits hold."""
+    k = 5000
+    for fmt in ("pow2_3", "pow2_4", "pow2_5", "pow2_6"):
+        values = nb.Format(fmt).element.values
+        top = int(np.argmax(values))
+        q = nb.QTensor.from_parts(fmt, np.full((2, k), top), np.ones(2))
+        for value in (-128, 127):
+            a = np.full((1, k), value, np.int8)
+            np.testing.assert_array_equal(approx.shift_matmul(a, q.T), np.full((1, 2), value * k))
+
+
+@pytest.mark.parametrize("product", [approx.shift_add_matmul, approx.shift_matmul])
+def test_shifts_at_the_ends_of_bfloat16(product) -> None:
+    """Where adding to the exponent would leave float32: what multiplication gives."""
+    values = [1e-39, -1e-40, 1.2e-38, 1e38, 3e38, -3e38, np.inf, np.nan, 0.0, -0.0]
+    a = np.array(values, ml_dtypes.bfloat16)[:, None]
+    fmt, codes = (
+        ("int4", [7, 3, -8, 1]) if product is approx.shift_add_matmul else ("int2", [1, -2])
     )
-    want = np.where(shifts == 0, 0, sums).sum(-1) / 64 * q.scales[:, 0].astype(np.float64)
-    np.testing.assert_allclose(nb.matmul(a, q.T, compute="int8"), want, rtol=1e-6, atol=1e-6)
+    q = nb.QTensor.from_parts(fmt, np.array(codes)[:, None], np.ones(len(codes)))
+    with np.errstate(over="ignore"):
+        want = (a.astype(np.float32) * np.float32(codes)).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(product(a, q.T).astype(np.float32), want.astype(np.float32))
+
+
+def test_shift_add_of_more_than_eight_bits() -> None:
+    rng = np.random.default_rng(4)
+    a = rng.integers(-128, 128, (3, 300)).astype(np.int8)
+    for fmt in ("bfp9", "bfp12", "bfp16", "dfp16"):
+        q = nb.quantize(testing.values((5, 300), 2), fmt)
+        exact = a.astype(np.float64) @ q.dequantize().astype(np.float64).T
+        for isa in levels():
+            np.testing.assert_allclose(shift_add(a, q, isa), exact, rtol=1e-5, atol=1e-4)
+    half = a.astype(np.float16)
+    near = approx.shift_add_matmul(half, nb.quantize(testing.values((5, 300), 2), "bfp12").T)
+    assert np.isfinite(near).all()
+    with pytest.raises(ValueError, match="exact up to 12 bits"):
+        approx.shift_add_matmul(half, q.T)
+
+
+def test_shift_matmul_bad_input() -> None:
+    with pytest.raises(ValueError, match="powers of two"):
+        approx.shift_matmul(np.ones((1, 8), np.int8), nb.quantize(np.ones((4, 8)), "int4").T)
+    with pytest.raises(ValueError, match="powers of two"):
+        approx.shift_matmul(np.ones((1, 8), np.int8), nb.quantize(np.ones((4, 8)), "uint2").T)
+    q = nb.quantize(np.ones((4, 8), np.float32), "pow2_4")
+    with pytest.raises(TypeError, match="int8, float16 or bfloat16, got float32"):
+        approx.shift_matmul(np.ones((2, 8), np.float32), q.T)
+    with pytest.raises(TypeError, match="shift_matmul needs a QTensor"):
+        approx.shift_matmul(np.ones((2, 8), np.int8), np.ones((8, 4)))
+    with pytest.raises(ValueError, match="mismatch in its core dimension"):
+        approx.shift_matmul(np.ones((2, 7), np.int8), q.T)
+    none = nb.quantize(np.ones((4, 0), np.float32), "pow2_4")
+    assert (approx.shift_matmul(np.ones((2, 0), np.int8), none.T) == 0).all()
+    assert approx.shift_matmul(np.ones((0, 8), np.int8), q.T).shape == (0, 4)
+    bias = np.float32([1, 2, 3, 4])
+    np.testing.assert_array_equal(
+        approx.shift_matmul(np.ones((1, 8), np.int8), q.T, bias=bias), [8 + bias]
+    )
+    a = np.ones((2, 8), np.float16)
+    a[1, 0] = np.inf
+    np.testing.assert_array_equal(approx.shift_matmul(a, q.T), [[8] * 4, [np.inf] * 4])

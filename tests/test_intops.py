@@ -181,7 +181,7 @@ def test_exp_far_out_and_bad_input() -> None:
 
 
 FUNCTIONS = {
-    "gelu": (lambda x: x * 0.5 * (1 + erf(x / math.sqrt(2))), 1.1e-5),
+    "gelu": (lambda x: x * 0.5 * (1 + erf(x / math.sqrt(2))), 7e-6),
     "silu": (lambda x: x / (1 + np.exp(-x)), 6e-6),
 }
 
@@ -500,7 +500,7 @@ def test_published_errors() -> None:
     assert np.abs(error).max() == pytest.approx(1.82e-2, rel=0.02)
     assert np.sqrt((error**2).mean()) == pytest.approx(8.2e-3, rel=0.02)
     codes, s = intops.gelu(q, 2.0**-13)
-    assert np.abs(codes * s - exact).max() < 1.1e-5 + s
+    assert np.abs(codes * s - exact).max() < 7e-6 + s
 
 
 @pytest.mark.parametrize("scale", [1 / 16, 1 / 200])
@@ -684,6 +684,28 @@ def test_matmul_does_not_overflow() -> None:
     assert (
         intops.matmul(np.ones((3, 0), np.int8), np.ones((0, 2), np.int8)).tolist() == [[0, 0]] * 3
     )
+
+
+def test_safe_chains() -> None:
+    """Products of symmetric operands of equal width that int32 holds; and matmul keeps to them."""
+    table = {16: 2, 15: 8, 14: 32, 13: 128, 12: 512, 10: 8224, 8: 133_144}
+    for bits, chain in table.items():
+        top = 2 ** (bits - 1) - 1
+        assert intops.safe_chain(top, top) == chain
+        assert chain * top * top < 2**31 <= (chain + 1) * top * top
+    assert intops.safe_chain(32768, 32768) == 1
+    assert intops.safe_chain(255, 255) == 33025
+    assert intops.safe_chain(15, 128, bits=16) == 17
+    assert intops.safe_chain(8, 128, bits=16) == 31
+    k = intops.safe_chain(128, 128)
+    a, b = np.full((1, k + 1), -128, np.int8), np.full((k + 1, 1), -128, np.int8)
+    assert intops.matmul(a[:, :k], b[:k]).tolist() == [[k * 2**14]]
+    with pytest.raises(ValueError, match="past int32"):
+        intops.matmul(a, b)
+    with pytest.raises(ValueError, match="at least 1, got 0 and 5"):
+        intops.safe_chain(0, 5)
+    with pytest.raises(ValueError, match=r"bits must lie in 2\.\.64, got 65"):
+        intops.safe_chain(1, 1, bits=65)
 
 
 def test_bitlinear(rng: np.random.Generator) -> None:

@@ -176,6 +176,7 @@ def reference(
 ) -> None: ...
 def explain(m: int, packed: Packed, compute: str, threads: int, /) -> Plan: ...
 def ops_shift_add(
+    by: str,
     a: NDArray[Any],
     parts: _Parts,
     y: NDArray[Any],

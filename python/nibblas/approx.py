@@ -1,4 +1,4 @@
-"""Products without a multiplier: shift-and-add, L-Mul, sums of signs, binary attention.
+"""Products without a multiplier: shift-and-add, shifts, L-Mul, sums of signs, binary attention.
 
 Models of arithmetic that hardware could be built for, exact to the bit and fast enough for whole
 layers. On a machine that has multipliers none of them is the faster way to a product; what they
@@ -29,6 +29,7 @@ __all__ = [
     "lmul_offset",
     "matadd",
     "shift_add_matmul",
+    "shift_matmul",
 ]
 
 
@@ -72,7 +73,8 @@ def shift_add_matmul(
     -----
     For floats the sum of a group is ``D = fl(D + w * a)`` with the integer ``w`` and k ascending,
     each product exact, and ``acc = fma(D, scale, acc)`` follows. Exponents are wider than
-    float16's, so that terms do not overflow; rows with NaN or infinity follow IEEE multiplication.
+    float16's, so that terms do not overflow; rows with NaN, infinity or bfloat16's extremes follow
+    IEEE multiplication. Floats take weights of at most 12 bits, whose products are exact.
 
     Examples
     --------
@@ -82,8 +84,63 @@ def shift_add_matmul(
     >>> (nb.approx.shift_add_matmul(a, q.T) == nb.matmul(a, q.T, compute="int8")).all()
     np.True_
     """
+    return _shifted("shift_add_matmul", "planes", a, b, bias, threads)
+
+
+def shift_matmul(
+    a: ArrayLike,
+    b: QTensor,
+    /,
+    *,
+    bias: ArrayLike | None = None,
+    threads: SupportsIndex | None = None,
+) -> NDArray[Any]:
+    """Multiply by weights that are 0 or powers of two: a shift layer (DeepShift, ShiftAddViT).
+
+    Parameters
+    ----------
+    a : array_like
+        Activations ``(..., K)``. int8 is taken as codes with scale 1; float16 and bfloat16 by
+        adding to exponents.
+    b : QTensor
+        ``qw.T`` of weights whose levels are 0 and powers of two: ``"pow2_4"``, ``"e3m0"``,
+        ``"log2_4"``, ``"ternary"``, ``"bipolar1"``, ``"int2"``.
+    bias : array_like, optional
+        One value per row of the weights, added last in float32.
+    threads : int, optional
+        At most this many threads. The result does not depend on it.
+
+    Returns
+    -------
+    ndarray
+        ``(..., N)``: float32 for int8; else the type of `a`, rounded once.
+
+    Notes
+    -----
+    Bytes are shifted to the left alone, from the format's smallest power on, and summed as
+    integers: exact, where right shifts would drop bits. Then ``acc = fma(f32(D), scale, acc)``
+    after each group. The add layer beside it is :func:`matadd`.
+
+    Examples
+    --------
+    >>> import numpy as np, nibblas as nb
+    >>> q = nb.quantize(np.float32([[1, -0.5, 0, 0.25]]), "pow2_4")
+    >>> nb.approx.shift_matmul(np.int8([[100, 10, 3, 8]]), q.T)
+    array([[97.]], dtype=float32)
+    """
+    return _shifted("shift_matmul", "powers", a, b, bias, threads)
+
+
+def _shifted(
+    name: str,
+    by: str,
+    a: ArrayLike,
+    b: QTensor,
+    bias: ArrayLike | None,
+    threads: SupportsIndex | None,
+) -> NDArray[Any]:
     if not isinstance(b, QTensor):
-        raise TypeError(f"shift_add_matmul needs a QTensor on the right, got {type(b).__name__}")
+        raise TypeError(f"{name} needs a QTensor on the right, got {type(b).__name__}")
     x = _import(a)
     half = x.dtype == np.float16 or x.dtype.name == "bfloat16"
     if not half and x.dtype != np.int8:
@@ -91,14 +148,13 @@ def shift_add_matmul(
     _check_inner(x.shape, b, True)
     storage = b._storage
     if storage.device != "cpu":
-        raise ValueError("shift_add_matmul is a model for the CPU: use qw.to('cpu')")
+        raise ValueError(f"{name} is a model for the CPU: use qw.to('cpu')")
     matrix, lead = _rows(x)
     y = np.empty((len(matrix), storage.rows), np.float32)
     extra = _bias(bias, storage.rows)
     left = matrix.astype(np.float32) if half else matrix
-    _core.ops_shift_add(
-        left.ravel(), storage.parts(), y.ravel(), extra, _threads.resolve(threads), None
-    )
+    count = _threads.resolve(threads)
+    _core.ops_shift_add(by, left.ravel(), storage.parts(), y.ravel(), extra, count, None)
     with np.errstate(over="ignore"):
         return y.reshape(*lead, storage.rows).astype(x.dtype if half else np.float32, copy=False)
 

@@ -50,7 +50,8 @@ class EnergyTable(NamedTuple):
 
 
 # Shifts at 7 nm have no published figure: the one at 45 nm, times what an int32 addition became.
-# A one-bit product is an XNOR and a counted bit: an eighth of an int8 addition.
+# Nor have additions of 16 bits: half of those of 32. A one-bit product is an XNOR and a counted
+# bit: an eighth of an int8 addition.
 ENERGY: dict[str, EnergyTable] = {
     "45nm": EnergyTable(
         "45nm",
@@ -73,7 +74,7 @@ ENERGY: dict[str, EnergyTable] = {
     ),
     "7nm": EnergyTable(
         "7nm",
-        "Jouppi et al., ISCA 2021 (operations, memory); shifts scaled from 45 nm",
+        "Jouppi et al., ISCA 2021 (operations, memory); int16 additions and shifts estimated",
         {
             "int8_add": 0.007,
             "int16_add": 0.015,
@@ -211,7 +212,11 @@ def _binary(w: _Work) -> dict[str, float]:
 
 
 def _matadd(w: _Work) -> dict[str, float]:
-    return {"int16_add": w.macs, "fp32_mul": w.outputs}
+    return {"int16_add": w.macs, "fp32_mul": w.ends, "fp32_add": w.ends}
+
+
+def _shift(w: _Work) -> dict[str, float]:
+    return {"shift": w.macs, "int32_add": w.macs, "fp32_mul": w.ends, "fp32_add": w.ends}
 
 
 class Scheme(NamedTuple):
@@ -250,6 +255,8 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("lmul", "sums of bit patterns for products, bfloat16", None, 16, _lmul, 0),
         # Two thirds of the weights are not 0, as quantising normal values gives.
         Scheme("ternary", "int8 activations added or subtracted", "ternary", 8, _ternary, 2 / 3),
+        Scheme("shift", "int8 activations shifted by powers of two", "pow2_4_g128", 8, _shift, 0),
+        Scheme("matadd", "int8 activations added under signs", "bipolar1", 8, _matadd, 0),
         Scheme("binary", "differing bits counted", "bipolar1", 1, _binary, 0),
     )
 }

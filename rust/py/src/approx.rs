@@ -3,18 +3,20 @@ use crate::array::Nd;
 use crate::convert::detached;
 use crate::product::isa_of;
 use crate::tensor::Parts;
-use nibblas_core::Scalar;
+use nibblas_core::{QView, Scalar};
 use nibblas_ops::approx::lmul::{self, Model};
-use nibblas_ops::approx::shift_add;
+use nibblas_ops::approx::{shift, shift_add};
 use nibblas_ops::Exec;
-use pyo3::exceptions::PyTypeError;
+use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
 
-/// `y[M, N] = a[M, K] W^T + bias` by shifts and additions; `a` is int8 codes, or float32 that 16-bit floats fit.
+/// `y[M, N] = a[M, K] W^T + bias` without a multiplication; `a` is int8 codes, or float32 that 16-bit floats fit. `by` is
+/// `"planes"` for shifts and additions by binary digits, `"powers"` for weights that are powers of two.
 #[pyfunction]
-#[pyo3(signature = (a, parts, y, bias, threads, isa, /))]
+#[pyo3(signature = (by, a, parts, y, bias, threads, isa, /))]
 fn ops_shift_add(
     py: Python<'_>,
+    by: &str,
     a: &Bound<'_, PyAny>,
     parts: Parts<'_>,
     y: &Bound<'_, PyAny>,
@@ -22,6 +24,11 @@ fn ops_shift_add(
     threads: usize,
     isa: Option<&str>,
 ) -> PyResult<()> {
+    let (bytes, floats): (Product<i8>, Product<f32>) = match by {
+        "planes" => (shift_add::matmul_int8, shift_add::matmul_half),
+        "powers" => (shift::matmul_int8, shift::matmul_half),
+        _ => return Err(PyValueError::new_err(format!("unknown product {by:?}"))),
+    };
     let memory = parts.memory()?;
     let w = memory.view()?;
     let (a, mut y, isa) = (Nd::new(a)?, Nd::new(y)?, isa_of(isa)?);
@@ -31,15 +38,18 @@ fn ops_shift_add(
     match a.scalar()? {
         Scalar::I8 => {
             let a = a.i8s()?;
-            detached(py, |poll| shift_add::matmul_int8(&Exec { isa, threads, poll: Some(poll) }, a, &w, bias, y))
+            detached(py, |poll| bytes(&Exec { isa, threads, poll: Some(poll) }, a, &w, bias, y))
         }
         Scalar::F32 => {
             let a = a.f32s()?;
-            detached(py, |poll| shift_add::matmul_half(&Exec { isa, threads, poll: Some(poll) }, a, &w, bias, y))
+            detached(py, |poll| floats(&Exec { isa, threads, poll: Some(poll) }, a, &w, bias, y))
         }
         _ => Err(PyTypeError::new_err("expected int8 or float32")),
     }
 }
+
+/// A product of activations of a type with weights.
+type Product<T> = fn(&Exec, &[T], &QView, Option<&[f32]>, &mut [f32]) -> nibblas_core::Result<()>;
 
 fn bits(s: &[f32]) -> &[u32] {
     // SAFETY: types of the same size and alignment, for both of which all bits are values.

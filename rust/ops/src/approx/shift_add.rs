@@ -9,13 +9,12 @@
 //! aligned: its 11 + b bits fit float32, so the product is exact whatever the order. Terms keep an exponent wider than
 //! float16's, so nothing overflows; 0 stays 0; subnormal numbers are numbers like others. Products are then summed in
 //! float32, k ascending within the group, and scaled after it. A row with NaN or infinity follows IEEE multiplication.
+use super::strips::{check, parts, store, Codes, WIDE};
 use crate::level::{at, Loop};
 use crate::{Error, Exec, Result};
 use nibblas_core::format::Zero;
 use nibblas_core::{QView, ValueMap};
 
-/// Output columns that one pass decodes: their masks, plane by plane, stay in the first cache.
-const WIDE: usize = 64;
 /// Activations that int16 sums of magnitudes up to 128 hold.
 const SAFE: usize = 255;
 /// Values of K that one pass over the sums takes.
@@ -25,7 +24,9 @@ const DEEP: usize = 4;
 fn affine(w: &QView) -> Result<(i64, i64)> {
     let format = w.format;
     match format.element.map {
-        ValueMap::Affine { mul, sub } if w.outer.is_empty() => Ok((i64::from(mul), i64::from(sub))),
+        ValueMap::Affine { mul, sub } if w.outer.is_empty() && format.element.plain.is_none() => {
+            Ok((i64::from(mul), i64::from(sub)))
+        }
         _ => Err(Error::Unsupported(format!(
             "{format} has no binary digits to shift by: expected int, uint, bipolar or ternary with plain scales"
         ))),
@@ -126,44 +127,6 @@ fn ends(w: &QView, n0: usize, width: usize, g: usize, sub: i64) -> Ends {
     e
 }
 
-/// The codes of columns `n0..n0 + width` for k in a range, `[k][WIDE]`, 0 beyond the width.
-fn decode(w: &QView, n0: usize, width: usize, k0: usize, codes: &mut [[u8; WIDE]], row: &mut [u8]) {
-    let row = &mut row[..codes.len()];
-    for j in 0..width {
-        w.unpack_row(n0 + j, k0, row);
-        for (to, &u) in codes.iter_mut().zip(&*row) {
-            to[j] = u;
-        }
-    }
-    for to in codes {
-        to[width..].fill(0);
-    }
-}
-
-/// Rows of the output that share the decoding of a weight.
-fn rows_per_part(exec: &Exec, m: usize) -> usize {
-    m.div_ceil(exec.threads.max(1)).clamp(1, 256)
-}
-
-fn check(a: usize, w: &QView, bias: Option<&[f32]>, y: usize) -> Result<usize> {
-    let rows = y.checked_div(w.rows).unwrap_or(0);
-    if y != rows * w.rows || a != rows * w.cols && y != 0 || bias.is_some_and(|b| b.len() != w.rows) {
-        return Err(Error::Shape(format!("{a} activations do not fit a weight of ({}, {})", w.rows, w.cols)));
-    }
-    Ok(rows)
-}
-
-/// Parts of the output for threads: rows, and for single rows columns, each with its place.
-fn parts<'a>(exec: &Exec, y: &'a mut [f32], n: usize) -> Vec<(usize, usize, &'a mut [f32])> {
-    let m = y.len() / n;
-    if m == 1 {
-        let columns = n.div_ceil(exec.threads.max(1) * 2).next_multiple_of(WIDE);
-        return y.chunks_mut(columns).enumerate().map(|(i, y)| (0, i * columns, y)).collect();
-    }
-    let rows = rows_per_part(exec, m);
-    y.chunks_mut(rows * n).enumerate().map(|(i, y)| (i * rows, 0, y)).collect()
-}
-
 /// `y[m][n] = sum over groups of scale * D + bias`, for int8 activations: the bits of `compute="int8"`.
 ///
 /// # Errors
@@ -181,9 +144,8 @@ pub fn matmul_int8(exec: &Exec, a: &[i8], w: &QView, bias: Option<&[f32]>, y: &m
         let columns = n.min(y.len());
         let rows = y.len() / columns;
         let mut acc = vec![[0f32; WIDE]; rows];
-        let mut codes = vec![[0u8; WIDE]; SAFE];
+        let mut strip = Codes::new(SAFE);
         let mut masks = vec![[0i16; WIDE]; SAFE * bits as usize];
-        let mut unpacked = [0u8; SAFE];
         for start in (0..columns).step_by(WIDE) {
             let width = WIDE.min(columns - start);
             acc.fill([0.0; WIDE]);
@@ -193,9 +155,9 @@ pub fn matmul_int8(exec: &Exec, a: &[i8], w: &QView, bias: Option<&[f32]>, y: &m
                 let mut sums = vec![[0i64; WIDE]; rows];
                 for k0 in (first..last).step_by(SAFE) {
                     let deep = SAFE.min(last - k0);
-                    decode(w, n0 + start, width, k0, &mut codes[..deep], &mut unpacked);
+                    let codes = strip.decode(w, n0 + start, width, k0, deep);
                     for (i, masks) in masks.chunks_mut(SAFE).enumerate() {
-                        at(isa, Masks { codes: &codes[..deep], plane: i as u32, y: masks });
+                        at(isa, Masks { codes, plane: i as u32, y: masks });
                     }
                     for (r, sums) in sums.iter_mut().enumerate() {
                         let mut wide = [0i16; SAFE];
@@ -225,7 +187,7 @@ pub fn matmul_int8(exec: &Exec, a: &[i8], w: &QView, bias: Option<&[f32]>, y: &m
 
 /// All ones where a code has a bit.
 struct Masks<'a> {
-    codes: &'a [[u8; WIDE]],
+    codes: &'a [[u16; WIDE]],
     plane: u32,
     y: &'a mut [[i16; WIDE]],
 }
@@ -236,24 +198,8 @@ impl Loop for Masks<'_> {
     fn run(self) {
         for (to, from) in self.y.iter_mut().zip(self.codes) {
             for (to, &u) in to.iter_mut().zip(from) {
-                *to = -i16::from(u >> self.plane & 1);
+                *to = -((u >> self.plane & 1) as i16);
             }
-        }
-    }
-}
-
-fn store(
-    acc: &[[f32; WIDE]],
-    bias: Option<&[f32]>,
-    n0: usize,
-    width: usize,
-    columns: usize,
-    start: usize,
-    y: &mut [f32],
-) {
-    for (acc, y) in acc.iter().zip(y.chunks_exact_mut(columns)) {
-        for (j, (y, &v)) in y[start..start + width].iter_mut().zip(acc).enumerate() {
-            *y = bias.map_or(v, |b| v + b[n0 + j]);
         }
     }
 }
@@ -296,15 +242,28 @@ impl Loop for Terms<'_> {
     }
 }
 
-/// As [`matmul_int8`] for 16-bit floats, given as float32: exponents are added, and products summed in float32.
+/// Whether adding up to `up` to an exponent, or taking up to `down` from it, gives a normal number: 0 has none, and bfloat16
+/// reaches both ends of float32.
+pub(super) fn shifts_plainly(a: &[f32], down: u32, up: u32) -> bool {
+    a.iter().all(|v| {
+        let field = v.to_bits() >> 23 & 255;
+        *v == 0.0 || (down < field && field + up < 255)
+    })
+}
+
+/// As [`matmul_int8`] for 16-bit floats, given as float32: exponents are added, and products summed in float32. Rows with a
+/// number whose products may leave float32's normal ones (NaN, infinity, the ends of bfloat16) are multiplied.
 ///
 /// # Errors
-/// As [`matmul_int8`]; float zero points have no digits either.
+/// As [`matmul_int8`]; float zero points have no digits either, and codes of more than 12 bits no exact product.
 pub fn matmul_half(exec: &Exec, a: &[f32], w: &QView, bias: Option<&[f32]>, y: &mut [f32]) -> Result<()> {
     let (mul, sub) = affine(w)?;
     check(a.len(), w, bias, y.len())?;
     if matches!(w.zeros, nibblas_core::ZerosRef::Float(_)) {
         return Err(Error::Unsupported("float zero points have no binary digits to shift by".into()));
+    }
+    if w.format.element.bits > 12 {
+        return Err(Error::Unsupported(format!("{}: products with floats are exact up to 12 bits", w.format)));
     }
     if y.is_empty() {
         return Ok(());
@@ -314,12 +273,11 @@ pub fn matmul_half(exec: &Exec, a: &[f32], w: &QView, bias: Option<&[f32]>, y: &
     exec.each(jobs, |_, (m0, n0, y)| {
         let columns = n.min(y.len());
         let rows = y.len() / columns;
-        let finite: Vec<bool> =
-            (0..rows).map(|r| a[(m0 + r) * k..(m0 + r + 1) * k].iter().all(|v| v.is_finite())).collect();
+        // A product is below 2^13 times its float.
+        let plain: Vec<bool> = (0..rows).map(|r| shifts_plainly(&a[(m0 + r) * k..][..k], 0, 13)).collect();
         let mut acc = vec![[0f32; WIDE]; rows];
-        let mut codes = vec![[0u8; WIDE]; SAFE];
+        let mut strip = Codes::new(SAFE);
         let mut digits = vec![Digits { magnitude: [0; WIDE], sign: [0; WIDE] }; SAFE];
-        let mut unpacked = [0u8; SAFE];
         for start in (0..columns).step_by(WIDE) {
             let width = WIDE.min(columns - start);
             acc.fill([0.0; WIDE]);
@@ -329,9 +287,9 @@ pub fn matmul_half(exec: &Exec, a: &[f32], w: &QView, bias: Option<&[f32]>, y: &
                 let mut sums = vec![[0f32; WIDE]; rows];
                 for k0 in (first..last).step_by(SAFE) {
                     let deep = SAFE.min(last - k0);
-                    decode(w, n0 + start, width, k0, &mut codes[..deep], &mut unpacked);
+                    let codes = strip.decode(w, n0 + start, width, k0, deep);
                     let mut longest = 0;
-                    for (to, from) in digits.iter_mut().zip(&codes[..deep]) {
+                    for (to, from) in digits.iter_mut().zip(codes) {
                         for j in 0..WIDE {
                             let value = if j < width { mul * i64::from(from[j]) - e.less[j] } else { 0 };
                             to.magnitude[j] = value.unsigned_abs() as u32;
@@ -343,7 +301,7 @@ pub fn matmul_half(exec: &Exec, a: &[f32], w: &QView, bias: Option<&[f32]>, y: &
                     for (r, sums) in sums.iter_mut().enumerate() {
                         let from = (m0 + r) * k + k0;
                         let a = &a[from..from + deep];
-                        if finite[r] {
+                        if plain[r] {
                             let mut patterns = [0u32; SAFE];
                             for (to, v) in patterns.iter_mut().zip(a) {
                                 *to = v.to_bits();

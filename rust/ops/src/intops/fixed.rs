@@ -41,23 +41,7 @@ const HALVING: [i64; 5] = [ONE, -744_180_573, 257_158_263, -57_204_807, 7_356_20
 const RECIPROCAL: [i64; 8] =
     [ONE, -1_073_624_705, 1_070_418_559, -1_041_194_899, 916_285_514, -633_021_006, 282_103_845, -57_839_524];
 
-/// `u * Phi(-u)` for `u = 2.5 (1 + w)`, w in `[-1, 1]`: what GELU lacks to the positive part. Wrong by at most 1e-5.
-const GELU_TAIL: [i64; 12] = [
-    16_668_600,
-    -100_830_961,
-    249_986_139,
-    -279_194_849,
-    -20_919_661,
-    474_507_005,
-    -516_065_095,
-    3_617_009,
-    347_603_677,
-    -145_443_613,
-    -77_278_027,
-    47_341_042,
-];
-
-/// Where [`gelu_tail`] ends.
+/// Where [`gelu_short`] ends.
 pub(crate) const GELU_END: u32 = 5;
 
 /// `2^-t` in Q30 for t with [`EXPONENT`] fraction bits.
@@ -86,22 +70,10 @@ pub(crate) fn reciprocal(e: i64) -> i64 {
     polynomial(&RECIPROCAL, e)
 }
 
-/// `u * Phi(-u)` in Q30 for `u = d * scale`, for the reach of `scale / 5` in Q30.
-#[inline(always)]
-pub(crate) fn gelu_tail(d: u32, place: Reach) -> i64 {
-    let v = ((u64::from(d) * u64::from(place.m)) >> place.shift) as u32;
-    let y = polynomial(&GELU_TAIL, 2 * i64::from(v.min(ONE as u32)) - ONE).max(0);
-    if (d > place.limit) | (v >= ONE as u32) {
-        0
-    } else {
-        y
-    }
-}
-
 /// Fraction bits of the arguments of [`gelu_short`].
 pub(crate) const SHORT: u32 = 15;
 
-/// [`GELU_TAIL`] of degree 8 in Q16, wrong by at most 1.7e-4.
+/// `u * Phi(-u)` for `u = 2.5 (1 + w)`, w in `[-1, 1]`, in Q16; wrong by at most 1.7e-4.
 const GELU_SHORT: [i32; 9] = [1009, -6093, 15713, -18079, -4976, 33968, -21092, -9794, 9348];
 
 /// `u * Phi(-u)` in Q16, for `v = u / 5` in `[0, 1]` in Q15: all in 32-bit lanes, wrong by at most 3e-4.

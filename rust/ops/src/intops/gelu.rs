@@ -2,12 +2,14 @@
 //!
 //! `gelu(x) = max(x, 0) - |x| Phi(-|x|)` and `silu(x) = max(x, 0) - |x| sigmoid(-|x|)`: large inputs pass unchanged, to the
 //! last bit, and the bump is at most 0.17 and 0.28, so that 30 fraction bits hold it.
-use super::fixed::{decay, gelu_short, gelu_tail, low, mul, reciprocal, EXPONENT, GELU_END, Q};
+use super::fixed::{decay, gelu_short, low, mul, reciprocal, EXPONENT, GELU_END, Q};
+use super::pieces::Pieces;
 use super::requant::{Rule, Run};
 use super::scale::{positive, quotient, Ratio, Reach, Short, LN_2};
 use crate::ints::BLOCK;
 use crate::level::{at, Loop};
 use crate::{Error, Exec, Ints, IntsMut, Result};
+use nibblas_core::isa::Isa;
 
 /// Fraction bits of both terms before they are rounded together.
 const FRACTION: u32 = 16;
@@ -135,17 +137,67 @@ impl Rule for Silu {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Gelu {
-    place: Reach,
-    whole: Ratio,
-    unit: Ratio,
+/// The last step of GELU: `line - bump`, rounded and saturated.
+struct Less<'a> {
+    x: &'a [i32],
+    bump: &'a [i32],
+    y: &'a mut [i32],
+    /// Fraction bits of the bumps.
+    fraction: i32,
+    /// The scale of the input over that of the output; none where they are the same.
+    whole: Option<Ratio>,
+    limits: (i32, i32),
 }
 
-impl Rule for Gelu {
+impl Loop for Less<'_> {
+    type Out = ();
     #[inline(always)]
-    fn value(self, _: usize, x: i32) -> i64 {
-        less(x, gelu_tail(x.unsigned_abs(), self.place), self.whole, self.unit)
+    fn run(self) {
+        let (lo, hi) = self.limits;
+        let values = self.y.iter_mut().zip(self.x.iter().zip(self.bump));
+        if let Some(whole) = self.whole {
+            // Bumps with the fraction bits of the line.
+            let (left, right) = sides(FRACTION as i32 - self.fraction);
+            for (o, (&x, &b)) in values {
+                let line = (i64::from(x.max(0)) * i64::from(whole.m)) >> whole.shift;
+                let y = (line - ((i64::from(b) << left) >> right) + (1 << (FRACTION - 1))) >> FRACTION;
+                *o = y.clamp(i64::from(lo), i64::from(hi)) as i32;
+            }
+            return;
+        }
+        // The line has no fraction: 32-bit lanes do.
+        let (left, right) = sides(-self.fraction);
+        let half = (1 << right) >> 1;
+        for (o, (&x, &b)) in values {
+            *o = (x.max(0) + ((half - (b << left)) >> right)).clamp(lo, hi);
+        }
+    }
+}
+
+/// A shift to the left as two, one of them 0.
+fn sides(left: i32) -> (u32, u32) {
+    (left.max(0) as u32, (-left).max(0) as u32)
+}
+
+/// GELU by [`Pieces`].
+#[derive(Clone)]
+struct Gelu {
+    pieces: Pieces,
+    whole: Option<Ratio>,
+}
+
+impl Gelu {
+    fn run(&self, isa: Isa, x: Ints, y: &mut IntsMut) {
+        let (mut wide, mut bump, mut done) = ([0i32; BLOCK], [0i32; BLOCK], [0i32; BLOCK]);
+        for start in (0..x.len()).step_by(BLOCK) {
+            let n = BLOCK.min(x.len() - start);
+            let x = x.slice(start..start + n).widen(&mut wide[..n]);
+            let (bump, done) = (&mut bump[..n], &mut done[..n]);
+            self.pieces.apply(isa, x, bump);
+            let (fraction, whole, limits) = (self.pieces.fraction, self.whole, y.limits());
+            at(isa, Less { x, bump, y: done, fraction, whole, limits });
+            y.put(start, done);
+        }
     }
 }
 
@@ -207,8 +259,12 @@ pub fn apply(exec: &Exec, function: Function, x: Ints, scale: f64, out_scale: f6
                     Ok(())
                 });
             }
-            let place = Reach::new(quotient(s, f64::from(GELU_END), 0), Q);
-            map(exec, x, y, Gelu { place, whole: whole()?, unit })
+            let gelu = Gelu { pieces: Pieces::new(s, out), whole: if s == out { None } else { Some(whole()?) } };
+            let part = exec.part(y.len(), 1);
+            exec.each(y.parts(part), |i, mut y| {
+                gelu.run(exec.isa, x.slice(i * part..i * part + y.len()), &mut y);
+                Ok(())
+            })
         }
     }
 }

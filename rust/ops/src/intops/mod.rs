@@ -6,6 +6,8 @@ pub mod compat;
 pub mod fixed;
 pub mod gelu;
 pub mod norm;
+#[allow(unsafe_code)]
+mod pieces;
 pub mod requant;
 pub mod scale;
 pub mod softmax;

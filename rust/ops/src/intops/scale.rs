@@ -243,3 +243,71 @@ impl Short {
         })
     }
 }
+
+/// `u Phi(-u)` in cubic pieces for [`super::pieces`], by additions, multiplications and divisions alone: the library's
+/// exponential differs between systems.
+pub(crate) struct Bump;
+
+impl Bump {
+    /// Where the function is below 1.5e-6 and counts as 0.
+    const END: f64 = 5.0;
+
+    /// Whether it has ended at a magnitude.
+    pub fn ends_before(scale: f64, magnitude: u32) -> bool {
+        f64::from(magnitude) * scale >= Self::END
+    }
+
+    /// Fraction bits of a result, so that no slope of a piece leaves 15 bits: they are below 0.175, and stand 8 bits lower.
+    pub fn fraction(out: f64) -> i32 {
+        (split(out * (32000.0 / 0.175)).1 + 8).min(30)
+    }
+
+    /// The density and the tail of the normal distribution, within 1e-10 up to 6.
+    fn normal(u: f64) -> (f64, f64) {
+        const PEAK: f64 = 0.398_942_280_401_432_7;
+        // Both are sums over the terms of e^(-u^2/2).
+        let (x, mut term, mut exp, mut integral) = (-u * u / 2.0, 1.0, 1.0, 1.0);
+        for n in 1..80 {
+            let n = f64::from(n);
+            term *= x / n;
+            exp += term;
+            integral += term / (2.0 * n + 1.0);
+        }
+        (PEAK * exp, 0.5 - PEAK * u * integral)
+    }
+
+    /// Constant to cubic coefficient, by powers of `t` in `[-1/2, 1/2)`, of the piece that begins at a code and is
+    /// `2^coarse` of them wide; in `2^-fraction` steps of the output, those of `t` in 2^8 of them.
+    pub fn piece(scale: f64, out: f64, first: u32, coarse: u32, fraction: i32) -> [i32; 4] {
+        let whole = 2f64.powi(fraction) / out;
+        let part = whole / 256.0;
+        if Self::ends_before(scale, first) {
+            return [0; 4];
+        }
+        if coarse == 0 {
+            let u = f64::from(first) * scale;
+            return [(u * Self::normal(u).1 * whole).round() as i32, 0, 0, 0];
+        }
+        let h = f64::from(1u32 << coarse) * scale;
+        let u = (f64::from(first) * scale) + h / 2.0;
+        let (density, tail) = Self::normal(u);
+        let s = u * u;
+        // Taylor's coefficients; those of degree 4 and 5 are spread over the lower ones as Chebyshev's polynomials have them.
+        let d = density * h * h;
+        let c4 = d * h * h * (s * s - 7.0 * s + 4.0) / 24.0;
+        let c5 = d * h * h * h * u * (11.0 * s - 18.0 - s * s) / 120.0;
+        let c = [
+            u * tail - c4 / 128.0,
+            h * (tail - u * density) - c5 * 5.0 / 256.0,
+            d * (s - 2.0) / 2.0 + c4 / 4.0,
+            d * h * u * (4.0 - s) / 6.0 + c5 * 5.0 / 16.0,
+        ];
+        let [c0, c1, c2, c3] = c;
+        [
+            (c0 * whole).round() as i32,
+            (c1 * part).round() as i32,
+            (c2 * part).round() as i32,
+            (c3 * part).round() as i32,
+        ]
+    }
+}
