@@ -409,6 +409,11 @@ def test_hamming_and_matadd(rng: np.random.Generator) -> None:
     q = nb.quantize(testing.values((6, 40), 1), "bipolar1")
     signs = q.codes().astype(int)
     np.testing.assert_array_equal(approx.hamming_matmul(q, q), signs @ signs.T)
+    none = np.zeros((2, 0), np.int8), np.zeros((3, 0), np.int8)
+    for product in (approx.hamming_matmul, approx.matadd):
+        np.testing.assert_array_equal(product(*none), np.zeros((2, 3)))
+    floats = approx.matadd(none[0].astype(np.float32), none[1])
+    np.testing.assert_array_equal(floats, np.zeros((2, 3)))
     with pytest.raises(ValueError, match="-1 and 1 alone"):
         approx.hamming_matmul([[0, 1]], [[1, 1]])
     with pytest.raises(ValueError, match="one scale per row"):

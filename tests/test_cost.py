@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def test_roofline() -> None:
         cost.roofline(1, 1, 1, "int8", compute="fp8", machine=MACHINE)
     with pytest.raises(ValueError, match="must not be negative"):
         cost.roofline(-1, 1, 1, "int8", machine=MACHINE)
+    for bad in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="seconds must be positive and finite"):
+            cost.roofline(1, 1, 1, "int8", machine=MACHINE, seconds=bad)
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="digits must be finite and not negative"):
+            cost.product(1, 1, 1, "w4a8_mixpe", digits=bad)
 
 
 def test_products() -> None:

@@ -207,6 +207,21 @@ def test_functions_are_near(name: str, isa: str, rng: np.random.Generator) -> No
         np.testing.assert_array_equal(y[far], np.maximum(x, 0)[far])
 
 
+def test_gelu_of_extreme_scales() -> None:
+    """Steps so coarse that only the line is left, so fine that the curve is never reached."""
+    ends = np.array([-(2**31), -1, 0, 1, 2**31 - 1], np.int32)
+    assert intops.gelu(ends, 1e300)[0].tolist() == [0, 0, 0, 1, 2**31 - 1]
+    assert intops.gelu(ends, 5e-324, out_scale=1)[0].tolist() == [0] * 5
+    assert intops.gelu(ends, 1.0, out_scale=1e300)[0].tolist() == [0] * 5
+    # A scale of 1: single codes are pieces of their own.
+    few = np.arange(-7, 8)
+    codes, scale = intops.gelu(few, 1.0, out_scale=2.0**-20)
+    assert np.abs(codes * scale - FUNCTIONS["gelu"][0](few.astype(float))).max() < 3e-6
+    for scale in (1e-320, 1e-300):
+        with pytest.raises(ValueError, match="too large for integers"):
+            intops.gelu(ends, scale)
+
+
 @pytest.mark.parametrize("isa", levels())
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_gelu_of_eight_bits(isa: str, dtype: type) -> None:
@@ -352,6 +367,19 @@ def test_layernorm_of_constant_rows_is_the_bias(compat: str | None) -> None:
     if compat is None:
         y, _ = intops.layernorm(np.full((1, 4), 3), 0.1, 0 * w, b, out_scale=0.25)
         assert y.tolist() == [[2, 1, -4, 0]]
+
+
+def test_rows_with_one_hot_value() -> None:
+    q = np.array([[0, 0, 0, 1000], [0, -1, 0, 0], [2**31 - 1, 0, 0, 0], [0, 0, 0, -(2**31)]])
+    x = q.astype(np.float64)
+    ones, out = np.ones(4, np.float32), 2.0**-20
+    centred, _ = intops.layernorm(q, 0.5, ones, out_scale=out, dtype=np.int32)
+    np.testing.assert_allclose(centred * out, exact_norm(x, ones, 0.0, 0.0, True), atol=6e-6)
+    plain, _ = intops.rmsnorm(q, 0.5, ones, out_scale=out, dtype=np.int32)
+    np.testing.assert_allclose(plain * out, exact_norm(x, ones, 0.0, 0.0, False), atol=6e-6)
+    codes, scales = intops.rmsnorm_quantize(q, 0.5, ones)
+    assert codes.tolist() == (127 * np.sign(q)).tolist()
+    np.testing.assert_allclose(scales * 127, np.full((4, 1), 2.0), rtol=1e-6)
 
 
 def test_norm_edges() -> None:
@@ -718,6 +746,10 @@ def test_bitlinear(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(sums, codes.astype(np.int64) @ w.codes().astype(np.int64).T)
     exact = exact_norm(q * 0.01, norm.astype(float), 0.0, 1e-6, False) @ w.dequantize().T
     error = np.abs(sums * scales - exact)
+    nothing = nb.quantize(np.zeros((3, 0), np.float32), "ternary")
+    empty, worth = intops.bitlinear(np.zeros((2, 0), np.int32), 1, [], nothing)
+    assert empty.tolist() == [[0] * 3] * 2
+    assert worth.shape == (2, 3)
     # Half a step for each activation at worst.
     assert (error <= rows / 2 * np.abs(w.dequantize()).sum(1) * 1.001).all()
 
@@ -745,6 +777,8 @@ def test_log2_softmax(rng: np.random.Generator) -> None:
         intops.log2_softmax(q, 0.01, top=0.0)
     with pytest.raises(ValueError, match=r"codes lie in \[0, 16\]"):
         intops.log2_matmul([[17]], [[1]], 1.0)
+    with pytest.raises(ValueError, match="scale must be positive and finite, got nan"):
+        intops.log2_matmul([[1]], [[1]], math.nan)
     with pytest.raises(ValueError, match="unknown base"):
         intops.log2_softmax(q, 0.01, base="e")
 
@@ -769,6 +803,8 @@ def test_folded_scales_change_nothing(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(folded / scale + zero, y / s + z, rtol=1e-6, atol=1e-6)
     s[3] = 0
     assert np.isfinite(intops.fold_channel_scales(g, b, w, c, s)[2]).all()
+    with pytest.raises(ValueError, match="norm and linear must be finite"):
+        intops.fold_channel_scales(g, b, w * math.nan, c, s)
     with pytest.raises(ValueError, match="one of them positive"):
         intops.fold_channel_scales(g, b, w, c, 0 * s)
     with pytest.raises(ValueError, match="do not fit"):

@@ -475,6 +475,12 @@ def lmul_matmul(
     return out.reshape(*lead, n)
 
 
+def _unit(element: str, codes: NDArray[Any]) -> QTensor:
+    """Return codes with scale 1, and no scale where rows are empty."""
+    rows, cols = codes.shape
+    return QTensor.from_parts(element, codes, np.ones((rows, min(cols, 1)), np.float32))
+
+
 def _signs(x: ArrayLike | QTensor, name: str) -> QTensor:
     """Return a matrix of +-1 as one bit per value with scale 1."""
     if isinstance(x, QTensor):
@@ -488,7 +494,7 @@ def _signs(x: ArrayLike | QTensor, name: str) -> QTensor:
         codes = np.where(codes, np.int8(1), np.int8(-1))
     elif not np.isin(codes, (-1, 1)).all():
         raise ValueError(f"{name} must hold -1 and 1 alone")
-    return QTensor.from_parts("bipolar1", codes.astype(np.int8), np.ones(len(codes), np.float32))
+    return _unit("bipolar1", codes.astype(np.int8))
 
 
 def hamming_matmul(
@@ -555,14 +561,12 @@ def matadd(
     x = _import(a)
     if x.dtype == np.int8:
         matrix, lead = _rows(x)
-        codes = QTensor.from_parts("int8", matrix, np.ones(len(matrix), np.float32))
-        y: NDArray[Any] = matmul(codes, right.T, dtype=np.int32, threads=threads)
+        y: NDArray[Any] = matmul(_unit("int8", matrix), right.T, dtype=np.int32, threads=threads)
         return y.reshape(*lead, y.shape[-1])
     if x.dtype.kind in "iub":
         raise TypeError(f"a must be int8 or floats, got {x.dtype}")
     # Scales of 1 leave the products exact: +-a.
-    ones = np.ones(len(right), np.float32)
-    plain = QTensor.from_parts("bipolar1", right.codes(), ones) if isinstance(b, QTensor) else right
+    plain = _unit("bipolar1", right.codes()) if isinstance(b, QTensor) else right
     product: NDArray[Any] = matmul(x, plain.T, threads=threads)
     return product
 

@@ -322,6 +322,8 @@ def product(
     16777216.0
     """
     s = _scheme(scheme)
+    if digits is not None and not (math.isfinite(digits) and digits >= 0):
+        raise ValueError(f"digits must be finite and not negative, got {digits}")
     rows, outs, deep = _extent("m", m), _extent("n", n), _extent("k", k)
     name = s.format if format is None else Format(format)
     f = None if name is None else Format(name)
@@ -584,6 +586,8 @@ def roofline(
     >>> r.bound, round(1e6 * r.floor_seconds, 2)
     ('memory', 4.32)
     """
+    if seconds is not None and not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"seconds must be positive and finite, got {seconds}")
     where = measure() if machine is None else machine
     if compute not in where.peaks:
         raise ValueError(f"no peak for compute={compute!r}: expected {', '.join(where.peaks)}")

@@ -908,7 +908,9 @@ def bitlinear(
     """
     codes, rows = rmsnorm_quantize(q, scale, norm, eps=eps, threads=threads)
     sums = matmul(codes, weight.T, threads=threads)
-    return sums, rows * weight.scales[:, 0].astype(np.float64)
+    # Empty rows have no scale, and their sums are 0.
+    steps = weight.scales[:, 0] if weight.shape[1] else np.ones(len(weight), np.float32)
+    return sums, rows * steps.astype(np.float64)
 
 
 _BASES = {"2": 1, "sqrt2": 2}
@@ -1002,6 +1004,8 @@ def log2_matmul(
     scale : float
     """
     steps, count = _base(base, bits)
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
     c, values = _codes(codes, "codes"), _codes(v, "v").astype(np.int64)
     if c.size and not (c.min() >= 0 and c.max() <= count):
         raise ValueError(f"codes lie in [0, {count}], got [{c.min()}, {c.max()}]")
@@ -1063,6 +1067,8 @@ def fold_channel_scales(
         raise ValueError(
             f"norm {g.shape}, {b.shape}, linear {w.shape}, {c.shape}, scales {s.shape} do not fit"
         )
+    if not all(np.isfinite(v).all() for v in (g, b, w, c)):
+        raise ValueError("norm and linear must be finite")
     if not (np.isfinite(s).all() and (s >= 0).all() and np.isfinite(z).all()) or not (s > 0).any():
         raise ValueError("scales must be finite and not negative, one of them positive")
     s = np.where(s > 0, s, s[s > 0].min())
