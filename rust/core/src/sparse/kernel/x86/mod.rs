@@ -180,11 +180,12 @@ unsafe fn add_columns_vnni(w: *const u8, stride: usize, whole: usize, list: &[(u
                         to.add(3).read_unaligned(),
                     ];
                     for h in 0..2 {
-                        let v = |j: usize| from[4 * h + j].add(n).cast::<__m512i>().read_unaligned();
+                        let p = &from[4 * h..4 * h + 4];
                         for p in &next[4 * h..4 * h + 4] {
                             _mm_prefetch::<_MM_HINT_T0>(p.wrapping_add(n).cast());
                         }
-                        let (a, b, c, e) = (v(0), v(1), v(2), v(3));
+                        let (a, b) = (_mm512_loadu_si512(p[0].add(n).cast()), _mm512_loadu_si512(p[1].add(n).cast()));
+                        let (c, e) = (_mm512_loadu_si512(p[2].add(n).cast()), _mm512_loadu_si512(p[3].add(n).cast()));
                         let (ab0, ab1) = (_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b));
                         let (ce0, ce1) = (_mm512_unpacklo_epi8(c, e), _mm512_unpackhi_epi8(c, e));
                         s[0] = _mm512_dpbusd_epi32(s[0], _mm512_unpacklo_epi16(ab0, ce0), d[h]);
