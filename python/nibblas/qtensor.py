@@ -30,6 +30,7 @@ _PART_DTYPE: dict[str, type] = {
     "bf16": np.uint16,
     "f32": np.float32,
 }
+_ORDER = _core.part_names()
 # The arrays that have parameters of their own in from_parts.
 _OWN = ("codes", "scales", "zeros")
 _FLOAT32 = np.dtype(np.float32)
@@ -183,7 +184,8 @@ class _Storage:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of the portable layout by name, in the order of the format."""
-        return {name: self._present(name) for name in (*self._dropped, *self._arrays)}
+        names = self._dropped.keys() | self._arrays.keys()
+        return {name: self._present(name) for name in _ORDER if name in names}
 
     def turned(self) -> _Storage:
         """Return the transposed matrix, of a format whose groups all have one scale."""
@@ -209,11 +211,9 @@ class _Storage:
         return self.format, self.rows, self.cols, self.arrays()
 
     def drop(self) -> None:
-        """Let go of the portable arrays that the panels can restore; not those of kept entries."""
+        """Let go of the portable arrays that the panels can restore."""
         assert self.packed is not None
-        if self.format.structure is not None or self.format.is_plain:
-            return
-        for name in ("codes", "scales", "zeros"):
+        for name in ("codes", "scales", "zeros", "mask"):
             a = self._arrays.pop(name, None)
             if a is not None:
                 self._dropped[name] = a.shape, a.dtype

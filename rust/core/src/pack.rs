@@ -357,12 +357,12 @@ impl Packed {
         if let Some(q) = &self.portable {
             return copy("codes", &q.codes, out);
         }
+        if self.sparse.is_some() || self.floats.is_some() {
+            return self.restore_kept(out, threads);
+        }
         let (k, kp) = (self.geometry.k, self.geometry.kp);
         let row_bytes = (k * self.bits).div_ceil(8);
         fits("codes", out.len(), self.n * row_bytes)?;
-        if self.sparse.is_some() || self.floats.is_some() {
-            return Err(Error::Unsupported(format!("panels of {} give no portable codes back", self.format)));
-        }
         let out = Shared(out.as_mut_ptr());
         let (panel_bytes, block_bytes) = (self.panel_bytes(), self.block_bytes());
         pool::try_run(threads, self.panels(), None, |p| {

@@ -35,7 +35,7 @@ impl Packed {
         self.inner.nbytes()
     }
 
-    /// Restores the portable codes, scales or zero points into an array of their shape and type.
+    /// Restores the portable codes, scales, zero points or mask into an array of their shape and type.
     #[pyo3(signature = (part, out, threads, /))]
     fn restore(&self, py: Python<'_>, part: &str, out: &Bound<'_, PyAny>, threads: usize) -> PyResult<()> {
         let mut out = Nd::new(out)?;
@@ -45,6 +45,7 @@ impl Packed {
                 let out = out.u8s_mut()?;
                 py.detach(|| w.restore_codes(out, threads))
             }
+            ("mask", _) => w.restore_mask(out.u8s_mut()?),
             ("scales", ScaleType::F32) => w.restore_scales(ScalesMut::F32(out.f32s_mut()?)),
             ("scales", ScaleType::F16) => w.restore_scales(ScalesMut::F16(out.bits16_mut()?)),
             ("scales", ScaleType::BF16) => w.restore_scales(ScalesMut::BF16(out.bits16_mut()?)),

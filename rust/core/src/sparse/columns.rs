@@ -361,6 +361,9 @@ struct Now {
     bad: Vec<u8>,
 }
 
+/// 1.5 * 2^23: the float32 from which on neighbours are 1 apart.
+const ROUND: f32 = 12_582_912.0;
+
 /// Quantises as an integer product does: dynamic scales, or a fixed one.
 fn quantised(x: &MatRef, scale: Option<f32>, isa: Isa, threads: usize) -> Result<Now> {
     let (m, k) = (x.rows, x.cols);
@@ -372,7 +375,8 @@ fn quantised(x: &MatRef, scale: Option<f32>, isa: Isa, threads: usize) -> Result
             now.bad[i] = u8::from(row.iter().any(|v| !v.is_finite()));
             now.scale[i] = s;
             for (c, v) in now.codes[i * k..][..k].iter_mut().zip(&row) {
-                *c = (v / s).round_ties_even().clamp(-127.0, 127.0) as i8;
+                // Rounds to even as the addition does, and leaves the integer in the lowest byte.
+                *c = ((v / s).clamp(-127.0, 127.0) + ROUND).to_bits() as i8;
             }
         }
         return Ok(now);

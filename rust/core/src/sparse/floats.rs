@@ -118,6 +118,46 @@ impl FloatPanels {
         self.data[self.offsets[panel * self.blocks + block]..].as_ptr()
     }
 
+    /// The type of the numbers.
+    pub(crate) fn kind(&self) -> ScaleType {
+        self.kind
+    }
+
+    /// Whether no number is dropped.
+    pub(crate) fn keeps_all(&self) -> bool {
+        self.all
+    }
+
+    /// The kept places of a panel's rows; see [`super::Panels::words`].
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        if let Some(lists) = &self.lists {
+            return lists.words(panel, words);
+        }
+        for b in 0..self.blocks {
+            let masks = &self.data[self.offsets[panel * self.blocks + b]..][..MASKS];
+            for (k, mask) in masks.as_chunks::<2>().0.iter().enumerate() {
+                let mask = u16::from_le_bytes(*mask);
+                (0..PANEL).for_each(|n| words[n * self.blocks + b] |= u64::from(mask >> n & 1) << k);
+            }
+        }
+    }
+
+    /// Writes a panel as f32 `[k][16]`, dropped numbers as 0.
+    ///
+    /// # Panics
+    /// If `out` has not room for every place of K.
+    pub(crate) fn window(&self, panel: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.blocks * BLOCK * PANEL);
+        if let Some(lists) = &self.lists {
+            return lists.window(panel, 0, out);
+        }
+        let f = kernel::table(crate::isa::active()).floats[self.index()][usize::from(self.all)];
+        if self.blocks > 0 {
+            // SAFETY: whole blocks of an existing panel, and room for each.
+            unsafe { f(self.at(panel, 0), out.as_mut_ptr(), self.blocks) };
+        }
+    }
+
     /// Index of the kernels' arrays.
     fn index(&self) -> usize {
         match self.kind {

@@ -83,6 +83,17 @@ impl Lists {
         Ok(Self { kind, numbers, index, starts, kept })
     }
 
+    /// The kept places of a panel's rows; see [`super::Panels::words`].
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        let blocks = words.len() / PANEL;
+        for i in 0..PANEL {
+            for slot in 0..self.kept[panel * PANEL + i] as usize {
+                let k = usize::from(self.index[(self.starts[panel] + slot) * PANEL + i]);
+                words[i * blocks + k / 64] |= 1 << (k % 64);
+            }
+        }
+    }
+
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
         self.numbers.len() + 2 * self.index.len() + 4 * self.kept.len() + self.starts.len() * size_of::<usize>()

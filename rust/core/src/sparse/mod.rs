@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod lists;
 pub mod mask;
 pub mod panels;
+mod restore;
 pub mod rows;
 pub mod tiles;
 
@@ -125,6 +126,15 @@ impl Panels {
             Self::Bits(p) => p.nbytes(),
             Self::Tiles(p) => p.nbytes(),
             Self::Rows(p) => p.nbytes(),
+        }
+    }
+
+    /// Sets the bits of the kept places of a panel's rows, `[row][kp/64]`; places past K may be set too.
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        match self {
+            Self::Bits(p) => p.words(panel, words),
+            Self::Tiles(p) => p.words(panel, words),
+            Self::Rows(p) => p.words(panel, words),
         }
     }
 

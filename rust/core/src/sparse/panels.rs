@@ -161,6 +161,19 @@ impl BitPanels {
         self.data[self.offsets[panel * self.blocks + block]..].as_ptr()
     }
 
+    /// The kept places of a panel's rows; see [`super::Panels::words`].
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        for b in 0..self.blocks {
+            let masks = &self.data[self.offsets[panel * self.blocks + b]..][..MASKS];
+            for (r, mask) in masks.as_chunks::<8>().0.iter().enumerate() {
+                let mask = u64::from_le_bytes(*mask);
+                for n in 0..PANEL {
+                    words[n * self.blocks + b] |= (mask >> (4 * n) & 15) << (4 * r);
+                }
+            }
+        }
+    }
+
     /// Index of the kernels' arrays for the width of these codes.
     pub fn kind(&self) -> usize {
         usize::from(self.width == 8)

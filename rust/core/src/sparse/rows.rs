@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! slot   16 rows side by side, of each its next kept group (rows with fewer end in groups of zeros)
-//!   codes   [row][16 bytes]    byte i: value i of the group in the low half, value 16 + i in the high half
-//!   index   [row]              which group of 32 along K
+//!   codes   4 x 64 bytes       two rows of 32 values in the low halves of 64 bytes, two in the high halves: see `byte_of`
+//!   index   [row]              which group of 32 along K, times 8
 //!   scale   [row]              where groups of 32 have a scale each
 //! ```
 //!
@@ -24,15 +24,27 @@ use crate::sparse::kernel::x86::bsr;
 
 /// Values of a group.
 pub const RUN: usize = 32;
+/// Bytes of a slot's codes.
+const SLOT: usize = PANEL * RUN / 2;
+/// Bytes that a group of activations takes in a kernel's table.
+pub const ENTRY: usize = 2 * RUN;
+/// What group numbers are stored times, so that an address needs no shift: 8 is the largest factor of an address.
+pub const PLACE: usize = 8;
+
+/// Where row `i` of a slot begins, and the shift of its codes within their bytes. Sums of rows come out of a kernel in
+/// order: rows `r` and `r + 4` share a register, `r` and `r + 1` bytes.
+fn byte_of(i: usize) -> (usize, usize) {
+    (i / 8 * 128 + i % 4 / 2 * 64 + i / 4 % 2 * RUN, i % 2 * 4)
+}
 
 /// The kept groups of a weight.
 #[derive(Debug)]
 pub struct RowPanels {
     /// The code of 0.
     zero: u8,
-    /// `[slot][16][16]` bytes.
+    /// `[slot][256]` bytes.
     codes: Buf<u8>,
-    /// `[slot][16]`.
+    /// `[slot][16]`, times [`PLACE`].
     index: Buf<u16>,
     /// `[slot][16]`, empty where rows have one scale.
     scales: Buf<u16>,
@@ -66,7 +78,7 @@ impl RowPanels {
             && e.bits == 4
             && e.zero == crate::format::ZeroKind::None
             && g.is_plain()
-            && u16::try_from(g.kp / RUN).is_ok()
+            && u16::try_from(g.kp / RUN * PLACE).is_ok()
             && (!grouped || (g.group == RUN && q.format.scale == crate::format::ScaleType::F16))
     }
 
@@ -88,7 +100,7 @@ impl RowPanels {
         }
         let slots = starts[panels];
         let size = |each: usize| slots.checked_mul(PANEL * each).ok_or(Error::OutOfMemory(usize::MAX));
-        let mut codes = Buf::<u8>::zeroed(size(RUN / 2)?)?;
+        let mut codes = Buf::<u8>::zeroed(size(SLOT / PANEL)?)?;
         let mut index = Buf::<u16>::zeroed(size(1)?)?;
         let own = match scales {
             PanelScales::F16(s) if g.groups > 1 => Some(s),
@@ -106,14 +118,15 @@ impl RowPanels {
                 row.fill(zero);
                 q.unpack_row(n, 0, &mut row[..q.cols]);
                 for (slot, j) in (0..runs).filter(|&j| mask.unit(n, j)).enumerate() {
-                    let at = (starts_ref[p] + slot) * PANEL + i;
-                    let run = &row[j * RUN..][..RUN];
+                    let slot = starts_ref[p] + slot;
+                    let (at, (byte, shift)) = (slot * PANEL + i, byte_of(i));
                     // SAFETY: the slots of panel p belong to this task.
                     unsafe {
-                        for t in 0..RUN / 2 {
-                            *to.0.get().add(at * (RUN / 2) + t) = run[t] | run[t + RUN / 2] << 4;
+                        for (t, &u) in row[j * RUN..][..RUN].iter().enumerate() {
+                            let code = to.0.get().add(slot * SLOT + byte + t);
+                            *code = *code & !(15 << shift) | u << shift;
                         }
-                        *to.1.get().add(at) = j as u16;
+                        *to.1.get().add(at) = (j * PLACE) as u16;
                         if let Some(s) = own {
                             *to.2.get().add(at) = s[(p * g.groups + j) * PANEL + i];
                         }
@@ -129,7 +142,7 @@ impl RowPanels {
     pub fn slots(&self, panel: usize) -> Slots {
         let (from, to) = (self.starts[panel], self.starts[panel + 1]);
         Slots {
-            codes: self.codes.as_ptr().wrapping_add(from * PANEL * RUN / 2),
+            codes: self.codes.as_ptr().wrapping_add(from * SLOT),
             index: self.index.as_ptr().wrapping_add(from * PANEL),
             scales: if self.scales.is_empty() {
                 std::ptr::null()
@@ -137,6 +150,17 @@ impl RowPanels {
                 self.scales.as_ptr().wrapping_add(from * PANEL)
             },
             count: to - from,
+        }
+    }
+
+    /// The kept places of a panel's rows; see [`super::Panels::words`].
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        let blocks = words.len() / PANEL;
+        for i in 0..PANEL {
+            for slot in 0..self.kept[panel * PANEL + i] as usize {
+                let j = usize::from(self.index[(self.starts[panel] + slot) * PANEL + i]) / PLACE;
+                words[i * blocks + j / 2] |= 0xffff_ffff << (RUN * (j % 2));
+            }
         }
     }
 
@@ -150,6 +174,16 @@ impl RowPanels {
     #[cfg(target_arch = "x86_64")]
     fn serves_job(job: &IntJob) -> bool {
         job.b.path != Path::Tiles && job.b.mr == 1 && job.t.isa >= Isa::Avx512Vnni && job.segs.act.is_empty()
+    }
+
+    /// A row of activations as the kernels take it.
+    #[cfg(target_arch = "x86_64")]
+    fn entries(&self, job: &IntJob, m: usize, table: &mut [u8]) -> *const u8 {
+        let groups = job.w.geometry.kp / RUN;
+        assert!(table.len() >= groups * ENTRY);
+        // SAFETY: the row has codes for every place of K, the table an entry for every group; `serves_job` saw the level.
+        unsafe { bsr::entries(job.act.rows(m, 0).codes, groups, self.zero, table.as_mut_ptr()) };
+        table.as_ptr()
     }
 
     /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
@@ -170,6 +204,7 @@ impl RowPanels {
         if !Self::serves_job(job) || !whole || !self.scales.is_empty() {
             return false;
         }
+        let Ok(mut table) = Taken::<u8>::new(job.w.geometry.kp / RUN * ENTRY) else { return false };
         for m in 0..rows {
             let row = &mut c[m * ldc..][..np * PANEL];
             // What the caller takes off for the zero of all codes.
@@ -177,10 +212,10 @@ impl RowPanels {
             for v in row.iter_mut() {
                 *v = v.wrapping_add(share);
             }
-            let x = job.act.rows(m0 + m, 0).codes;
+            let x = self.entries(job, m0 + m, &mut table);
             for (p, sums) in row.chunks_exact_mut(PANEL).enumerate() {
-                // SAFETY: whole slots, activations of every group, and the instructions of the level.
-                unsafe { bsr::raw(&self.slots(p0 + p), x, self.zero, sums.as_mut_ptr()) };
+                // SAFETY: whole slots, entries of every group, and the instructions of the level.
+                unsafe { bsr::raw(&self.slots(p0 + p), x, sums.as_mut_ptr()) };
             }
         }
         true
@@ -201,11 +236,12 @@ impl RowPanels {
         if !Self::serves_job(job) || self.scales.is_empty() {
             return false;
         }
+        let Ok(mut table) = Taken::<u8>::new(job.w.geometry.kp / RUN * ENTRY) else { return false };
         for m in 0..rows {
-            let x = job.act.rows(m0 + m, 0).codes;
+            let x = self.entries(job, m0 + m, &mut table);
             for (p, sums) in c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
                 // SAFETY: as above; there is a scale for each group of a slot.
-                unsafe { bsr::grouped(&self.slots(p0 + p), x, self.zero, sums.as_mut_ptr()) };
+                unsafe { bsr::grouped(&self.slots(p0 + p), x, sums.as_mut_ptr()) };
             }
         }
         true
@@ -248,23 +284,23 @@ impl RowPanels {
             let (mut slot, mut end) = (0, kept);
             while slot < end {
                 let middle = usize::midpoint(slot, end);
-                if usize::from(self.index[at(middle)]) < first {
+                if usize::from(self.index[at(middle)]) / PLACE < first {
                     slot = middle + 1;
                 } else {
                     end = middle;
                 }
             }
             for slot in slot..kept {
-                let j = usize::from(self.index[at(slot)]);
+                let j = usize::from(self.index[at(slot)]) / PLACE;
                 if j >= last {
                     break;
                 }
-                let codes = &self.codes[at(slot) * (RUN / 2)..][..RUN / 2];
+                let (byte, shift) = byte_of(i);
+                let codes = &self.codes[(self.starts[panel] + slot) * SLOT + byte..][..RUN];
                 // Byte 4*row + k % 4 of register k / 4.
                 let to = &mut out[(j - first) * RUN / 4 * 64..][..RUN / 4 * 64];
                 for (t, &u) in codes.iter().enumerate() {
-                    to[t / 4 * 64 + 4 * i + t % 4] = map(u & 15);
-                    to[(t / 4 + 4) * 64 + 4 * i + t % 4] = map(u >> 4);
+                    to[t / 4 * 64 + 4 * i + t % 4] = map(u >> shift & 15);
                 }
             }
         }

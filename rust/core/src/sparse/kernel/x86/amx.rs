@@ -1,6 +1,6 @@
-//! Kept tiles on AMX: one panel by up to 64 rows of activations, the dropped tiles left out.
+//! Kept tiles on AMX: one panel by up to 32 rows of activations, the dropped tiles left out.
 //!
-//! A kept tile of 16 x 64 is loaded once and multiplied with up to four tiles of activations; a list says where along K
+//! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K
 //! those are. Values are signed bytes, so a tile that is left out takes nothing with it.
 use std::arch::asm;
 
@@ -50,7 +50,7 @@ macro_rules! run {
     };
 }
 
-/// Multiplies the kept tiles with `blocks` (1 to 4) blocks of 16 rows of activations: `c += sums`.
+/// Multiplies the kept tiles with `blocks` (1 or 2) blocks of 16 rows of activations: `c += sums`.
 ///
 /// # Safety
 /// The pointers in `k` hold what [`Kept`] says, for every block of the list and `16 * blocks` rows; tiles are configured for
@@ -68,7 +68,7 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize) {
                 ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
                 ["tilestored [{t} + {l}], tmm0 /* {d} */"]
             ),
-            2 => run!(
+            _ => run!(
                 k,
                 ["tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]"],
                 [
@@ -79,49 +79,6 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize) {
                     "tdpbssd tmm1, tmm5, tmm7"
                 ],
                 ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
-            ),
-            3 => run!(
-                k,
-                ["tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]", "tileloadd tmm2, [{t} + {l}]"],
-                [
-                    "tileloadd tmm4, [{t} + {s}]",
-                    "tdpbssd tmm0, tmm4, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm5, [{t} + {s}]",
-                    "tdpbssd tmm1, tmm5, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm6, [{t} + {s}]",
-                    "tdpbssd tmm2, tmm6, tmm7"
-                ],
-                ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1", "tilestored [{t} + {l}], tmm2"]
-            ),
-            _ => run!(
-                k,
-                [
-                    "tileloadd tmm0, [{t} + {l}]",
-                    "tileloadd tmm1, [{t} + {l}]",
-                    "tileloadd tmm2, [{t} + {l}]",
-                    "tileloadd tmm3, [{t} + {l}]"
-                ],
-                [
-                    "tileloadd tmm4, [{t} + {s}]",
-                    "tdpbssd tmm0, tmm4, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm5, [{t} + {s}]",
-                    "tdpbssd tmm1, tmm5, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm6, [{t} + {s}]",
-                    "tdpbssd tmm2, tmm6, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm4, [{t} + {s}]",
-                    "tdpbssd tmm3, tmm4, tmm7"
-                ],
-                [
-                    "tilestored [{t} + {l}], tmm0",
-                    "tilestored [{t} + {l}], tmm1",
-                    "tilestored [{t} + {l}], tmm2",
-                    "tilestored [{t} + {l}], tmm3"
-                ]
             ),
         }
     }

@@ -1,79 +1,100 @@
 //! Kept groups of 32 values of four bits, for one row of activations (AVX-512 VNNI).
 //!
-//! A register holds the codes of four rows' groups, 16 bytes each: the low halves are values 0 to 15 of each group, the
-//! high halves 16 to 31. Activations are fetched 16 at a time for each row by itself, since each row keeps other groups;
-//! the four sums of 32 bits that a group has are added up for 16 rows at once. Codes are unsigned: the share of their
-//! zero is that of a product of the activations with the zero code.
-use crate::sparse::rows::Slots;
+//! Each row keeps other groups, so activations are fetched 32 at a time for each row by itself, from a table whose entries
+//! hold the 32 of a group and what its sums begin with: codes are unsigned, and the share of their zero goes off first.
+//! A register holds two rows; the eight sums of 32 bits that a row has are added up for 16 rows at once.
+use crate::sparse::rows::{Slots, ENTRY, PLACE};
 use std::arch::x86_64::*;
 
 // No closures here: they would be compiled without the features.
 
-/// Four runs of 16 bytes.
+/// What a slot needs of one row of activations, [`ENTRY`] bytes for each group of 32: its codes, then eight sums of four of
+/// them each, times the negative zero.
+///
+/// # Safety
+/// `x` has `groups` groups, `table` room for as many entries; the CPU has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-#[inline]
-unsafe fn gather(p: &[*const u8; 4], at: usize) -> __m512i {
-    // SAFETY: the caller's 16 bytes each.
+pub(crate) unsafe fn entries(x: *const i8, groups: usize, zero: u8, table: *mut u8) {
+    // SAFETY: as the contract says.
     unsafe {
-        let (a, b) = (_mm_loadu_si128(p[0].add(at).cast()), _mm_loadu_si128(p[1].add(at).cast()));
-        let (c, d) = (_mm_loadu_si128(p[2].add(at).cast()), _mm_loadu_si128(p[3].add(at).cast()));
-        let low = _mm256_inserti128_si256::<1>(_mm256_castsi128_si256(a), b);
-        let all = _mm512_inserti32x4::<2>(_mm512_castsi256_si512(low), c);
-        _mm512_inserti32x4::<3>(all, d)
+        let (none, zero) = (_mm256_setzero_si256(), _mm256_set1_epi8(zero as i8));
+        for j in 0..groups {
+            let codes = _mm256_loadu_si256(x.add(32 * j).cast());
+            let share = _mm256_dpbusd_epi32(none, zero, codes);
+            let to = table.add(ENTRY * j).cast::<__m256i>();
+            _mm256_storeu_si256(to, codes);
+            _mm256_storeu_si256(to.add(1), _mm256_sub_epi32(none, share));
+        }
     }
+}
+
+/// Half an entry of two rows.
+macro_rules! two {
+    ($a:expr, $b:expr, $half:literal) => {{
+        let a = _mm512_castsi256_si512(_mm256_loadu_si256($a.add($half).cast()));
+        _mm512_inserti64x4::<1>(a, _mm256_loadu_si256($b.add($half).cast()))
+    }};
 }
 
 /// Lanes of `a` and `b` in turns, the lower two of each 16 bytes plus the upper two.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-#[inline]
-fn pair(a: __m512i, b: __m512i) -> __m512i {
-    _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b))
+macro_rules! pair {
+    ($a:expr, $b:expr) => {
+        _mm512_add_epi32(_mm512_unpacklo_epi32($a, $b), _mm512_unpackhi_epi32($a, $b))
+    };
 }
 
-/// The sums of 16 rows' groups of a slot, each less its zero's share: lane `i` is row `i`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-#[inline]
-unsafe fn slot(codes: *const u8, index: *const u16, x: *const u8, zero: __m512i) -> __m512i {
-    // SAFETY: the caller's slot, and activations of every group.
-    unsafe {
-        let low = _mm512_set1_epi8(15);
-        let mut parts = [_mm512_setzero_si512(); 4];
-        for q in 0..4 {
-            let i = index.add(4 * q);
-            let at = [
-                x.add(usize::from(*i) * 32),
-                x.add(usize::from(*i.add(1)) * 32),
-                x.add(usize::from(*i.add(2)) * 32),
-                x.add(usize::from(*i.add(3)) * 32),
-            ];
-            let (x0, x1) = (gather(&at, 0), gather(&at, 16));
-            let u = _mm512_loadu_si512(codes.add(64 * q).cast());
-            let u0 = _mm512_and_si512(u, low);
-            let u1 = _mm512_and_si512(_mm512_srli_epi16::<4>(u), low);
-            let sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), u0, x0), u1, x1);
-            let less = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), zero, x0), zero, x1);
-            parts[q] = _mm512_sub_epi32(sum, less);
-        }
-        // parts[q] holds rows 4q..4q+4, four sums each: a transposition of 4 x 4 within each 16 bytes adds them up, and
-        // leaves row 4q + i in place 4i + q.
-        let (ab, cd) = (pair(parts[0], parts[1]), pair(parts[2], parts[3]));
-        let mixed = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
-        let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        _mm512_permutexvar_epi32(order, mixed)
-    }
+/// Pairs of `ab` and `cd` in turns, the lower one of each 16 bytes plus the upper one.
+macro_rules! four {
+    ($ab:expr, $cd:expr) => {{
+        let (ab, cd) = ($ab, $cd);
+        _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd))
+    }};
+}
+
+/// The sums of rows `r` and `r + 4` of a slot, and of `r + 1` and `r + 5`, whose codes share bytes.
+macro_rules! rows {
+    ($codes:expr, $index:expr, $table:expr, $low:expr, $r:literal) => {{
+        // Volatile, lest they be fetched as a vector and taken apart, which costs twice what it saves.
+        let at = [
+            $table.add(usize::from($index.add($r).read_volatile()) * (ENTRY / PLACE)),
+            $table.add(usize::from($index.add($r + 4).read_volatile()) * (ENTRY / PLACE)),
+            $table.add(usize::from($index.add($r + 1).read_volatile()) * (ENTRY / PLACE)),
+            $table.add(usize::from($index.add($r + 5).read_volatile()) * (ENTRY / PLACE)),
+        ];
+        let u = _mm512_loadu_si512($codes.cast());
+        let (u0, u1) = (_mm512_and_si512(u, $low), _mm512_and_si512(_mm512_srli_epi16::<4>(u), $low));
+        (
+            _mm512_dpbusd_epi32(two!(at[0], at[1], 32), u0, two!(at[0], at[1], 0)),
+            _mm512_dpbusd_epi32(two!(at[2], at[3], 32), u1, two!(at[2], at[3], 0)),
+        )
+    }};
+}
+
+/// The sums of 16 rows' groups of a slot: lane `i` is row `i`.
+macro_rules! slot {
+    ($codes:expr, $index:expr, $table:expr, $low:expr) => {{
+        let (codes, index) = ($codes, $index);
+        let (a, b) = rows!(codes, index, $table, $low, 0);
+        let (c, d) = rows!(codes.add(64), index, $table, $low, 2);
+        let first = four!(pair!(a, b), pair!(c, d));
+        let (a, b) = rows!(codes.add(128), index, $table, $low, 8);
+        let (c, d) = rows!(codes.add(192), index, $table, $low, 10);
+        let second = four!(pair!(a, b), pair!(c, d));
+        // 16 bytes of sums of four rows, twice for rows 0 to 3, then twice for rows 4 to 7.
+        let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(first, second), _mm512_shuffle_i32x4::<0xdd>(first, second));
+        _mm512_add_epi32(even, odd)
+    }};
 }
 
 /// Asks for the memory of a later slot: what the hardware fetches by itself comes too late.
-#[inline(always)]
-unsafe fn fetch(s: &Slots, i: usize) {
-    // SAFETY: a prefetch may name any address.
-    unsafe {
+macro_rules! fetch {
+    ($s:expr, $i:expr) => {
         for line in (0..256).step_by(64) {
-            _mm_prefetch::<_MM_HINT_T0>(s.codes.wrapping_add(256 * i + AHEAD + line).cast());
+            _mm_prefetch::<_MM_HINT_T0>($s.codes.wrapping_add(256 * $i + AHEAD + line).cast());
         }
-        _mm_prefetch::<_MM_HINT_T0>(s.index.wrapping_add(16 * i + AHEAD / 16).cast());
-        _mm_prefetch::<_MM_HINT_T0>(s.scales.wrapping_add(16 * i + AHEAD / 16).cast());
-    }
+        _mm_prefetch::<_MM_HINT_T0>($s.index.wrapping_add(16 * $i + AHEAD / 16).cast());
+        _mm_prefetch::<_MM_HINT_T0>($s.scales.wrapping_add(16 * $i + AHEAD / 16).cast());
+    };
 }
 
 /// How far ahead of the codes in use memory is asked for.
@@ -82,17 +103,16 @@ const AHEAD: usize = 8192;
 /// Groups with a scale each: `c = fma(f32(sum), scale, c)` for the kept groups of each row in order.
 ///
 /// # Safety
-/// `s` describes whole slots, `x` has the activations of every group, `c` 16 floats; the CPU has AVX-512 with VNNI.
+/// `s` describes whole slots, `table` has the entries of every group, `c` 16 floats; the CPU has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(crate) unsafe fn grouped(s: &Slots, x: *const i8, zero: u8, c: *mut f32) {
+pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
     // SAFETY: as the contract says.
     unsafe {
-        let zero = _mm512_set1_epi8(zero as i8);
+        let low = _mm512_set1_epi8(15);
         let mut f = _mm512_loadu_ps(c);
         for i in 0..s.count {
-            let codes = s.codes.add(256 * i);
-            fetch(s, i);
-            let d = slot(codes, s.index.add(16 * i), x.cast(), zero);
+            fetch!(s, i);
+            let d = slot!(s.codes.add(256 * i), s.index.add(16 * i), table, low);
             let scale = _mm512_cvtph_ps(_mm256_loadu_si256(s.scales.add(16 * i).cast()));
             f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), scale, f);
         }
@@ -105,15 +125,14 @@ pub(crate) unsafe fn grouped(s: &Slots, x: *const i8, zero: u8, c: *mut f32) {
 /// # Safety
 /// As [`grouped`], `c` has 16 sums.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(crate) unsafe fn raw(s: &Slots, x: *const i8, zero: u8, c: *mut i32) {
+pub(crate) unsafe fn raw(s: &Slots, table: *const u8, c: *mut i32) {
     // SAFETY: as the contract says.
     unsafe {
-        let zero = _mm512_set1_epi8(zero as i8);
+        let low = _mm512_set1_epi8(15);
         let mut d = _mm512_loadu_si512(c.cast());
         for i in 0..s.count {
-            let codes = s.codes.add(256 * i);
-            fetch(s, i);
-            d = _mm512_add_epi32(d, slot(codes, s.index.add(16 * i), x.cast(), zero));
+            fetch!(s, i);
+            d = _mm512_add_epi32(d, slot!(s.codes.add(256 * i), s.index.add(16 * i), table, low));
         }
         _mm512_storeu_si512(c.cast(), d);
     }
