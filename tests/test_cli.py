@@ -89,6 +89,65 @@ def test_quantize(capsys, model, tmp_path):
     assert "x.shape" not in metadata
 
 
+@pytest.mark.parametrize(
+    ("fmt", "density", "pattern"),
+    [
+        ("int8_bitmap", 0.25, "unstructured"),
+        ("int4_g32_bsr32", 0.5, "group32"),
+        ("f32_block16x32", 0.5, "block16x32"),
+        ("int8_2of4", None, "2:4"),
+        ("mxfp4_2of4", 0.5, "2:4"),
+    ],
+)
+def test_quantize_prunes_for_sparse_formats(capsys, model, tmp_path, fmt, density, pattern):
+    path, tensors = model
+    out = tmp_path / "o"
+    args = ["quantize", path, "-f", fmt, *(["--density", density] if density else [])]
+    planned = result(capsys, *args, "--dry-run")
+    assert not out.exists()
+    found = result(capsys, *args, "-o", out)
+    assert found["density"] == density
+    back = nb.load(out)
+    for row in found["tensors"]:
+        value = tensors[row["name"]]
+        if row["format"] is None:
+            assert back[row["name"]].tobytes() == value.tobytes()
+            continue
+        w = value.astype(np.float32)
+        want = nb.quantize(nb.prune(w, pattern, density or 0.5), fmt)
+        assert back[row["name"]] == want
+        assert row["bytes_out"] == want.nbytes
+        ideal = np.linalg.norm(w - want.dequantize()) / np.linalg.norm(w)
+        assert row["relative_error"] == pytest.approx(ideal, rel=1e-5)
+    assert planned["bytes_out"] == found["bytes_out"]
+
+
+def test_quantize_keeps_the_zeros_that_a_matrix_has(capsys, tmp_path):
+    w = nb.prune(weight(20, 64), "group16", 0.5)
+    nb.save(tmp_path / "in", {"w": w})
+    result(capsys, "quantize", tmp_path / "in", "-f", "int8_bsr16", "-o", tmp_path / "o")
+    assert nb.load(tmp_path / "o")["w"] == nb.quantize(w, "int8_bsr16")
+
+
+@pytest.mark.parametrize(
+    ("fmt", "density", "match"),
+    [
+        ("int8", "0.5", "sparse formats"),
+        ("int8_2of4", "0.25", "half"),
+        ("int8_bitmap", "0", "above 0"),
+        ("int8_bitmap", "1.5", "at most 1"),
+        ("int8_bitmap", "nan", "at most 1"),
+        ("int8_bitmap", "half", "at most 1"),
+    ],
+)
+def test_quantize_refuses_a_density(capsys, model, tmp_path, fmt, density, match):
+    args = ["quantize", model[0], "-f", fmt, "--density", density, "-o", tmp_path / "o"]
+    code, out, err = run(capsys, *args)
+    assert (code, out) == (2, "")
+    assert match in err
+    assert not (tmp_path / "o").exists()
+
+
 def test_quantize_again_keeps_what_is_quantised(capsys, model, tmp_path):
     path, tensors = model
     first, second = tmp_path / "a", tmp_path / "b"
@@ -159,6 +218,8 @@ def test_text_and_progress(capsys, model, tmp_path):
         ({"w": weight(2, 8), "w.zeros": np.zeros(3)}, [], "'w.zeros'"),
         ({"w": weight(2, 8), "w.codes": weight(2, 8)}, [], "'w.codes'"),
         ({"w": np.full((2, 8), 1e30, np.float32)}, ["-f", "int4_g8"], "'w'"),
+        ({"w": np.full((2, 8), np.nan, np.float32)}, ["-f", "int8_2of4"], "'w'"),
+        ({"w": np.full((2, 8), np.inf, np.float32)}, ["-f", "int8_bitmap"], "'w'"),
     ],
 )
 def test_quantize_failures(capsys, tmp_path, tensors, args, match):

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core, _threads
 from ._api import _bias, _import, _operand, _raw
+from .formats import Format
 from .qtensor import QTensor
 
 __all__ = ["DeltaLinear", "prune"]
@@ -108,6 +109,15 @@ def prune(
         keep = kept.repeat(r, 0)[:n].repeat(c, 1)[:, :k]
     out: NDArray[Any] = np.where(keep, a, a.dtype.type(0))
     return out
+
+
+def pattern_of(fmt: Format) -> str:
+    """Return the pattern whose zeros a sparse format stores."""
+    structure = fmt.structure
+    if structure is None:
+        raise ValueError(f"{fmt} keeps every entry")
+    names = {"bitmap": "unstructured", "2of4": "2:4"}
+    return names.get(structure, structure.replace("bsr", "group"))
 
 
 def _worth(w: NDArray[Any], score: str | ArrayLike, x: ArrayLike | None) -> NDArray[np.float64]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from .._api import quantize
+from .._sparse import pattern_of, prune
 from ..io import (
     VERSION,
     Spec,
@@ -42,7 +43,11 @@ Quantise every 2-D floating tensor of a safetensors file and keep the others as 
 
 The file is read and written tensor by tensor, so that memory holds about one tensor; the output
 appears whole when it is complete, or not at all. Patterns are shell patterns on tensor names (*, ?,
-[abc]) and may be repeated; what an --exclude matches is kept although an --include matches it."""
+[abc]) and may be repeated; what an --exclude matches is kept although an --include matches it.
+
+A sparse format (int8_bitmap, int4_g32_bsr32, ...) prunes first: the smallest units are set to 0,
+until the fraction --density is left. How much a sparse tensor stores is known only when it has been
+quantised, so those are quantised twice: once to lay the file out, once to write it."""
 
 _FLOATS = ("F16", "BF16", "F32", "F64")
 
@@ -65,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep these names as they are",
     )
     parser.add_argument("--method", choices=METHODS, default="rtn", help="quantiser (default: rtn)")
+    parser.add_argument(
+        "--density",
+        type=_args.fraction,
+        metavar="D",
+        help="fraction of the units that a sparse format keeps, largest magnitudes first (default: "
+        "two of four; of other patterns what is not 0)",
+    )
     parser.add_argument("--threads", type=_args.positive, metavar="N", help="at most N threads")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be done, write nothing"
@@ -120,16 +132,25 @@ def run(args: argparse.Namespace, out: Out) -> int:
         print("nibblas quantize: --out FILE is needed (or --dry-run)", file=sys.stderr)
         return 2
     fmt: Format = args.format
+    wrong = _wrong_density(fmt, args.density)
+    if wrong is not None:
+        print(f"nibblas quantize: {wrong}", file=sys.stderr)
+        return 2
     file = TensorFile(args.input)
     todo = {e.name for e in file.entries.values() if chosen(e, args.include, args.exclude)}
     if not todo:
         raise Failure(f"{args.input}: no 2-D floating tensor to quantise among {len(file.entries)}")
-    specs, metadata = _announce(file, todo, fmt)
+    start = time.perf_counter()
+    kept: dict[str, int] = {}
+    if fmt.structure is not None:
+        for name in sorted(todo):
+            kept[name] = _quantized(file, file.entries[name], args)[1]._storage.codes.size
+    specs, metadata = _announce(file, todo, fmt, kept)
     bytes_out: dict[str, int] = {}
     for name in todo:
         rows, cols = file.entries[name].shape
-        bytes_out[name] = sum(_nbytes(s) for s in matrix_specs(name, fmt, rows, cols))
-    start = time.perf_counter()
+        announced = matrix_specs(name, fmt, rows, cols, kept=kept.get(name))
+        bytes_out[name] = sum(_nbytes(s) for s in announced)
     report: list[dict[str, Any]] = []
     if args.dry_run:
         for entry in file.entries.values():
@@ -145,7 +166,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
                 advance(0, f"{entry.name} {shape_text(entry.shape)}")
                 error = None
                 if entry.name in todo:
-                    error = _quantize_one(file, entry, fmt, args, writer)
+                    error = _write_one(file, entry, args, writer)
                 else:
                     for stored in entry.parts:
                         for piece in file.pieces(stored):
@@ -156,8 +177,10 @@ def run(args: argparse.Namespace, out: Out) -> int:
     return 0
 
 
-def _announce(file: TensorFile, todo: set[str], fmt: Format) -> tuple[list[Spec], dict[str, str]]:
-    """Every tensor of the output and its metadata, known before any number is read."""
+def _announce(
+    file: TensorFile, todo: set[str], fmt: Format, kept: dict[str, int]
+) -> tuple[list[Spec], dict[str, str]]:
+    """Every tensor of the output and its metadata, known before any number is written."""
     ours = "nibblas.version" in file.metadata
     # Keys that would read as descriptions of matrices stay behind; the rest is the author's.
     metadata = {
@@ -173,7 +196,7 @@ def _announce(file: TensorFile, todo: set[str], fmt: Format) -> tuple[list[Spec]
             specs += [(part, file.dtype(part), file.shape(part)) for part in entry.parts]
             continue
         rows, cols = entry.shape
-        specs += matrix_specs(entry.name, fmt, rows, cols)
+        specs += matrix_specs(entry.name, fmt, rows, cols, kept=kept.get(entry.name))
         metadata |= matrix_metadata(entry.name, fmt, rows, cols)
         try:
             check_collision(entry.name, file.entries, stored)
@@ -189,14 +212,49 @@ def _nbytes(spec: Spec) -> int:
     return n
 
 
-def _quantize_one(
-    file: TensorFile, entry: Entry, fmt: Format, args: argparse.Namespace, writer: TensorWriter
-) -> float:
+def _wrong_density(fmt: Format, density: float | None) -> str | None:
+    """Say what is wrong with a density for a format; None if nothing is."""
+    if density is None:
+        return None
+    if fmt.structure is None:
+        return f"--density is for sparse formats such as {fmt}_bitmap; {fmt} keeps every entry"
+    if fmt.structure == "2of4" and density != 0.5:
+        return f"2of4 keeps half of the entries: --density is 0.5, got {density:g}"
+    return None
+
+
+def _pruned(w: NDArray[Any], fmt: Format, density: float | None) -> NDArray[Any]:
+    """Prune a matrix to what the structure of a format keeps."""
+    if fmt.structure is None or (density is None and fmt.structure != "2of4"):
+        return w
+    pattern = pattern_of(fmt)
+    if pattern.startswith("block"):
+        return prune(w, pattern, density)
+    # Units compete within their row: a few rows at a time need little memory.
+    step = max(1, (1 << 20) // w.shape[1])
+    out = np.empty_like(w)
+    for i in range(0, len(w), step):
+        out[i : i + step] = prune(w[i : i + step], pattern, density)
+    return out
+
+
+def _quantized(
+    file: TensorFile, entry: Entry, args: argparse.Namespace
+) -> tuple[NDArray[Any], QTensor]:
+    """Return a tensor as it was, and quantised."""
     w = file.floats(entry.name)
     try:
-        q = quantize(w, fmt, method=args.method, threads=args.threads)
+        pruned = _pruned(w, args.format, args.density)
+        return w, quantize(pruned, args.format, method=args.method, threads=args.threads)
     except ValueError as e:
         raise Failure(f"tensor '{entry.name}': {e} (--exclude keeps it as it is)") from None
+
+
+def _write_one(
+    file: TensorFile, entry: Entry, args: argparse.Namespace, writer: TensorWriter
+) -> float:
+    """Quantise and write a tensor, and forget it before the next one is read."""
+    w, q = _quantized(file, entry, args)
     writer.write_qtensor(entry.name, q)
     return relative_error(w, q)
 
@@ -247,6 +305,7 @@ def _print(
             "output": None if args.dry_run else args.out,
             "format": str(args.format),
             "method": args.method,
+            "density": args.density,
             "tensors": report,
             "bytes_in": bytes_in,
             "bytes_out": bytes_out,
