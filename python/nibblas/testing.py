@@ -69,7 +69,10 @@ def _weights(w: NDArray[np.float32], name: str) -> QTensor:
     codes = w.view(np.uint32) >> np.uint32(7) & np.uint32((1 << fmt.element.bits) - 1)
     shape = (len(w), fmt.groups(w.shape[1]))
     scales = np.exp2(np.arange(shape[0] * shape[1]) % 5 - 6).reshape(shape)
-    return QTensor.from_parts(fmt, codes, scales)
+    tables: dict[str, Any] = {
+        p.name: values(p.shape, 1) for p in fmt.parts(*w.shape) if p.name == "table"
+    }
+    return QTensor.from_parts(fmt, codes, scales, **tables)
 
 
 def cases() -> Iterator[Case]:

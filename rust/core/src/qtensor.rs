@@ -3,7 +3,7 @@
 //! Codes are stored unsigned (`u`), bit-packed little-endian along K, element 0 in the lowest bits of byte 0; each row
 //! starts at a byte. Scales are `[N][groups]`, zeros likewise.
 use crate::bits;
-use crate::format::{lanes, Book, Format, Level, ScaleType, Tie, Zero, ZeroKind};
+use crate::format::{lanes, vq, Book, Format, Level, ScaleType, Tie, ValueMap, Zero, ZeroKind};
 use crate::pool;
 use crate::sparse::{mask, Mask};
 use crate::{Error, Result};
@@ -340,7 +340,7 @@ impl<'a> QView<'a> {
     pub fn book(&self) -> Option<Cow<'static, Book>> {
         match self.format.element.book() {
             Some(book) => Some(Cow::Borrowed(book)),
-            None if self.table.is_empty() => None,
+            None if self.table.is_empty() || !matches!(self.format.element.map, ValueMap::Learned) => None,
             None => Some(Cow::Owned(Book::new(self.table, Tie::Down))),
         }
     }
@@ -646,13 +646,18 @@ impl<'a> QView<'a> {
     fn dequantize_tiles(&self, level: Level, n: usize, k0: usize, out: &mut [f32]) {
         let (e, g) = (self.format.element, self.group_len());
         let (mut codes, mut values) = ([0u8; 256], [0.0f32; 256]);
+        let most = codes.len() / e.span() * e.span();
         let (mut k, end) = (k0, k0 + out.len());
         while k < end {
             let start = k - (k % g) % e.span();
-            let stop = (start + e.span()).min((k / g + 1) * g).min(self.cols);
+            let stop = (start + most).min((k / g + 1) * g).min(self.cols);
             let (codes, values) = (&mut codes[..stop - start], &mut values[..stop - start]);
             self.unpack(level, n, start, codes);
-            e.codec.decode(e, level, codes, self.full_scale(n, k / g), self.zero(n, k / g), values);
+            let s = self.full_scale(n, k / g);
+            match e.map {
+                ValueMap::Vectors(len) => vq::decode(level, e.bits.into(), len, self.table, codes, s, values),
+                _ => e.codec.decode(e, level, codes, s, self.zero(n, k / g), values),
+            }
             let here = stop.min(end) - k;
             out[k - k0..][..here].copy_from_slice(&values[k - start..][..here]);
             k += here;

@@ -10,7 +10,10 @@
 //! itself included: it is never worse. Where the whole tensor has one scale it is `rtn`.
 use std::sync::Mutex;
 
-use crate::format::{e4m3_byte, e8m0_byte, lanes, lut, Book, Format, Level, ScaleType, Tie, Zero, ZeroKind};
+use crate::format::vq::{self, Codebook};
+use crate::format::{
+    e4m3_byte, e8m0_byte, lanes, lut, Book, Element, Format, Level, ScaleType, Tie, ValueMap, Zero, ZeroKind,
+};
 use crate::qtensor::{area, parallel, rows_per_task, zeros_vec};
 use crate::{Error, MatRef, QTensor, Result, Scales, Zeros};
 
@@ -255,11 +258,22 @@ pub fn quantize_at(
     let e = format.element;
     let top = if format.has_tensor_scale() || e.shared { largest(level, x, threads)? } else { 0.0 };
     let tensor = if format.has_tensor_scale() { tensor_scale(top, format) } else { 1.0 };
-    if e.learned() > 0 {
-        dest.table.copy_from_slice(&lut::learn(level, x, format, tensor, importance)?);
-    }
-    let book = (e.learned() > 0).then(|| Book::new(dest.table, Tie::Down));
-    let common = Common { tensor, top: e.shared.then_some(top), book: book.as_ref() };
+    let (book, codebook, weights);
+    let worth = match e.map {
+        ValueMap::Learned => {
+            dest.table.copy_from_slice(&lut::learn(level, x, format, tensor, importance)?);
+            book = Book::new(dest.table, Tie::Down);
+            Worth::Table(&book)
+        }
+        ValueMap::Vectors(len) => {
+            weights = column_weights(importance, cols)?;
+            dest.table.copy_from_slice(&vq::learn(level, x, format, len, &weights, threads, poll)?);
+            codebook = Codebook::new(e, len, dest.table)?;
+            Worth::Vectors(&codebook, &weights)
+        }
+        _ => Worth::Element,
+    };
+    let common = Common { tensor, top: e.shared.then_some(top), worth };
     dest.outer.fill(tensor);
     if rows == 0 || cols == 0 {
         return Ok(());
@@ -309,6 +323,65 @@ fn check_importance(weights: &[f32], format: &Format, cols: usize) -> Result<()>
     }
 }
 
+/// How much columns count within a vector: their importance, the largest being 1; 1 where none is given or all are 0.
+fn column_weights(importance: Option<&[f32]>, cols: usize) -> Result<Vec<f32>> {
+    let mut weights = zeros_vec(cols)?;
+    let top = importance.unwrap_or(&[]).iter().fold(0.0f32, |m, w| m.max(*w));
+    match importance {
+        Some(given) if top > 0.0 => weights.iter_mut().zip(given).for_each(|(w, v)| *w = v / top),
+        _ => weights.fill(1.0),
+    }
+    Ok(weights)
+}
+
+/// What the codes of a tensor are worth before the scale.
+#[derive(Clone, Copy)]
+enum Worth<'a> {
+    /// What the element says.
+    Element,
+    /// A table that was learned.
+    Table(&'a Book),
+    /// A codebook that was learned, and how much each column counts.
+    Vectors(&'a Codebook, &'a [f32]),
+}
+
+impl Worth<'_> {
+    /// For some columns alone.
+    fn of_columns(self, k0: usize, len: usize) -> Self {
+        match self {
+            Self::Vectors(book, weights) => Self::Vectors(book, &weights[k0..k0 + len]),
+            all => all,
+        }
+    }
+
+    /// As [`crate::format::Codec::encode`].
+    fn encode(self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero, out: &mut [u8]) -> f32 {
+        match self {
+            Self::Element => e.codec.encode(e, level, x, s, z, e.lowest, out),
+            Self::Table(book) => book.encode(level, x, s, out),
+            Self::Vectors(book, weights) => book.encode(level, x, s, weights, out),
+        }
+    }
+
+    /// As [`crate::format::Codec::cost`].
+    fn cost(self, e: &Element, level: Level, x: &[f32], s: f32, z: Zero) -> f32 {
+        match self {
+            Self::Element => e.codec.cost(e, level, x, s, z),
+            Self::Table(book) => book.cost(level, x, s),
+            Self::Vectors(book, weights) => book.cost(level, x, s, weights),
+        }
+    }
+
+    /// As [`crate::format::Codec::decode`].
+    fn decode(self, e: &Element, level: Level, u: &[u8], s: f32, z: Zero, out: &mut [f32]) {
+        match self {
+            Self::Element => e.codec.decode(e, level, u, s, z, out),
+            Self::Table(book) => lanes::book_decode(level, u, book.of_bytes(), s, out),
+            Self::Vectors(book, _) => book.decode(level, u, s, out),
+        }
+    }
+}
+
 /// What the groups of a tensor have in common.
 #[derive(Clone, Copy)]
 struct Common<'a> {
@@ -316,8 +389,8 @@ struct Common<'a> {
     tensor: f32,
     /// The largest magnitude of the tensor, where it decides the scale of every group.
     top: Option<f32>,
-    /// The table that was learned.
-    book: Option<&'a Book>,
+    /// What codes are worth.
+    worth: Worth<'a>,
 }
 
 /// The largest magnitude. Values that are not finite are left to be found later.
@@ -422,6 +495,7 @@ fn rows_of(
                 return Err(not_finite(w, row, g * len));
             }
             let top = common.top.unwrap_or(f32::from_bits(bits));
+            let common = Common { worth: common.worth.of_columns(g * len, w.len()), ..common };
             let group = encode_group(level, format, method, common, w, top, u, &mut scratch).map_err(|s| {
                 Error::Value(format!("scale {s:e} at row {row}, group {g} overflows {}", format.scale.name()))
             })?;
@@ -498,12 +572,9 @@ fn encode_group(
     out: &mut [u8],
     scratch: &mut Scratch,
 ) -> std::result::Result<Group, f32> {
-    let (e, tensor) = (format.element, common.tensor);
+    let (e, tensor, worth) = (format.element, common.tensor, common.worth);
     let (unit, codec) = (e.unit * tensor, e.codec);
-    let encode = |s: f32, z: Zero, out: &mut [u8]| match common.book {
-        Some(book) => book.encode(level, x, s, out),
-        None => codec.encode(e, level, x, s, z, e.lowest, out),
-    };
+    let encode = |s: f32, z: Zero, out: &mut [u8]| worth.encode(e, level, x, s, z, out);
     if absmax == 0.0 && codec.has_zero() {
         let zero = codec.zero(e, 0.0, 1.0);
         let error = encode(unit, zero, out);
@@ -518,13 +589,7 @@ fn encode_group(
         return Ok(group);
     }
 
-    let cost = |s: f32, z: Zero| {
-        let squares = match common.book {
-            Some(book) => book.cost(level, x, s * unit),
-            None => codec.cost(e, level, x, s * unit, z),
-        };
-        squares * (s / scale) * (s / scale)
-    };
+    let cost = |s: f32, z: Zero| worth.cost(e, level, x, s * unit, z) * (s / scale) * (s / scale);
     let mut best = (cost(scale, zero), scale, zero);
     // Short groups gain little from a fine search, and the search may cost at most ten times `rtn`.
     let step = match x.len() {
@@ -557,10 +622,7 @@ fn encode_group(
     let (_, s, z) = best;
     scratch.codes.resize(x.len() * e.code_bytes(), 0);
     scratch.values.resize(x.len(), 0.0);
-    let decode = |u: &[u8], s: f32, z: Zero, out: &mut [f32]| match common.book {
-        Some(book) => lanes::book_decode(level, u, book.of_bytes(), s, out),
-        None => codec.decode(e, level, u, s, z, out),
-    };
+    let decode = |u: &[u8], s: f32, z: Zero, out: &mut [f32]| worth.decode(e, level, u, s, z, out);
     let error = encode(s * unit, z, &mut scratch.codes);
     decode(out, scale * unit, zero, &mut scratch.values);
     let before = lanes::square_error(level, x, &scratch.values);

@@ -18,8 +18,9 @@ fn quote(s: &str) -> String {
     }
 }
 
-/// Other names of elements. MSFP is a sign, a magnitude and a shared exponent: `bfp` without the lowest code.
-const ALIASES: [(&str, &str); 2] = [("msfp12", "bfp4"), ("msfp16", "bfp8")];
+/// Other names of elements. MSFP is a sign, a magnitude and a shared exponent: `bfp` without the lowest code. Two bits are
+/// what vector codes are for.
+const ALIASES: [(&str, &str); 3] = [("msfp12", "bfp4"), ("msfp16", "bfp8"), ("vq", "vq2")];
 
 /// Whether a name is an element's, with or without suffixes.
 fn starts(name: &str, element: &str) -> bool {

@@ -174,7 +174,7 @@ per_level! {
 }
 
 #[inline(always)]
-fn tree(mut s: [f64; LANES]) -> f64 {
+pub(super) fn tree(mut s: [f64; LANES]) -> f64 {
     let mut half = LANES / 2;
     while half > 0 {
         for j in 0..half {

@@ -23,6 +23,7 @@ mod parts;
 mod plain;
 mod ternary;
 mod trellis;
+pub(crate) mod vq;
 
 pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
 pub use book::{Book, Tie};
@@ -45,6 +46,7 @@ static FAMILIES: &[&[Element]] = &[
     &block::MX,
     &block::NVFP4,
     &trellis::ROWS,
+    &vq::ROWS,
 ];
 
 /// Elements that are not quantised: they are named and stored as the others, and no row of the table.
@@ -168,6 +170,8 @@ pub enum ValueMap {
     Learned,
     /// A hash of the last 16 bits of the codes of a tile.
     Trellis(Code),
+    /// Codes of that many weights together are an entry of the codebook that each matrix brings.
+    Vectors(usize),
 }
 
 /// Whether groups carry a zero point.
@@ -236,7 +240,7 @@ pub trait Codec: fmt::Debug + Sync {
             (ValueMap::Affine { mul, sub }, Zero::None) => lanes::affine(level, u, mul, sub, s, out),
             (ValueMap::Affine { mul, .. }, Zero::Int(z)) => lanes::affine(level, u, mul, i32::from(z), s, out),
             (ValueMap::Affine { .. }, Zero::Float(z)) => lanes::affine_float(level, u, s, -(s * z), out),
-            (ValueMap::Learned | ValueMap::Trellis(_), _) => {}
+            (ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_), _) => {}
         }
     }
 }
@@ -329,6 +333,7 @@ impl Element {
     pub fn learned(&self) -> usize {
         match self.map {
             ValueMap::Learned => self.levels as usize,
+            ValueMap::Vectors(len) => len << (len * usize::from(self.bits)),
             _ => 0,
         }
     }
@@ -364,7 +369,7 @@ impl Element {
         match self.map {
             ValueMap::Affine { .. } => self.value(u) as f32,
             ValueMap::Table(book) => book.of_bytes()[u as usize & 255],
-            ValueMap::Learned | ValueMap::Trellis(_) => f32::NAN,
+            ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_) => f32::NAN,
         }
     }
 
@@ -372,8 +377,8 @@ impl Element {
     pub fn integer(&self, u: impl Into<u32>) -> i32 {
         let u = u.into();
         match self.map {
-            ValueMap::Affine { .. } | ValueMap::Learned | ValueMap::Trellis(_) => self.value(u),
             ValueMap::Table(book) => i32::from(book.integers()[u as usize % book.integers().len()]),
+            _ => self.value(u),
         }
     }
 
@@ -409,8 +414,14 @@ impl Element {
     pub fn span(&self) -> usize {
         match self.map {
             ValueMap::Trellis(_) => TILE,
+            ValueMap::Vectors(len) => len,
             _ => 1,
         }
+    }
+
+    /// The longest group, if there is one: trellis codes close a circle.
+    fn longest_group(&self) -> Option<usize> {
+        matches!(self.map, ValueMap::Trellis(_)).then_some(TILE)
     }
 
     /// Whether products may be computed in integers.
@@ -425,6 +436,7 @@ impl Element {
             ValueMap::Table(book) => book.top(),
             ValueMap::Learned => 1.0,
             ValueMap::Trellis(code) => code.numbers().iter().fold(0.0, |m, v| m.max(v.abs())),
+            ValueMap::Vectors(_) => vq::REACH,
         }
     }
 
@@ -433,7 +445,7 @@ impl Element {
         match self.map {
             ValueMap::Affine { sub, .. } => sub.clamp(0, 255) as u8,
             ValueMap::Table(book) => book.zero().unwrap_or(0),
-            ValueMap::Learned | ValueMap::Trellis(_) => 0,
+            ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_) => 0,
         }
     }
 
@@ -443,7 +455,7 @@ impl Element {
             _ if self.is_dense() => false,
             ValueMap::Affine { mul: 1, .. } => self.zero == ZeroKind::PerGroup || self.values().0 <= 0,
             ValueMap::Table(book) => book.zero().is_some_and(|u| self.number(u) == 0.0),
-            ValueMap::Affine { .. } | ValueMap::Learned | ValueMap::Trellis(_) => false,
+            _ => false,
         }
     }
 
@@ -571,8 +583,10 @@ impl Format {
         if element.plain.is_some() && (group.is_some() || scale.is_some()) {
             return fail(format!("{} has neither groups nor scales", element.name));
         }
-        if let Some(g) = group.filter(|&g| element.span() > 1 && g as usize > element.span()) {
-            return fail(format!("groups of {} are at most {} values, not {g}", element.name, element.span()));
+        if let (Some(g), Some(most)) = (group, element.longest_group()) {
+            if g as usize > most {
+                return fail(format!("groups of {} are at most {most} values, not {g}", element.name));
+            }
         }
         if let Some(s) = scale.filter(|s| !element.scales.contains(s)) {
             let own = element.scales.iter().map(|s| s.name()).collect::<Vec<_>>().join(", ");

@@ -1,5 +1,5 @@
 //! The arrays of a matrix in the portable layout, by name: what is stored, checked, sliced, pickled and restored.
-use super::{Format, ScaleType, ZeroKind};
+use super::{Format, ScaleType, ValueMap, ZeroKind};
 use crate::error::Result;
 use crate::qtensor::area;
 
@@ -107,7 +107,11 @@ impl Format {
             parts.push(Part { name: "mask", types: &["u8"], shape: vec![unit_rows, bytes], along: Along::Whole });
         }
         if self.element.learned() > 0 {
-            let shape = vec![self.element.learned()];
+            let count = self.element.learned();
+            let shape = match self.element.map {
+                ValueMap::Vectors(len) => vec![count / len, len],
+                _ => vec![count],
+            };
             parts.push(Part { name: "table", types: &["f32"], shape, along: Along::Whole });
         }
         Ok(parts)
