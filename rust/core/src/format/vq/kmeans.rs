@@ -308,7 +308,7 @@ mod tests {
             for (at, share, v) in all {
                 least += share * (v - sums[at] / shares[at]).powi(2);
             }
-            assert!(least <= error * 1.000_001 && least > error * (1.0 - 3.0 * LITTLE), "{name}: {error} {least}");
+            assert!(least <= error * 1.000_001 && least >= error * (1.0 - 3.0 * LITTLE), "{name}: {error} {least}");
         }
     }
 }
