@@ -10,15 +10,14 @@
 //! lane      0     1            15      0
 //! ```
 use crate::error::{Error, Result};
-use crate::format::lanes::per_level;
+use crate::format::lanes::{per_level, tree, LANES};
 use crate::format::Level;
 use crate::gemm::{store_row, Options};
 use crate::matrix::MatMut;
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
-/// Lanes, and values of K that they take at a time.
-const LANES: usize = 16;
+/// Values of K that the lanes take at a time.
 const STEP: usize = 2 * LANES;
 
 /// Products of magnitudes up to `a` and `b` whose sum an int32 holds.
@@ -77,18 +76,6 @@ fn dot_wide(a: &[i16], b: &[i16]) -> f32 {
         }
     }
     tree(acc)
-}
-
-#[inline(always)]
-fn tree(mut acc: [f32; LANES]) -> f32 {
-    let mut half = LANES / 2;
-    while half > 0 {
-        for j in 0..half {
-            acc[j] += acc[j + half];
-        }
-        half /= 2;
-    }
-    acc[0]
 }
 
 /// `y[M][N] = A B^T`.

@@ -34,6 +34,7 @@ use crate::sparse::floats::FloatPanels;
 use crate::sparse::kernel::Fill;
 use crate::sparse::Panels;
 use crate::trellis::{Code, TILE};
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use std::borrow::Cow;
 
@@ -123,6 +124,16 @@ impl PanelScales {
             Self::F32(b) => ScalePtr::F32(b.as_ptr()),
             Self::F16(b) => ScalePtr::F16(b.as_ptr()),
             Self::BF16(b) => ScalePtr::BF16(b.as_ptr()),
+        }
+    }
+
+    /// The first of them as floats.
+    pub(crate) fn read(&self, out: &mut [f32]) {
+        let n = out.len();
+        match self {
+            Self::F32(b) => out.copy_from_slice(&b[..n]),
+            Self::F16(b) => b[..n].reinterpret_cast::<half::f16>().convert_to_f32_slice(out),
+            Self::BF16(b) => b[..n].reinterpret_cast::<half::bf16>().convert_to_f32_slice(out),
         }
     }
 

@@ -8,7 +8,7 @@ use crate::gemm::{
 };
 use crate::kernel;
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::pack::{Packed, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Path};
 use crate::pool;
 use crate::qtensor::{QView, ZerosRef};
@@ -27,6 +27,23 @@ pub enum RawOut<'a> {
 enum Sums<'a> {
     I32(&'a [i32]),
     I64(&'a [i64]),
+}
+
+impl Sums<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Sums::I32(s) => s.len(),
+            Sums::I64(s) => s.len(),
+        }
+    }
+
+    /// The sums from `at` on as floats.
+    fn read(&self, at: usize, out: &mut [f32]) {
+        match self {
+            Sums::I32(s) => out.iter_mut().zip(&s[at..]).for_each(|(o, &d)| *o = d as f32),
+            Sums::I64(s) => out.iter_mut().zip(&s[at..]).for_each(|(o, &d)| *o = d as f32),
+        }
+    }
 }
 
 /// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
@@ -295,21 +312,30 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     }
     let (groups, step) = (if a.format.is_two_level() { 1 } else { a.groups() }, a.step());
     let scale = |n: usize, g: usize| if a.format.is_two_level() { a.outer_scale(n) } else { a.scale(n, g) };
-    let scales: Vec<f32> = (0..m * groups).map(|i| scale(i / groups, i % groups) * step).collect();
+    let mut scales = Taken::<f32>::new(m * groups)?;
+    scales.iter_mut().enumerate().for_each(|(i, s)| *s = scale(i / groups, i % groups) * step);
+    let scales = &scales[..m * groups];
     let plain = w.inner.is_none() && !matches!(w.zeros, PanelZeros::Float(_));
     let ungrouped = groups <= 1 && w.geometry.groups <= 1 && plain;
-    let w_scales: Vec<f32> = if ungrouped { (0..w.n).map(|n| panel_scale(w, n)).collect() } else { Vec::new() };
-    let out = &*y;
+    let mut w_scales = Taken::<f32>::new(if ungrouped { w.n } else { 0 })?;
+    let count = if ungrouped { w.n } else { 0 };
+    w.scales.read(&mut w_scales[..count]);
+    let (w_scales, out) = (&w_scales[..count], &*y);
     let emit = |row: usize, n0: usize, sums: Sums| {
-        let finish = |d: f32, j: usize| {
-            let f = d.mul_add(w_scales[n0 + j], 0.0) * (scales[row] * w.step);
-            o.bias.map_or(f, |b| f + b[n0 + j])
-        };
-        let floats: Vec<f32> = match sums {
-            Sums::I32(s) => s.iter().enumerate().map(|(j, &d)| finish(d as f32, j)).collect(),
-            Sums::I64(s) => s.iter().enumerate().map(|(j, &d)| finish(d as f32, j)).collect(),
-        };
-        store_row(out, row, n0, &floats, false);
+        let factor = scales[row] * w.step;
+        let mut floats = [0.0f32; 256];
+        for at in (0..sums.len()).step_by(floats.len()) {
+            let floats = &mut floats[..(sums.len() - at).min(256)];
+            sums.read(at, floats);
+            for (f, s) in floats.iter_mut().zip(&w_scales[n0 + at..]) {
+                // The sum is an integer: its product neither loses digits below the normal range nor keeps the sign of 0.
+                *f = (*f * s + 0.0) * factor;
+            }
+            if let Some(bias) = o.bias {
+                floats.iter_mut().zip(&bias[n0 + at..]).for_each(|(f, b)| *f += b);
+            }
+            store_row(out, row, n0 + at, floats, false);
+        }
     };
     #[cfg(target_arch = "x86_64")]
     if ungrouped && bits::serve(a, w, o) {
@@ -334,15 +360,6 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
         int8(&x, w, &mut ys, o, group, Some(&scales[m0 * groups..]))?;
     }
     Ok(())
-}
-
-/// Scale of row `n` of an ungrouped weight.
-fn panel_scale(w: &Packed, n: usize) -> f32 {
-    match &w.scales {
-        PanelScales::F32(b) => b.get(n).copied().unwrap_or(0.0),
-        PanelScales::F16(b) => b.get(n).map_or(0.0, |&v| half::f16::from_bits(v).to_f32()),
-        PanelScales::BF16(b) => b.get(n).map_or(0.0, |&v| f32::from_bits(u32::from(v) << 16)),
-    }
 }
 
 /// One bit on both sides, each worth +-1: of K products those of differing bits are -1, so a sum is `K - 2*differing`, and

@@ -3,6 +3,8 @@
 //! Each loop is written once over 16 lanes and instantiated with the instructions of each level. Every lane does the
 //! same IEEE operations in the same order at every level, so the results are identical bit for bit.
 
+use std::ops::AddAssign;
+
 /// Lanes of every loop, whatever the register width.
 pub const LANES: usize = 16;
 
@@ -173,8 +175,9 @@ per_level! {
     abs_sum = abs_sum_body(x: &[f32]) -> f64
 }
 
+/// The sum of lanes: halves are added lane by lane until one is left.
 #[inline(always)]
-pub(super) fn tree(mut s: [f64; LANES]) -> f64 {
+pub fn tree<T: Copy + AddAssign>(mut s: [T; LANES]) -> T {
     let mut half = LANES / 2;
     while half > 0 {
         for j in 0..half {
@@ -313,14 +316,7 @@ fn cost_base(x: &[f32], c: Cost) -> f32 {
             *sum += (t - v) * (t - v);
         }
     }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for j in 0..half {
-            sum[j] += sum[j + half];
-        }
-        half /= 2;
-    }
-    sum[0]
+    tree(sum)
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -498,14 +494,7 @@ fn book_cost_body(x: &[f32], inv: f32, cuts: &[i32], sorted: &[f32]) -> f32 {
             sum[j] += d * d;
         }
     }
-    let mut half = LANES / 2;
-    while half > 0 {
-        for j in 0..half {
-            sum[j] += sum[j + half];
-        }
-        half /= 2;
-    }
-    sum[0]
+    tree(sum)
 }
 per_level! {
     /// As [`cost`] for the values of a table.
