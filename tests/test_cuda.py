@@ -163,6 +163,7 @@ DECODES = [
 
 
 @needs_nvrtc
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 def test_every_decode_compiles(arch: str) -> None:
     """In the nest that every architecture has, as small as it gets."""

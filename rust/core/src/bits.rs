@@ -49,15 +49,19 @@ fn pack_long(bits: u8, codes: &[u8], out: &mut [u8]) {
 
 /// [`unpack`] of codes of two bytes.
 #[inline(always)]
-fn unpack_long(bits: u8, bytes: &[u8], out: &mut [u8]) {
-    let (mut held, mut count, mut at) = (0u32, 0, 0);
-    for o in out.chunks_exact_mut(2) {
-        while count < u32::from(bits) {
-            held |= u32::from(bytes[at]) << count;
-            (count, at) = (count + 8, at + 1);
+fn unpack_long<const B: usize>(bytes: &[u8], out: &mut [u8]) {
+    let word = |b: &[u8]| u64::from_le_bytes(b.try_into().expect("eight bytes"));
+    let whole = out.len() / 16;
+    // Eight codes are B bytes: four are in the first eight of them, four in the last.
+    for (o, b) in out.chunks_exact_mut(16).zip(bytes.chunks_exact(B)) {
+        let (low, high) = (word(&b[..8]), word(&b[B - 8..]) >> (64 - 4 * B));
+        let four = |x: u64| [x, x >> B, x >> (2 * B), x >> (3 * B)].map(|x| (x & ((1 << B) - 1)) as u16);
+        for (o, c) in o.chunks_exact_mut(2).zip(four(low).into_iter().chain(four(high))) {
+            o.copy_from_slice(&c.to_le_bytes());
         }
-        o.copy_from_slice(&((held & ((1 << bits) - 1)) as u16).to_le_bytes());
-        (held, count) = (held >> bits, count - u32::from(bits));
+    }
+    for (i, o) in out.chunks_exact_mut(2).enumerate().skip(8 * whole) {
+        o.copy_from_slice(&get(B as u8, bytes, i).to_le_bytes());
     }
 }
 
@@ -191,7 +195,14 @@ pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
         6 => unpack_wide::<6>(bytes, out),
         7 => unpack_wide::<7>(bytes, out),
         8 => out.copy_from_slice(&bytes[..need]),
-        _ => unpack_long(bits, bytes, out),
+        9 => unpack_long::<9>(bytes, out),
+        10 => unpack_long::<10>(bytes, out),
+        11 => unpack_long::<11>(bytes, out),
+        12 => unpack_long::<12>(bytes, out),
+        13 => unpack_long::<13>(bytes, out),
+        14 => unpack_long::<14>(bytes, out),
+        15 => unpack_long::<15>(bytes, out),
+        _ => out.copy_from_slice(&bytes[..need]),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Geometry, Inner, Packed, PanelScales, PanelZeros, Shared, TrellisPanels, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::qtensor::QTensor;
+use crate::qtensor::{QTensor, QView};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
@@ -1022,7 +1022,8 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     let a = bf16_blocks(x, w, t, b.threads)?;
     let (a, y) = (&a, &*y);
     let g = &w.geometry;
-    let late = LateScales::new(w);
+    let portable = w.portable.as_ref().map(QTensor::view);
+    let late = LateScales::new(w).filter(|_| portable.is_none());
     let (decode, window) = match &late {
         Some(l) => (amx::bf16_unit_decoder(weight_mode(w), l.small), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
@@ -1051,6 +1052,13 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                 unsafe {
                     for i in 0..count {
                         let panel = p0 + p + i;
+                        if let Some(q) = &portable {
+                            let (rows, floats) =
+                                grown(&mut s.weights, 2 * n * 1024)?[..2 * n * 1024].split_at_mut(n * 1024);
+                            float_window(t, w, q, panel, k, window, rows, floats);
+                            amx::bf16_tiles(floats, tiles.wrapping_add(i * window * 2048));
+                            continue;
+                        }
                         w.unpack(t, panel, k, n, 0, 0, bytes.as_mut_ptr());
                         let args = F32Args { bytes: bytes.as_ptr(), ..decode_args(w, panel, k, n) };
                         decode(&args, tiles.wrapping_add(i * window * 2048));
@@ -1126,6 +1134,31 @@ pub(crate) fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: 
     };
     // SAFETY: the row and the bias have as many floats.
     unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+}
+
+/// Decodes a panel of a matrix that kernels meet as floats, `[k][16]`, from block `block0` on, which begins a window of
+/// `window` blocks. `scratch` has as many floats as `out`.
+fn float_window(
+    t: &Kernels,
+    w: &Packed,
+    q: &QView,
+    panel: usize,
+    block0: usize,
+    window: usize,
+    scratch: &mut [f32],
+    out: &mut [f32],
+) {
+    // A window is a group where groups fill their places.
+    let whole = |g: &Geometry| g.padded == window * BLOCK && (g.group == g.padded || g.groups == 1);
+    match &w.trellis {
+        Some(tr) if whole(&tr.geometry) => {
+            let a = tr.groups(w.bits, panel, block0 / window, 1);
+            out[a.last * PANEL..].fill(0.0);
+            // SAFETY: a group of an existing panel, and room for its values.
+            unsafe { (t.trellis_expand)(tr.quick(w.bits))(&a, out.as_mut_ptr()) };
+        }
+        _ => dense::window(q, panel, block0 * BLOCK, scratch, out),
+    }
 }
 
 /// What the float kernels need to decode panel `panel` from block `block0` on; the caller adds codes, activations, sums.
@@ -1249,18 +1282,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                         let rows = grown(&mut s.rows, span)?;
                         for (i, out) in weights.chunks_exact_mut(span).take(count).enumerate() {
                             let out = &mut out[..n * 1024];
-                            // A window is a group where groups fill their places.
-                            let whole =
-                                |g: &Geometry| g.padded == b.window * BLOCK && (g.group == g.padded || g.groups == 1);
-                            match &w.trellis {
-                                Some(tr) if whole(&tr.geometry) => {
-                                    let a = tr.groups(w.bits, p0 + p + i, k / b.window, 1);
-                                    out[a.last * PANEL..].fill(0.0);
-                                    // SAFETY: a group of an existing panel, and room for its values.
-                                    unsafe { (t.trellis_expand)(tr.quick(w.bits))(&a, out.as_mut_ptr()) };
-                                }
-                                _ => dense::window(q, p0 + p + i, k * BLOCK, &mut rows[..n * 1024], out),
-                            }
+                            float_window(t, w, q, p0 + p + i, k, b.window, &mut rows[..n * 1024], out);
                             if bf16 {
                                 // SAFETY: a multiple of 16 floats.
                                 unsafe { (t.round_bf16)(out.as_mut_ptr(), out.len()) };

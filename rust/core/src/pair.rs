@@ -313,7 +313,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     let (groups, step) = (if a.format.is_two_level() { 1 } else { a.groups() }, a.step());
     let scale = |n: usize, g: usize| if a.format.is_two_level() { a.outer_scale(n) } else { a.scale(n, g) };
     let mut scales = Taken::<f32>::new(m * groups)?;
-    scales.iter_mut().enumerate().for_each(|(i, s)| *s = scale(i / groups, i % groups) * step);
+    scales[..m * groups].iter_mut().enumerate().for_each(|(i, s)| *s = scale(i / groups, i % groups) * step);
     let scales = &scales[..m * groups];
     let plain = w.inner.is_none() && !matches!(w.zeros, PanelZeros::Float(_));
     let ungrouped = groups <= 1 && w.geometry.groups <= 1 && plain;

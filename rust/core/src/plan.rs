@@ -152,7 +152,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     // Whole tiles of codes that are read together.
     let dense = w.portable.is_some();
     let base = if dense { Blocking { window: 4, ..base } } else { base };
-    if bf16 && isa == Isa::Amx && m > 8 && !dense {
+    if bf16 && isa == Isa::Amx && m > 8 {
         let b = Blocking {
             path: Path::TilesBf16,
             mr: 32,

@@ -5,7 +5,9 @@
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{self, group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
+use crate::kernel::generic::{
+    self, group, round_bf16, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64,
+};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -373,6 +375,23 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
                     }
                 }
             }
+        }
+    }
+}
+
+/// Rounds floats `[k][16]`, an even number of k, to bf16 tiles.
+///
+/// # Safety
+/// `out` has two bytes for each float; the CPU has AVX-512.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub unsafe fn bf16_tiles(floats: &[f32], out: *mut u8) {
+    // SAFETY: as the caller says.
+    unsafe {
+        let high = V::splat(-65536);
+        for (r, two) in floats.chunks_exact(32).enumerate() {
+            let lo = V::bits(round_bf16::<V>(V::loadf(two.as_ptr())));
+            let hi = V::bits(round_bf16::<V>(V::loadf(two.as_ptr().add(16))));
+            V::store(out.add(64 * r), V::or(V::shr32_16(lo), V::and(hi, high)));
         }
     }
 }
