@@ -194,15 +194,14 @@ pub(crate) fn unpack_inline(bits: u8, bytes: &[u8], out: &mut [u8]) {
         5 => unpack_wide::<5>(bytes, out),
         6 => unpack_wide::<6>(bytes, out),
         7 => unpack_wide::<7>(bytes, out),
-        8 => out.copy_from_slice(&bytes[..need]),
+        8 | 16 => out.copy_from_slice(&bytes[..need]),
         9 => unpack_long::<9>(bytes, out),
         10 => unpack_long::<10>(bytes, out),
         11 => unpack_long::<11>(bytes, out),
         12 => unpack_long::<12>(bytes, out),
         13 => unpack_long::<13>(bytes, out),
         14 => unpack_long::<14>(bytes, out),
-        15 => unpack_long::<15>(bytes, out),
-        _ => out.copy_from_slice(&bytes[..need]),
+        _ => unpack_long::<15>(bytes, out),
     }
 }
 
