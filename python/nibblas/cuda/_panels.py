@@ -272,7 +272,7 @@ def is_dense(fmt: Format) -> bool:
     arrays = {"codes", "scales", "zeros", "row_scales", "tensor_scale"}
     if not parts.keys() <= arrays or parts.get("scales") != "groups" or fmt.is_plain:
         return False
-    return known(fmt.element.name)
+    return known(fmt.element)
 
 
 def _has_specials(cupy: Any, codes: Any, values: NDArray[np.float32]) -> bool:

@@ -126,13 +126,17 @@ def _worth(name: str, act: int, finite: bool) -> Worth:
     return Worth(kind, 0, tuple(tables), 1 / lift)
 
 
-@functools.cache
-def known(name: str) -> bool:
-    """Whether registers of every class of arithmetic hold the numbers of the element of that name.
+def known(element: Element) -> bool:
+    """Whether registers of every class of arithmetic hold the numbers of an element.
 
     They do not where a code says nothing by itself, has more than eight bits, or reaches beyond
     what the precise part of float16 spans.
     """
+    return _known(element.name)
+
+
+@functools.cache
+def _known(name: str) -> bool:
     from ..formats import Format
 
     element = Format(name).element
