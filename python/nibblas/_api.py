@@ -89,7 +89,7 @@ def quantize(
         p.name: np.zeros(p.shape, _PART_DTYPE[p.types[0]]) for p in parts
     }
     bounds = np.empty((rows, fmt.groups(cols)), np.float32)
-    weights = None if importance is None else _importance(importance, cols)
+    weights = None if importance is None else _vector("importance", importance, cols, "column")
     _core.quantize(w, fmt, method, weights, arrays, bounds, count)
     storage = _Storage(fmt, rows, cols, arrays, bounds)
     if target.structure is not None:
@@ -381,25 +381,18 @@ def _float_dtype(dtype: DTypeLike) -> np.dtype[Any]:
 
 
 def _bias(bias: ArrayLike | None, rows: int) -> NDArray[np.float32] | None:
-    if bias is None:
-        return None
-    b, _ = _operand(bias, "f32")
-    if b.dtype == np.uint16:
-        b = (b.astype(np.uint32) << 16).view(np.float32)
-    if b.shape != (rows,):
-        raise ValueError(f"bias must have shape ({rows},), one per weight row, got {b.shape}")
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(b, np.float32)
+    return None if bias is None else _vector("bias", bias, rows, "weight row")
 
 
-def _importance(importance: ArrayLike, cols: int) -> NDArray[np.float32]:
-    w, _ = _operand(importance, "f32")
-    if w.dtype == np.uint16:
-        w = (w.astype(np.uint32) << 16).view(np.float32)
-    if w.shape != (cols,):
-        raise ValueError(f"importance must have shape ({cols},), one per column, got {w.shape}")
+def _vector(name: str, values: ArrayLike, count: int, each: str) -> NDArray[np.float32]:
+    """Return one float32 for each row or column."""
+    v, _ = _operand(values, "f32")
+    if v.dtype == np.uint16:
+        v = (v.astype(np.uint32) << 16).view(np.float32)
+    if v.shape != (count,):
+        raise ValueError(f"{name} must have shape ({count},), one per {each}, got {v.shape}")
     with np.errstate(over="ignore"):
-        return np.ascontiguousarray(w, np.float32)
+        return np.ascontiguousarray(v, np.float32)
 
 
 def _is_distinct(a: NDArray[Any]) -> bool:
