@@ -12,6 +12,7 @@ use crate::pack::{Geometry, Inner, Packed, PanelScales, PanelZeros, Shared, Trel
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
 use crate::qtensor::{QTensor, QView};
+use crate::sparse::Patch;
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
@@ -573,7 +574,7 @@ impl IntJob<'_> {
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
         if let Some(sparse) = &self.w.sparse {
-            if sparse.raw(self, p0, np, m0, rows, b0, blocks, c, ldc) {
+            if sparse.raw(Patch { job: self, p0, np, m0, rows, b0, blocks, c: &mut *c, ldc }) {
                 return Ok(());
             }
         }
@@ -706,7 +707,8 @@ impl IntJob<'_> {
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
         if let Some(sparse) = &self.w.sparse {
-            if sparse.grouped(self, p0, np, m0, rows, c, ldc) {
+            let blocks = self.w.geometry.blocks();
+            if sparse.grouped(Patch { job: self, p0, np, m0, rows, b0: 0, blocks, c: &mut *c, ldc }) {
                 return Ok(());
             }
         }
@@ -995,7 +997,7 @@ struct LateScales {
 impl LateScales {
     fn new(w: &Packed) -> Option<Self> {
         let g = &w.geometry;
-        if matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP || w.tensor != 1.0 {
+        if w.portable.is_some() || matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP || w.tensor != 1.0 {
             return None;
         }
         let small = if w.has_zeros() { w.bits <= 4 && w.zero_max <= 16 } else { w.bits <= 5 };
@@ -1023,7 +1025,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     let (a, y) = (&a, &*y);
     let g = &w.geometry;
     let portable = w.portable.as_ref().map(QTensor::view);
-    let late = LateScales::new(w).filter(|_| portable.is_none());
+    let late = LateScales::new(w);
     let (decode, window) = match &late {
         Some(l) => (amx::bf16_unit_decoder(weight_mode(w), l.small), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),

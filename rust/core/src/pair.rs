@@ -317,8 +317,8 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     let scales = &scales[..m * groups];
     let plain = w.inner.is_none() && !matches!(w.zeros, PanelZeros::Float(_));
     let ungrouped = groups <= 1 && w.geometry.groups <= 1 && plain;
-    let mut w_scales = Taken::<f32>::new(if ungrouped { w.n } else { 0 })?;
     let count = if ungrouped { w.n } else { 0 };
+    let mut w_scales = Taken::<f32>::new(count)?;
     w.scales.read(&mut w_scales[..count]);
     let (w_scales, out) = (&w_scales[..count], &*y);
     let emit = |row: usize, n0: usize, sums: Sums| {

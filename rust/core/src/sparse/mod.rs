@@ -103,6 +103,38 @@ pub enum Panels {
     Rows(rows::RowPanels),
 }
 
+/// A patch of an integer product that panels may compute themselves: panels `p0..p0 + np` and rows `m0..m0 + rows`, over
+/// blocks `b0..b0 + blocks` of K, into rows of `c` that are `ldc` apart.
+pub(crate) struct Patch<'a, T> {
+    pub job: &'a IntJob<'a>,
+    pub p0: usize,
+    pub np: usize,
+    pub m0: usize,
+    pub rows: usize,
+    pub b0: usize,
+    pub blocks: usize,
+    pub c: &'a mut [T],
+    pub ldc: usize,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Patch<'_, i32> {
+    /// Whether it goes over all of K.
+    fn is_whole(&self) -> bool {
+        self.b0 == 0 && self.blocks == self.job.w.geometry.blocks()
+    }
+
+    /// Adds what the caller takes off for the zero of all codes.
+    fn add_zero_share(&mut self) {
+        for m in 0..self.rows {
+            let share = self.job.act.zero_share(self.m0 + m, self.job.w.sub);
+            for v in &mut self.c[m * self.ldc..][..self.np * crate::pack::PANEL] {
+                *v = v.wrapping_add(share);
+            }
+        }
+    }
+}
+
 impl Panels {
     /// Rearranges a sparse matrix.
     ///
@@ -139,38 +171,18 @@ impl Panels {
     }
 
     /// An ungrouped integer product, `c += sum u*a` with dropped codes included, where these panels have a kernel for it.
-    pub(crate) fn raw(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-    ) -> bool {
+    pub(crate) fn raw(&self, a: Patch<i32>) -> bool {
         match self {
-            Self::Bits(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
-            Self::Tiles(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
-            Self::Rows(p) => p.raw(job, p0, np, m0, rows, b0, blocks, c, ldc),
+            Self::Bits(p) => p.raw(a),
+            Self::Tiles(p) => p.raw(a),
+            Self::Rows(p) => p.raw(a),
         }
     }
 
     /// A grouped integer product, `c = fma(sum, scale, c)` for each kept group, where these panels have a kernel for it.
-    pub(crate) fn grouped(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        c: &mut [f32],
-        ldc: usize,
-    ) -> bool {
+    pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         match self {
-            Self::Rows(p) => p.grouped(job, p0, np, m0, rows, c, ldc),
+            Self::Rows(p) => p.grouped(a),
             _ => false,
         }
     }

@@ -11,9 +11,9 @@
 use super::kernel::generic::MASKS;
 use super::kernel::{self, BitRaw, Fill, SparseKernels};
 use super::mask::code_bytes;
+use super::Patch;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::gemm::IntJob;
 use crate::pack::{Geometry, Shared, BLOCK, PANEL};
 use crate::plan::Path;
 use crate::pool;
@@ -185,18 +185,8 @@ impl BitPanels {
     }
 
     /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
-    pub(crate) fn raw(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-    ) -> bool {
+    pub(crate) fn raw(&self, a: Patch<i32>) -> bool {
+        let Patch { job, p0, np, m0, rows, b0, blocks, c, ldc } = a;
         let (w, mr) = (job.w, job.b.mr);
         let t = kernel::table(job.t.isa);
         if job.b.path == Path::Tiles || w.bytes.is_some() || !matches!(mr, 1 | 2 | 4) || mr > t.max_mr || blocks == 0 {

@@ -11,6 +11,7 @@
 //! why pruning keeps as many groups in every row.
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
 use crate::gemm::IntJob;
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
@@ -21,6 +22,7 @@ use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 #[cfg(target_arch = "x86_64")]
 use crate::sparse::kernel::x86::bsr;
+use crate::sparse::Patch;
 
 /// Values of a group.
 pub const RUN: usize = 32;
@@ -188,51 +190,27 @@ impl RowPanels {
 
     /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn raw(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-    ) -> bool {
-        let whole = b0 == 0 && blocks == job.w.geometry.blocks();
-        if !Self::serves_job(job) || !whole || !self.scales.is_empty() {
+    pub(crate) fn raw(&self, mut a: Patch<i32>) -> bool {
+        let Patch { job, p0, np, m0, rows, ldc, .. } = a;
+        if !Self::serves_job(job) || !a.is_whole() || !self.scales.is_empty() {
             return false;
         }
         let Ok(mut table) = Taken::<u8>::new(job.w.geometry.kp / RUN * ENTRY) else { return false };
         for m in 0..rows {
-            let row = &mut c[m * ldc..][..np * PANEL];
-            // What the caller takes off for the zero of all codes.
-            let share = job.act.zero_share(m0 + m, job.w.sub);
-            for v in row.iter_mut() {
-                *v = v.wrapping_add(share);
-            }
             let x = self.entries(job, m0 + m, &mut table);
-            for (p, sums) in row.chunks_exact_mut(PANEL).enumerate() {
+            for (p, sums) in a.c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
                 // SAFETY: whole slots, entries of every group, and the instructions of the level.
                 unsafe { bsr::raw(&self.slots(p0 + p), x, sums.as_mut_ptr()) };
             }
         }
+        a.add_zero_share();
         true
     }
 
     /// A grouped product of one row at a time; see [`super::Panels::grouped`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn grouped(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        c: &mut [f32],
-        ldc: usize,
-    ) -> bool {
+    pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
+        let Patch { job, p0, np, m0, rows, c, ldc, .. } = a;
         if !Self::serves_job(job) || self.scales.is_empty() {
             return false;
         }
@@ -248,23 +226,12 @@ impl RowPanels {
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn raw(
-        &self,
-        _: &IntJob,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: &mut [i32],
-        _: usize,
-    ) -> bool {
+    pub(crate) fn raw(&self, _: Patch<i32>) -> bool {
         false
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn grouped(&self, _: &IntJob, _: usize, _: usize, _: usize, _: usize, _: &mut [f32], _: usize) -> bool {
+    pub(crate) fn grouped(&self, _: Patch<f32>) -> bool {
         false
     }
 

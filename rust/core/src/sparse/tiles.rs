@@ -3,10 +3,9 @@
 //! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
 //! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
 use super::mask::Mask;
-use super::Structure;
+use super::{Patch, Structure};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::gemm::IntJob;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
 #[cfg(target_arch = "x86_64")]
@@ -126,60 +125,34 @@ impl TilePanels {
 
     /// An ungrouped product of many rows by the kept tiles alone; see [`super::Panels::raw`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn raw(
-        &self,
-        job: &IntJob,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-    ) -> bool {
+    pub(crate) fn raw(&self, mut a: Patch<i32>) -> bool {
         use super::kernel::x86::amx::{multiply, Kept};
-        let whole = b0 == 0 && blocks == job.w.geometry.blocks();
-        if job.b.path != Path::Tiles || !self.signed() || !whole {
+        let Patch { job, p0, np, m0, rows, blocks, ldc, .. } = a;
+        if job.b.path != Path::Tiles || !self.signed() || !a.is_whole() {
             return false;
         }
-        let at = |m: usize| c.as_ptr().cast_mut().wrapping_add(m * ldc);
+        let c = a.c.as_mut_ptr();
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles.
         unsafe {
             let _tiles = crate::kernel::x86::amx::Tiles::new(64);
             for m in (0..rows).step_by(16 * ROWS) {
                 let count = ROWS.min((rows - m).div_ceil(16));
-                let a = job.act.rows((m0 + m) / 16, 0).codes;
+                let x = job.act.rows((m0 + m) / 16, 0).codes;
                 for k in (0..blocks).step_by(WINDOW) {
                     for p in 0..np {
                         let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
-                        let c = at(m).wrapping_add(p * PANEL);
-                        multiply(&Kept { index, tiles, a, a_stride: job.act.tile_stride(), c, ldc }, count);
+                        let c = c.wrapping_add(m * ldc + p * PANEL);
+                        multiply(&Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc }, count);
                     }
                 }
             }
         }
-        // What the caller takes off for the zero of all codes.
-        for m in 0..rows {
-            let share = job.act.zero_share(m0 + m, job.w.sub);
-            c[m * ldc..][..np * PANEL].iter_mut().for_each(|v| *v = v.wrapping_add(share));
-        }
+        a.add_zero_share();
         true
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn raw(
-        &self,
-        _: &IntJob,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: usize,
-        _: &mut [i32],
-        _: usize,
-    ) -> bool {
+    pub(crate) fn raw(&self, _: Patch<i32>) -> bool {
         false
     }
 
