@@ -3,6 +3,8 @@
 `python benches/intops.py` prints both tables in about a minute, `--out FILE` keeps the figures,
 `--check` fails where a row misses its goal. All contenders of a table take turns, and medians are
 compared. Results of the products must equal the emulation's, bit for bit, before the clock starts.
+`--device` runs on a CUDA device instead, beside PyTorch there: medians of graph replays over
+copies that exceed the cache.
 """
 
 from __future__ import annotations
@@ -213,6 +215,127 @@ def race_products(
     return rows
 
 
+def replays(call: Callable[[Any], object], values: list[Any], rounds: int) -> float:
+    """Return the median time in seconds of a call on a device; values take turns."""
+    import cupy
+
+    step = nb.cuda.graph(lambda: [call(v) for v in values])
+    start, end = cupy.cuda.Event(), cupy.cuda.Event()
+    times = []
+    for _ in range(rounds + 2):
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        times.append(cupy.cuda.get_elapsed_time(start, end) / len(values) / 1e3)
+    return median(times[2:])
+
+
+def torch_replays(call: Callable[[Any], object], values: list[Any], rounds: int) -> float:
+    """Return the same of PyTorch's."""
+    import torch
+
+    def work() -> None:
+        for v in values:
+            call(v)
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(rounds + 2):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(values) / 1e3)
+    return median(times[2:])
+
+
+def race_on_device(side: int, rounds: int) -> list[dict[str, Any]]:
+    """Time every case on a CUDA device beside PyTorch's float32 and float16 there."""
+    import cupy
+    import torch
+
+    copies = 4
+    x = np.random.default_rng(0).standard_normal((side, side), np.float32) * 2
+    wide = np.clip(np.rint(x / SCALE), -(2**15), 2**15 - 1).astype(np.int32)
+    calls: dict[str, Callable[[Any], object]] = {
+        "softmax": lambda v: torch.softmax(v, -1),
+        "GELU": torch.nn.functional.gelu,
+        "layer norm": lambda v: torch.nn.functional.layer_norm(v, (side,), v[0], v[1]),
+    }
+    theirs: dict[str, dict[str, float]] = {name: {} for name in calls}
+    for kind in ("float32", "float16"):
+        t = [torch.from_numpy(x).cuda().to(getattr(torch, kind)) for _ in range(copies)]
+        for name, call in calls.items():
+            theirs[name][kind] = torch_replays(call, t, rounds)
+    rows = []
+    for c in cases(side):
+        q = [cupy.asarray(wide.astype(c.input)) for _ in range(copies)]
+        took = replays(c.call, q, rounds)
+        moved = x.size * (np.dtype(c.input).itemsize + np.dtype(c.output).itemsize)
+        both = theirs[c.operator]
+        rows.append(
+            {
+                "name": c.name,
+                "us": 1e6 * took,
+                "terabytes_per_second": moved / took / 1e12,
+                "torch_float32": both["float32"] / took,
+                "torch_float16": both["float16"] / took,
+            }
+        )
+    return rows
+
+
+def race_products_on_device(side: int, rounds: int) -> list[dict[str, Any]]:
+    """Time products on a CUDA device beside PyTorch's of the same size."""
+    import cupy
+    import torch
+
+    rng = np.random.default_rng(0)
+    x, w = (torch.from_numpy(v).cuda() for v in rng.standard_normal((2, side, side), np.float32))
+    a, b = (torch.from_numpy(v).cuda() for v in rng.integers(-99, 99, (2, side, side), np.int8))
+    cx, cw, ca, cb = (cupy.from_dlpack(v) for v in (x, w, a, b))
+    raced: list[tuple[str, Callable[[Any], object], str, Callable[[Any], object]]] = [
+        ("lmul_matmul, float32", lambda _: approx.lmul_matmul(cx, cw), "float32", lambda _: x @ w),
+        (
+            "intops.matmul, int8",
+            lambda _: intops.matmul(ca, cb.T),
+            "int8",
+            lambda _: torch._int_mm(a, b.T),
+        ),
+    ]
+    rows = []
+    for name, ours, kind, other in raced:
+        took, beside = replays(ours, [None], rounds), torch_replays(other, [None], rounds)
+        row = {"name": name, "us": 1e6 * took, "tera_operations": 2 * side**3 / took / 1e12}
+        rows.append(row | {f"torch_{kind}": beside / took})
+    return rows
+
+
+def on_device(side: int, rounds: int, out: Path | None) -> int:
+    """Print and keep the tables of a device."""
+    import cupy
+
+    name = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    operators, multiplied = race_on_device(side, rounds), race_products_on_device(side, rounds)
+    print(f"\n{side} x {side} on {name}\n")
+    print("| | us | TB/s | PyTorch float32 | float16 |\n|---|---:|---:|---:|---:|")
+    for r in operators:
+        beside = f"{r['torch_float32']:.2f}x | {r['torch_float16']:.2f}x"
+        print(f"| {r['name']} | {r['us']:.1f} | {r['terabytes_per_second']:.2f} | {beside} |")
+    for r in multiplied:
+        print({key: v if isinstance(v, str) else round(v, 3) for key, v in r.items()})
+    if out:
+        report = {"device": name, "operators": operators, "products": multiplied}
+        out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
 def table(rows: list[dict[str, Any]], theirs: str) -> str:
     """Write rows as Markdown, one line for a name and a column for each number of threads."""
     counts = sorted({r["threads"] for r in rows})
@@ -242,9 +365,12 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="CPU time with one thread: for a machine that others use; not for several threads",
     )
+    parser.add_argument("--device", action="store_true", help="on a CUDA device")
     parser.add_argument("--check", action="store_true", help="fail where a row misses its goal")
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args(argv)
+    if args.device:
+        return on_device(args.size, 4 * args.rounds, args.out)
     counts = [int(t) for t in args.threads.split(",") if t] or sorted({1, nb.get_num_threads()})
     if args.cpu_time and counts != [1]:
         counts = [1]

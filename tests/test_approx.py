@@ -586,3 +586,82 @@ def test_shift_matmul_bad_input() -> None:
     a = np.ones((2, 8), np.float16)
     a[1, 0] = np.inf
     np.testing.assert_array_equal(approx.shift_matmul(a, q.T), [[8] * 4, [np.inf] * 4])
+
+
+# The mixture of a multiplication and a shift expert.
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.float16])
+def test_experts(dtype: type, rng: np.random.Generator) -> None:
+    w = rng.normal(size=(2, 24, 64)).astype(np.float32)
+    multiply, shift = nb.quantize(w[0], "int8"), nb.quantize(w[1], "pow2_4_g32")
+    router = rng.normal(size=(2, 64)).astype(np.float32)
+    bias = rng.normal(size=24).astype(np.float32)
+    x = (rng.normal(size=(3, 40, 64)) * 20).astype(dtype)
+    routed = approx.expert_matmul(x, multiply.T, shift.T, router, bias=bias)
+    scores = x.astype(np.float64) @ router.astype(np.float64).T
+    np.testing.assert_array_equal(routed.shifted, scores[..., 1] > scores[..., 0])
+    assert 0.2 < routed.shifted.mean() < 0.8
+    odds = 1 / (1 + np.exp(scores[..., 0] - scores[..., 1]))
+    np.testing.assert_allclose(routed.gates, np.stack([1 - odds, odds], -1), atol=1e-4)
+    compute = "int8" if dtype == np.int8 else "f32"
+    both = (
+        nb.matmul(x, multiply.T, compute=compute, bias=bias),
+        approx.shift_matmul(x, shift.T, bias=bias),
+    )
+    chosen = np.where(routed.shifted[..., None], both[1], both[0]).astype(np.float32)
+    gate = np.where(routed.shifted, routed.gates[..., 1], routed.gates[..., 0])
+    want = (chosen * gate[..., None]).astype(np.float32 if dtype == np.int8 else dtype)
+    assert routed.output.dtype == want.dtype
+    np.testing.assert_array_equal(routed.output, want)
+    alone = approx.expert_matmul(x[1, 7], multiply.T, shift.T, router, bias=bias)
+    np.testing.assert_array_equal(alone.output, want[1, 7])
+    assert alone.shifted.shape == ()
+
+
+def test_experts_where_one_has_nothing_to_do(rng: np.random.Generator) -> None:
+    w = nb.quantize(np.eye(4, 8, dtype=np.float32), "int8")
+    powers = nb.quantize(np.eye(4, 8, dtype=np.float32), "pow2_4")
+    router = np.zeros((2, 8), np.float32)
+    x = rng.integers(-9, 9, (5, 8)).astype(np.int8)
+    equal = approx.expert_matmul(x, w.T, powers.T, router)
+    assert not equal.shifted.any()
+    assert (equal.gates == 0.5).all()
+    np.testing.assert_allclose(equal.output, x[:, :4] / 2, rtol=1e-3)
+    empty = approx.expert_matmul(x[:0], w.T, powers.T, nb.quantize(router, "f32"))
+    assert empty.output.shape == (0, 4)
+
+
+def test_expert_balance() -> None:
+    shifted = np.array([True] * 6 + [False] * 2)
+    gates = np.where(shifted[:, None], (0.25, 0.75), (0.75, 0.25))
+    # Three times as fast, three times as many tokens.
+    importance, load = approx.expert_balance(gates, shifted, (3.0, 1.0))
+    assert load == 0
+    # 3 and 5 of 8 by the gates: busy for 9 and 5.
+    assert importance == pytest.approx((2 / 7) ** 2)
+    assert approx.expert_balance(gates, shifted, (1.0, 1.0))[1] == pytest.approx(0.25)
+
+
+def test_experts_bad_input(rng: np.random.Generator) -> None:
+    w = nb.quantize(rng.normal(size=(4, 8)).astype(np.float32), "int8")
+    powers = nb.quantize(rng.normal(size=(4, 8)).astype(np.float32), "pow2_4")
+    x, router = np.ones((2, 8), np.int8), np.zeros((2, 8), np.float32)
+    for arguments, error, match in [
+        ((x.astype(np.float32), w.T, powers.T, router), TypeError, "int8, float16 or bfloat16"),
+        ((x, w.T, powers.dequantize(), router), TypeError, "shift must be a QTensor"),
+        ((x, w.T, powers[:3].T, router), ValueError, "experts differ"),
+        ((x, w.T, w.T, np.ones((2, 8)) * [[0], [1]]), ValueError, "powers of two"),
+        ((x, w.T, powers.T, router[:1]), ValueError, r"router must have shape \(2, 8\)"),
+        ((x[:, :7], w.T, powers.T, router), ValueError, "mismatch"),
+        ((np.float16([[np.nan] * 8]), w.T, powers.T, router), ValueError, "finite"),
+    ]:
+        with pytest.raises(error, match=match):
+            approx.expert_matmul(*arguments)
+    for arguments in [
+        ([[0.5, 0.5]], [True, False], (1.0, 1.0)),
+        ([[0.5, 0.5]], [True], (1.0, 0.0)),
+        (np.ones((0, 2)), np.ones(0, bool), (1.0, 1.0)),
+    ]:
+        with pytest.raises(ValueError, match=r"gates of shape|latencies are|no token"):
+            approx.expert_balance(*arguments)

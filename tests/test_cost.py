@@ -98,6 +98,26 @@ def test_energy_is_counts_times_the_table() -> None:
         cost.energy(cost.Cost({"moon": 1.0}, {}))
 
 
+def test_every_figure_has_a_source() -> None:
+    for name, table in cost.ENERGY.items():
+        assert set(table.sources) == {*table.operations, "sram", "dram"}
+        published = {kind for kind, source in table.sources.items() if source == table.source}
+        estimates = {kind for kind, source in table.sources.items() if "an estimate" in source}
+        assert {"int8_mul", "fp32_add", "fp16_mul", "dram"} <= published
+        # As the text of each estimate says.
+        o = table.operations
+        assert o["int16_add"] == o["int32_add"] / 2
+        assert o["bit"] == o["int8_add"] / 8
+        assert estimates == {"int16_add", "bit"} | ({"shift"} if name == "7nm" else set())
+    older, newer = (cost.ENERGY[name].operations for name in ("45nm", "7nm"))
+    ratio = newer["int32_add"] / older["int32_add"]
+    assert newer["shift"] == pytest.approx(older["shift"] * ratio)
+    assert "table 1" in cost.ENERGY["45nm"].sources["shift"]
+    # Counted kinds are table entries, one for one.
+    for scheme in cost.SCHEMES:
+        assert set(cost.layer(scheme).operations) <= set(older)
+
+
 def test_every_scheme_has_energies_and_the_order_that_papers_claim() -> None:
     for table in cost.ENERGY:
         spent = {}
@@ -183,8 +203,16 @@ def test_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ]
     assert [r["floor_seconds"] for r in report["matrices"]] == [w.floor_seconds for w in want]
     assert report["floor_seconds"] == pytest.approx(sum(w.floor_seconds for w in want))
-    assert main(["report", str(path), *given]) == 0
-    assert "2 matrices, M=1" in capsys.readouterr().out
+    spent = [
+        cost.energy(cost.product(1, 32, 64, "w4a8", format=f), "45nm") for f in ("int4_g32", "int8")
+    ]
+    assert [r["energy_pj"] for r in report["matrices"]] == spent
+    assert report["memory_uj"] == pytest.approx(sum(e["memory"] for e in spent) / 1e6)
+    assert report["table"]["sources"]["int8_mul"].startswith("M. Horowitz")
+    assert main(["report", str(path), *given, "--energy", "7nm"]) == 0
+    text = capsys.readouterr().out
+    assert "2 matrices, M=1" in text
+    assert "energy at 7nm: arithmetic" in text
     nb.save(path, {"bias": w[0]})
     assert main(["report", str(path), *given]) == 1
     assert "no matrix to report on" in capsys.readouterr().err
@@ -197,6 +225,8 @@ def test_report_of_a_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     e = cost.energy(cost.layer("lmul"))
     row = next(r for r in rows if r["scheme"] == "lmul")
     assert row["energy_pj"] == e
+    assert main(["report"]) == 0
+    assert "int16_add, 0.05 pJ: an estimate" in capsys.readouterr().out
     pytest.importorskip("matplotlib")
     picture = tmp_path / "layer.png"
     assert main(["report", "--plot", str(picture)]) == 0

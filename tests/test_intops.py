@@ -654,7 +654,7 @@ def test_any_layout_and_type(rng: np.random.Generator) -> None:
         intops.gelu(x, 1.0, out_scale=1e-9)
     with pytest.raises(ValueError, match=r"shift must lie in .*, got 40"):
         intops.requantize(x, multiplier=2**30, shift=40)
-    with pytest.raises(ValueError, match='unknown rounding "up"'):
+    with pytest.raises(ValueError, match="unknown rounding 'up'"):
         intops.requantize(x, multiplier=2**30, shift=0, rounding="up")
     with pytest.raises(ValueError, match="axis -1 of acc has 10 channels"):
         intops.requantize(x, multiplier=[2**30] * 4, shift=0)

@@ -15,12 +15,15 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import _core, _threads
-from ._api import _bias, _check_inner, _import, matmul
+from ._api import _bias, _check_inner, _import, _on_device, matmul, quantize
 from .qtensor import QTensor
 
 __all__ = [
+    "Routed",
     "SmallFloat",
     "angular_attention",
+    "expert_balance",
+    "expert_matmul",
     "hamming_matmul",
     "hash_codes",
     "hashed_attention",
@@ -157,6 +160,158 @@ def _shifted(
     _core.ops_shift_add(by, left.ravel(), storage.parts(), y.ravel(), extra, count, None)
     with np.errstate(over="ignore"):
         return y.reshape(*lead, storage.rows).astype(x.dtype if half else np.float32, copy=False)
+
+
+class Routed(NamedTuple):
+    """What a mixture of experts gives."""
+
+    output: NDArray[Any]
+    """``(..., N)``."""
+    shifted: NDArray[np.bool_]
+    """``(...)``: whether a token went to the shift expert."""
+    gates: NDArray[np.float32]
+    """``(..., 2)``: the router's probabilities, of multiplying and of shifting."""
+
+
+def expert_matmul(
+    a: ArrayLike,
+    multiply: QTensor,
+    shift: QTensor,
+    router: ArrayLike | QTensor,
+    /,
+    *,
+    bias: ArrayLike | None = None,
+    threads: SupportsIndex | None = None,
+) -> Routed:
+    """Send each token to a multiplication or to a shift expert (ShiftAddViT).
+
+    Parameters
+    ----------
+    a : array_like
+        Tokens ``(..., K)``: int8, taken as codes with scale 1, float16 or bfloat16.
+    multiply : QTensor
+        ``qw.T`` of the weights of the multiplication expert, see :func:`nibblas.matmul`.
+    shift : QTensor
+        ``qw.T`` of the weights of the shift expert, see :func:`shift_matmul`.
+    router : array_like or QTensor
+        ``(2, K)``: a token goes where its product with the router is larger, and to the
+        multiplication expert where both are equal.
+    bias : array_like, optional
+        One value per output, added by either expert.
+    threads : int, optional
+        At most this many threads. The result does not depend on it.
+
+    Returns
+    -------
+    Routed
+        The output is the chosen expert's times its gate, the softmax of both products; float32 for
+        int8, else the type of `a`.
+
+    Notes
+    -----
+    A token's row is that of the expert's own product, whatever other tokens there are. What the
+    router learns from is :func:`expert_balance`.
+
+    Examples
+    --------
+    >>> import numpy as np, nibblas as nb
+    >>> w = np.eye(4, 8, dtype=np.float32)
+    >>> experts = nb.quantize(w, "int8").T, nb.quantize(w, "pow2_4").T
+    >>> router = np.zeros((2, 8), np.float32)
+    >>> router[1, 0] = 1
+    >>> x = np.zeros((2, 8), np.float16)
+    >>> x[:, 0] = 2, -2
+    >>> nb.approx.expert_matmul(x, *experts, router).shifted
+    array([ True, False])
+    """
+    x = _import(a)
+    for name, b in (("multiply", multiply), ("shift", shift)):
+        if not isinstance(b, QTensor):
+            raise TypeError(f"{name} must be a QTensor, got {type(b).__name__}")
+    if multiply.shape != shift.shape:
+        raise ValueError(f"experts differ in shape: {multiply.shape} and {shift.shape}")
+    if not (x.dtype in (np.int8, np.float16) or x.dtype.name == "bfloat16"):
+        raise TypeError(f"activations are int8, float16 or bfloat16, got {x.dtype}")
+    _check_inner(x.shape, multiply, True)
+    matrix, lead = _rows(x)
+    rows, n = matrix.shape[0], multiply.shape[1]
+    plan = router if isinstance(router, QTensor) else _router(router, matrix.shape[1])
+    if plan.shape != (2, matrix.shape[1]):
+        raise ValueError(f"router must have shape (2, {matrix.shape[1]}), got {plan.shape}")
+    # One arithmetic for every machine: which expert is chosen must not depend on how sums are cut.
+    scores: NDArray[Any] = matmul(matrix.astype(np.float32), plan.T, threads=threads)
+    if not np.isfinite(scores).all():
+        raise ValueError("tokens and router must be finite")
+    shifted = scores[:, 1] > scores[:, 0]
+    wide = scores.astype(np.float64)
+    powers = np.exp(wide - wide.max(axis=1, keepdims=True))
+    gates = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
+    exact = x.dtype == np.int8
+    output = np.empty((rows, n), np.float32 if exact else x.dtype)
+    for rule, own in ((~shifted, False), (shifted, True)):
+        if not rule.any():
+            continue
+        part, gate = np.ascontiguousarray(matrix[rule]), gates[rule, int(own), None]
+        y: NDArray[Any]
+        if own:
+            y = shift_matmul(part, shift, bias=bias, threads=threads)
+        else:
+            compute = "int8" if exact else "f32"
+            y = matmul(part, multiply, compute=compute, bias=bias, threads=threads)
+        output[rule] = (y.astype(np.float32) * gate).astype(output.dtype)
+    return Routed(output.reshape(*lead, n), shifted.reshape(lead), gates.reshape(*lead, 2))
+
+
+def _router(router: ArrayLike, cols: int) -> QTensor:
+    weights = np.asarray(_import(router), np.float32)
+    if weights.shape != (2, cols):
+        raise ValueError(f"router must have shape (2, {cols}), got {weights.shape}")
+    return quantize(weights, "f32")
+
+
+def expert_balance(
+    gates: ArrayLike, shifted: ArrayLike, latencies: tuple[float, float]
+) -> tuple[float, float]:
+    """Return how unevenly two experts are busy, by the router's wishes and by its choices.
+
+    Both are squared coefficients of variation, 0 where the experts take equally long: of the sum of
+    gates of an expert times its latency, and of its number of tokens times its latency. So the
+    faster expert is balanced with more tokens (ShiftAddViT's latency-aware loss).
+
+    Parameters
+    ----------
+    gates : array_like
+        ``(..., 2)``, see :class:`Routed`.
+    shifted : array_like of bool
+        ``(...)``.
+    latencies : tuple of float
+        Measured times of a token in the multiplication and in the shift expert.
+
+    Returns
+    -------
+    importance, load : float
+
+    Examples
+    --------
+    >>> import nibblas as nb
+    >>> nb.approx.expert_balance([[0.5, 0.5]] * 3, [True, True, False], (2.0, 1.0))
+    (0.1111111111111111, 0.0)
+    """
+    g, s = np.asarray(gates, np.float64), np.asarray(shifted)
+    if s.dtype != np.bool_ or g.shape != (*s.shape, 2):
+        raise ValueError(f"gates of shape {g.shape} do not fit choices of shape {s.shape}")
+    if s.size == 0:
+        raise ValueError("there is no token to balance")
+    times = np.asarray(latencies, np.float64)
+    if times.shape != (2,) or not (np.isfinite(times).all() and (times > 0).all()):
+        raise ValueError(f"latencies are two positive numbers, got {latencies}")
+
+    def variation(share: NDArray[np.float64]) -> float:
+        busy = share * times / times.sum()
+        return float(busy.var() / busy.mean() ** 2)
+
+    count = float(s.sum())
+    return variation(g.reshape(-1, 2).sum(axis=0)), variation(np.array([s.size - count, count]))
 
 
 class SmallFloat(NamedTuple):
@@ -402,6 +557,11 @@ def lmul(
     >>> nb.approx.lmul(np.float32([1, 1.5, 3, -2]), np.float32([1, 1.5, 5, 0.75]))
     array([ 1.0625,  2.125 , 14.5   , -1.5625], dtype=float32)
     """
+    if _on_device(a) or _on_device(b):
+        from . import cuda
+
+        product: NDArray[Any] = cuda.lmul(a, b, format, offset, overflow)
+        return product
     x, y = _pair(a, b, format)
     fmt = SmallFloat.parse(x.name)
     left, right = np.broadcast_arrays(x.values, y.values)
@@ -453,6 +613,11 @@ def lmul_matmul(
     >>> nb.approx.lmul_matmul(np.float32([[1, 3]]), np.float32([[1], [5]]))
     array([[15.5625]], dtype=float32)
     """
+    if _on_device(a) or _on_device(b):
+        from . import cuda
+
+        sums: NDArray[np.float32] = cuda.lmul_matmul(a, b, format, offset, overflow)
+        return sums
     x, y = _pair(a, b, format)
     if y.values.ndim != 2:
         raise ValueError(f"b must have two dimensions, got shape {y.values.shape}")

@@ -7,18 +7,27 @@ choose the scale of their result return ``(codes, scale)``.
 
 ``compat="ibert"`` and ``compat="ivit"`` give the operators of I-BERT and I-ViT as published, with
 their quirks, as int64.
+
+CuPy arrays are computed where they are, with the same bits, on the current stream. Parameters
+(multipliers, weights of norms) are read on the host. A check of values waits for the device: codes
+of more than 32 bits, those of `exp` and `log2_matmul`, of signed types in `sqrt`, the published
+layer norms.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
-from typing import Any, SupportsIndex
+import sys
+from collections.abc import Callable
+from typing import Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core, _threads
+from ._api import _import, _on_device
 from ._api import matmul as _matmul
 from .qtensor import QTensor
 
@@ -48,9 +57,63 @@ _COMPAT = ("ibert", "ivit")
 _INT32 = np.iinfo(np.int32)
 
 
-def _codes(q: ArrayLike, name: str = "q") -> NDArray[Any]:
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _where_it_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make the device of the first argument the current one."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        if not _on_device(first):
+            return function(*args, **kwargs)
+        from .cuda import device_of
+
+        with device_of(first):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _array(x: Any) -> Any:
+    """Return a NumPy array, or a CuPy array of what lies on a device."""
+    if not _on_device(x):
+        return np.asarray(x)
+    from .cuda import import_array
+
+    return import_array(x)
+
+
+def _on_host(a: Any) -> bool:
+    return isinstance(a, np.ndarray)
+
+
+def _space(a: Any) -> Any:
+    """Return NumPy or CuPy."""
+    return np if _on_host(a) else sys.modules["cupy"]
+
+
+def _engine(a: Any) -> Any:
+    """Return what has the loops: the core, or the kernels of a device."""
+    if _on_host(a):
+        return _core
+    from . import cuda
+
+    return cuda
+
+
+def _together(**arrays: Any) -> None:
+    """Check that arrays lie in one kind of memory."""
+    places = [_on_host(a) for a in arrays.values()]
+    if any(places) and not all(places):
+        raise TypeError(f"{' and '.join(arrays)} must lie on one device, not some on the host")
+
+
+def _codes(q: Any, name: str = "q") -> NDArray[Any]:
     """Return integers of at most 32 bits, C-contiguous."""
-    a = np.asarray(q)
+    a: NDArray[Any] = _array(q)
     if a.dtype.kind not in "iu":
         raise TypeError(f"{name} must hold integers, got {a.dtype}")
     if a.dtype not in _NARROW:
@@ -58,7 +121,8 @@ def _codes(q: ArrayLike, name: str = "q") -> NDArray[Any]:
         if a.size and not (_INT32.min <= a.min() and a.max() <= _INT32.max):
             raise ValueError(f"{name} has values beyond int32: [{a.min()}, {a.max()}]")
         a = wide
-    return np.ascontiguousarray(a).reshape(a.shape)
+    contiguous: NDArray[Any] = _space(a).ascontiguousarray(a).reshape(a.shape)
+    return contiguous
 
 
 def _narrow(dtype: DTypeLike) -> np.dtype[Any]:
@@ -84,11 +148,13 @@ def _last(a: NDArray[Any], axis: SupportsIndex) -> tuple[NDArray[Any], int]:
     ax = operator.index(axis)
     if not -a.ndim <= ax < a.ndim:
         raise np.exceptions.AxisError(ax, a.ndim)
-    return np.ascontiguousarray(np.moveaxis(a, ax, -1)), ax
+    xp = _space(a)
+    last: NDArray[Any] = xp.ascontiguousarray(xp.moveaxis(a, ax, -1))
+    return last, ax
 
 
 def _float_vector(name: str, v: ArrayLike, length: int) -> NDArray[np.float32]:
-    a = np.ascontiguousarray(v, np.float32)
+    a = np.ascontiguousarray(_import(v), np.float32)
     if a.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {a.shape}")
     return a
@@ -121,6 +187,7 @@ def dyadic(scale: float) -> tuple[int, int]:
     return _core.ops_dyadic(float(scale))
 
 
+@_where_it_is
 def requantize(
     acc: ArrayLike,
     *,
@@ -164,8 +231,10 @@ def requantize(
     >>> nb.intops.requantize([91581], multiplier=2012766816, shift=3, dtype="int16")
     array([10729], dtype=int16)
     """
+    if rounding not in ("single", "gemmlowp", "float"):
+        raise ValueError(f"unknown rounding {rounding!r}: expected single, gemmlowp or float")
     x, dt = _codes(acc, "acc"), _narrow(dtype)
-    m, s = np.asarray(multiplier), np.asarray(shift)
+    m, s = _import(multiplier), _import(shift)
     if m.dtype.kind not in "iu" or s.dtype.kind not in "iu":
         raise TypeError(f"multiplier and shift must be integers, got {m.dtype} and {s.dtype}")
     if m.ndim > 1 or s.ndim > 1:
@@ -181,21 +250,23 @@ def requantize(
             raise np.exceptions.AxisError(ax, x.ndim)
         channels = x.shape[ax]
         try:
-            m, s = np.broadcast_to(m, (channels,)), np.broadcast_to(s, (channels,))
+            wide = np.broadcast_to(m, (channels,)), np.broadcast_to(s, (channels,))
         except ValueError:
             raise ValueError(
                 f"axis {ax} of acc has {channels} channels, but multiplier and shift have shapes "
-                f"{np.shape(multiplier)} and {np.shape(shift)}"
+                f"{m.shape} and {s.shape}"
             ) from None
+        m, s = wide
         inner = math.prod(x.shape[ax % x.ndim + 1 :])
-    y = np.empty(x.shape, dt)
+    y: NDArray[Any] = _space(x).empty(x.shape, dt)
     ms, ss = np.ravel(m).tolist(), np.ravel(s).tolist()
-    if x.size or rounding not in ("single", "gemmlowp", "float"):
+    if x.size:
         count = _threads.resolve(threads)
-        _core.ops_requantize(x.ravel(), y.ravel(), ms, ss, inner, z, rounding, count, None)
+        _engine(x).ops_requantize(x.ravel(), y.ravel(), ms, ss, inner, z, rounding, count, None)
     return y
 
 
+@_where_it_is
 def add(
     a: ArrayLike,
     a_scale: float,
@@ -237,13 +308,15 @@ def add(
     if rounding not in ("once", "each"):
         raise ValueError(f"unknown rounding {rounding!r}: expected once or each")
     x, y = _codes(a, "a"), _codes(b, "b")
+    _together(a=x, b=y)
+    xp = _space(x)
     if x.shape != y.shape:
-        x, y = (np.ascontiguousarray(v) for v in np.broadcast_arrays(x, y))
-    out = np.empty(x.shape, _narrow(dtype))
+        x, y = (xp.ascontiguousarray(v) for v in xp.broadcast_arrays(x, y))
+    out = xp.empty(x.shape, _narrow(dtype))
     scales = float(a_scale), float(b_scale), float(out_scale)
     count = _threads.resolve(threads)
     each = rounding == "each"
-    _core.ops_add(
+    _engine(x).ops_add(
         x.ravel(), scales[0], y.ravel(), scales[1], scales[2], each, out.ravel(), count, None
     )
     return out, scales[2]
@@ -258,9 +331,9 @@ def _apply(
     threads: SupportsIndex | None,
 ) -> tuple[NDArray[Any], float]:
     x = _codes(q)
-    y = np.empty(x.shape, dtype)
+    y = _space(x).empty(x.shape, dtype)
     count = _threads.resolve(threads)
-    _core.ops_apply(function, x.ravel(), float(scale), out_scale, y.ravel(), count, None)
+    _engine(x).ops_apply(function, x.ravel(), float(scale), out_scale, y.ravel(), count, None)
     return y, out_scale
 
 
@@ -273,12 +346,14 @@ def _published(
     bias: NDArray[np.int64] | None,
     threads: SupportsIndex | None,
 ) -> NDArray[np.int64]:
-    y = np.empty(x.shape, np.int64)
+    y: NDArray[np.int64] = _space(x).empty(x.shape, np.int64)
     count = _threads.resolve(threads)
-    _core.ops_compat(function, compat, x.ravel(), cols, float(scale), bias, y.ravel(), count)
+    numbers = x.ravel(), cols, float(scale), bias, y.ravel(), count
+    _engine(x).ops_compat(function, compat, *numbers)
     return y
 
 
+@_where_it_is
 def exp(
     q: ArrayLike,
     scale: float,
@@ -327,6 +402,7 @@ def exp(
     return y, 0.35815147 * s * s * 2.0**-30 if compat == "ibert" else s * 2.0**-15
 
 
+@_where_it_is
 def sigmoid(
     q: ArrayLike,
     scale: float,
@@ -362,6 +438,7 @@ def sigmoid(
     return _apply("sigmoid", q, scale, max(_fraction(dt), 2.0**-30), dt, threads)
 
 
+@_where_it_is
 def gelu(
     q: ArrayLike,
     scale: float,
@@ -408,10 +485,12 @@ def gelu(
         )
     x = _codes(q)
     y = _published("gelu", compat, x, x.shape[-1] if x.ndim else 1, s, None, threads)
-    erf_scale = -0.2888 * (s / 1.4142) ** 2 * 2.0**14
+    t = s / 1.4142
+    erf_scale = -0.2888 * (t * t) * 2.0**14
     return y, s * erf_scale / 2 if compat == "ibert" else s * 2.0**-7
 
 
+@_where_it_is
 def silu(
     q: ArrayLike,
     scale: float,
@@ -451,6 +530,7 @@ def silu(
     return _apply("silu", q, s, out, _narrow(dtype), threads)
 
 
+@_where_it_is
 def softmax(
     q: ArrayLike,
     scale: float,
@@ -498,23 +578,26 @@ def softmax(
     if where is not None:
         if compat is not None:
             raise ValueError("the published operators have no mask")
-        keep = np.asarray(where)
+        keep = _array(where) if _on_host(x) else _space(x).asarray(where)
         if keep.dtype != np.bool_:
             raise TypeError(f"where must hold bools, got {keep.dtype}")
         if np.broadcast_shapes(keep.shape, x.shape) != x.shape:
             raise ValueError(f"where of shape {keep.shape} does not broadcast to {x.shape}")
-        x = np.where(keep, x, np.int32(_INT32.min)).astype(np.int32, copy=False)
+        x = _space(x).where(keep, x, np.int32(_INT32.min)).astype(np.int32, copy=False)
     x, ax = _last(x, axis)
-    cols = x.shape[-1]
+    xp, cols = _space(x), x.shape[-1]
     if compat is not None:
+        if compat == "ibert" and s > 0 and 1.0 / 0.35815147 / (s * s) < 1:
+            raise ValueError(f"scale {s:g} is too coarse: I-BERT's exponential is 0 everywhere")
         y = _published("softmax", compat, x, cols, s, None, threads)
-        return np.moveaxis(y, -1, ax), 2.0**-8 if compat == "ibert" else 2.0**-7
+        return xp.moveaxis(y, -1, ax), 2.0**-8 if compat == "ibert" else 2.0**-7
     dt = _narrow(dtype)
-    out = np.empty(x.shape, dt)
-    _core.ops_softmax(x.ravel(), out.ravel(), cols, s, _threads.resolve(threads), None)
-    return np.moveaxis(out, -1, ax), _fraction(dt)
+    out = xp.empty(x.shape, dt)
+    _engine(x).ops_softmax(x.ravel(), out.ravel(), cols, s, _threads.resolve(threads), None)
+    return xp.moveaxis(out, -1, ax), _fraction(dt)
 
 
+@_where_it_is
 def layernorm(
     q: ArrayLike,
     scale: float,
@@ -573,6 +656,7 @@ def layernorm(
     return _norm(True, x, scale, w, b, eps, out_scale, dtype, threads)
 
 
+@_where_it_is
 def rmsnorm(
     q: ArrayLike,
     scale: float,
@@ -628,12 +712,14 @@ def _norm(
     if out_scale is None:
         raise TypeError("out_scale is missing: the scale of the result")
     out = float(out_scale)
-    y = np.empty(x.shape, _narrow(dtype))
+    y = _space(x).empty(x.shape, _narrow(dtype))
     count = _threads.resolve(threads)
-    _core.ops_norm(x.ravel(), y.ravel(), centre, float(scale), w, b, float(eps), out, count, None)
+    numbers = centre, float(scale), w, b, float(eps), out, count, None
+    _engine(x).ops_norm(x.ravel(), y.ravel(), *numbers)
     return y, out
 
 
+@_where_it_is
 def rmsnorm_quantize(
     q: ArrayLike,
     scale: float,
@@ -668,15 +754,16 @@ def rmsnorm_quantize(
     if x.ndim == 0:
         raise ValueError("rmsnorm_quantize needs at least one dimension")
     w = _float_vector("weight", weight, x.shape[-1])
-    y = np.empty(x.shape, np.int8)
-    pairs = np.zeros((*x.shape[:-1], 2), np.int32)
+    xp = _space(x)
+    y = xp.empty(x.shape, np.int8)
+    pairs = xp.zeros((*x.shape[:-1], 2), np.int32)
     count = _threads.resolve(threads)
-    _core.ops_norm_codes(
-        x.ravel(), y.ravel(), pairs.ravel(), float(scale), w, float(eps), count, None
-    )
-    return y, np.ldexp(pairs[..., :1].astype(np.float64), -31 - pairs[..., 1:])
+    numbers = float(scale), w, float(eps), count, None
+    _engine(x).ops_norm_codes(x.ravel(), y.ravel(), pairs.ravel(), *numbers)
+    return y, xp.ldexp(pairs[..., :1].astype(np.float64), -31 - pairs[..., 1:])
 
 
+@_where_it_is
 def sqrt(
     v: ArrayLike, *, compat: str | None = None, threads: SupportsIndex | None = None
 ) -> NDArray[Any]:
@@ -704,19 +791,21 @@ def sqrt(
     """
     if compat not in (None, "ivit"):
         raise ValueError(f"unknown compat {compat!r}: expected ivit")
-    a = np.asarray(v)
+    a = _array(v)
+    xp = _space(a)
     if a.dtype.kind not in "iu":
         raise TypeError(f"v must hold integers, got {a.dtype}")
     if a.dtype.kind == "i" and a.size and a.min() < 0:
         raise ValueError(f"negative numbers have no integer square root, got {a.min()}")
     wide = a.dtype.itemsize == 8 or compat is not None
     # The core reads the bits as unsigned.
-    bits = np.ascontiguousarray(a, np.uint64 if wide else np.uint32)
+    bits = xp.ascontiguousarray(a, np.uint64 if wide else np.uint32)
     bits = bits.view(np.int64 if wide else np.int32).reshape(a.shape)
-    y = np.empty_like(bits)
+    y = xp.empty_like(bits)
     count = _threads.resolve(threads)
-    _core.ops_sqrt(bits.ravel(), y.ravel(), compat is not None, count, None)
-    return y.astype(a.dtype)
+    _engine(a).ops_sqrt(bits.ravel(), y.ravel(), compat is not None, count, None)
+    roots: NDArray[Any] = y.astype(a.dtype)
+    return roots
 
 
 def safe_chain(a: SupportsIndex, b: SupportsIndex, *, bits: SupportsIndex = 32) -> int:
@@ -753,6 +842,7 @@ def safe_chain(a: SupportsIndex, b: SupportsIndex, *, bits: SupportsIndex = 32) 
     return ((1 << (width - 1)) - 1) // (x * y)
 
 
+@_where_it_is
 def matmul(
     a: ArrayLike,
     b: ArrayLike | QTensor,
@@ -800,10 +890,11 @@ def matmul(
     result = np.dtype(dtype)
     if result not in (np.dtype(np.int32), np.dtype(np.int64)):
         raise TypeError(f"sums have dtype int32 or int64, got {result}")
-    x, za = _bytes("a", a), _zero("a_zero", a_zero, a)
+    x = _bytes("a", a)
+    za = _zero("a_zero", a_zero, x)
     if x.ndim == 0:
         raise ValueError("a needs at least one dimension")
-    extra = np.zeros(1, np.int64) if bias is None else np.asarray(bias)
+    extra = np.zeros(1, np.int64) if bias is None else _import(bias)
     if extra.dtype.kind not in "iu":
         raise TypeError(f"bias must hold integers, got {extra.dtype}")
     quantised = isinstance(b, QTensor)
@@ -816,8 +907,9 @@ def matmul(
         element = b.format.element
         high = max(abs(element.minimum), abs(element.maximum))
     else:
-        y, zb = _bytes("b", b), _zero("b_zero", b_zero, b)
-        shape = y.shape
+        y = _bytes("b", b)
+        _together(a=x, b=y)
+        zb, shape = _zero("b_zero", b_zero, y), y.shape
         high = _reach(y.dtype, zb)
     if len(shape) < 2 or x.shape[-1] != shape[-2]:
         raise ValueError(f"shapes {x.shape} and {shape} do not fit")
@@ -827,6 +919,10 @@ def matmul(
     bound = k * _reach(x.dtype, za) * high + int(np.abs(extra.astype(object)).max(initial=0))
     if bound >= 2**31 and result == np.int32:
         raise ValueError(f"sums of {k} products may reach {bound}, past int32: use dtype=np.int64")
+    if not _on_host(x):
+        right = b if quantised else y
+        device_sums: NDArray[Any] = _engine(x).int_product(x, za, right, zb, extra, result)
+        return device_sums
     if k == 0 and len(shape) == 2:
         sums = np.zeros((*x.shape[:-1], n), result)
     elif quantised or len(shape) == 2:
@@ -842,16 +938,16 @@ def matmul(
     return sums
 
 
-def _bytes(name: str, a: ArrayLike) -> NDArray[Any]:
-    x = np.asarray(a)
+def _bytes(name: str, a: Any) -> NDArray[Any]:
+    x: NDArray[Any] = _array(a)
     if x.dtype not in (np.dtype(np.int8), np.dtype(np.uint8)):
         raise TypeError(f"{name} must be int8 or uint8, got {x.dtype}")
     return x
 
 
-def _zero(name: str, zero: SupportsIndex, a: ArrayLike) -> int:
+def _zero(name: str, zero: SupportsIndex, a: NDArray[Any]) -> int:
     z = operator.index(zero)
-    info = np.iinfo(np.asarray(a).dtype)
+    info = np.iinfo(a.dtype)
     if not info.min <= z <= info.max:
         raise ValueError(f"{name} must lie in [{info.min}, {info.max}], got {z}")
     return z
@@ -873,6 +969,7 @@ def _tensor(x: NDArray[Any], zero: int) -> QTensor:
     return QTensor.from_parts("uint8", x, ones, np.full((len(x), 1), zero))
 
 
+@_where_it_is
 def bitlinear(
     q: ArrayLike,
     scale: float,
@@ -910,7 +1007,7 @@ def bitlinear(
     sums = matmul(codes, weight.T, threads=threads)
     # Empty rows have no scale, and their sums are 0.
     steps = weight.scales[:, 0] if weight.shape[1] else np.ones(len(weight), np.float32)
-    return sums, rows * steps.astype(np.float64)
+    return sums, rows * _space(rows).asarray(steps.astype(np.float64))
 
 
 _BASES = {"2": 1, "sqrt2": 2}
@@ -926,6 +1023,7 @@ def _base(base: str, bits: SupportsIndex) -> tuple[int, int]:
     return _BASES[base], 1 << b
 
 
+@_where_it_is
 def log2_softmax(
     q: ArrayLike,
     scale: float,
@@ -967,11 +1065,13 @@ def log2_softmax(
     p, unit = softmax(q, scale, where=where, dtype=np.int32, threads=threads)
     # A code is the number of borders above p: comparisons of integers.
     borders = [math.floor(top / unit * 2.0 ** (-(i + 0.5) / steps)) for i in range(count)]
-    ascending = np.array(borders[::-1], np.int64)
-    codes: NDArray[np.uint8] = (count - np.searchsorted(ascending, p, "left")).astype(np.uint8)
+    xp = _space(p)
+    ascending = xp.asarray(np.array(borders[::-1], np.int64))
+    codes: NDArray[np.uint8] = (count - xp.searchsorted(ascending, p, "left")).astype(np.uint8)
     return codes
 
 
+@_where_it_is
 def log2_matmul(
     codes: ArrayLike,
     v: ArrayLike,
@@ -1006,15 +1106,21 @@ def log2_matmul(
     steps, count = _base(base, bits)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"scale must be positive and finite, got {scale}")
-    c, values = _codes(codes, "codes"), _codes(v, "v").astype(np.int64)
+    c, narrow = _codes(codes, "codes"), _codes(v, "v")
+    _together(codes=c, v=narrow)
+    values = narrow.astype(np.int64)
     if c.size and not (c.min() >= 0 and c.max() <= count):
         raise ValueError(f"codes lie in [0, {count}], got [{c.min()}, {c.max()}]")
     if c.ndim < 2 or values.ndim < 2 or c.shape[-1] != values.shape[-2]:
         raise ValueError(f"shapes {c.shape} and {values.shape} do not fit")
     shift = -(-c.astype(np.int64) // steps)
     most = -(-(count - 1) // steps)
-    if c.shape[-1] * int(np.abs(values).max(initial=0)) << most >= 2**62:
+    largest = int(abs(values).max()) if values.size else 0
+    if c.shape[-1] * largest << most >= 2**62:
         raise ValueError("the sums may leave 62 bits: use fewer bits, or narrower values")
+    if not _on_host(c):
+        shifted: NDArray[np.int64] = _engine(c).int_shifts(c, narrow, steps, count, most)
+        return shifted, float(scale) * top * 2.0**-most
     # 2^(most - shift): a product with it is a shift to the left.
     one = np.where(c < count, np.int64(1) << np.minimum(most - shift, most).clip(0), np.int64(0))
     odd = (c % steps) != 0

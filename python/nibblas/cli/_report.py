@@ -86,6 +86,9 @@ def _layer(args: argparse.Namespace, out: Out) -> int:
     )
     table = cost.ENERGY[args.energy]
     out.line(f"energy at {table.name}: {table.source}")
+    for kind, source in table.sources.items():
+        if source != table.source:
+            out.line(f"  {kind}, {table.operations[kind]:.3g} pJ: {source}")
     if plt is not None:
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         axes.bar([r["scheme"] for r in rows], [r["arithmetic_uj"] for r in rows])
@@ -120,7 +123,11 @@ def _model(args: argparse.Namespace, out: Out) -> int:
         n, k = entry.shape
         name = str(args.format if entry.format is None else entry.format)
         r = cost.roofline(args.m, n, k, name, compute=args.compute, machine=machine)
-        rows.append({"name": entry.name, "format": name, "shape": [n, k], **r._asdict()})
+        # Integer products with scales after each group, or weights decoded before float16 ones.
+        scheme = "w4a8" if args.compute.startswith("int") else "w4a16"
+        spent = cost.energy(cost.product(args.m, n, k, scheme, format=name), args.energy)
+        row = {"name": entry.name, "format": name, "shape": [n, k], **r._asdict()}
+        rows.append({**row, "energy_pj": spent})
     out.table(
         ["matrix", "format", "shape", ">weights", ">scales", ">ops/byte", "bound", ">floor us"],
         [
@@ -145,6 +152,13 @@ def _model(args: argparse.Namespace, out: Out) -> int:
         f"floor {number(1e3 * floor)} ms at {number(machine.bandwidth / 1e9)} GB/s and "
         f"{number(machine.peaks[args.compute] / 1e9)} Gop/s"
     )
+    memory = sum(r["energy_pj"]["memory"] for r in rows) / 1e6
+    arithmetic = sum(sum(r["energy_pj"].values()) for r in rows) / 1e6 - memory
+    table = cost.ENERGY[args.energy]
+    out.line(
+        f"energy at {table.name}: arithmetic {number(arithmetic)} uJ, memory {number(memory)} uJ "
+        f"({table.source})"
+    )
     if plt is not None:
         figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         peak = machine.peaks[args.compute]
@@ -166,6 +180,9 @@ def _model(args: argparse.Namespace, out: Out) -> int:
             "bytes": total,
             "operations": operations,
             "floor_seconds": floor,
+            "arithmetic_uj": arithmetic,
+            "memory_uj": memory,
+            "table": table._asdict(),
             "machine": machine._asdict(),
         }
     )

@@ -5,10 +5,19 @@ Imported when a CuPy array or a ``cuda`` device is first met; importing nibblas 
 
 from __future__ import annotations
 
-from . import _graph, _panels, _product, _quantize
+from . import _arithmetic, _graph, _intops, _panels, _product, _quantize
+from ._arithmetic import *  # noqa: F403
 from ._graph import *  # noqa: F403
+from ._intops import *  # noqa: F403
 from ._panels import *  # noqa: F403
 from ._product import *  # noqa: F403
 from ._quantize import *  # noqa: F403
 
-__all__ = [*_graph.__all__, *_panels.__all__, *_product.__all__, *_quantize.__all__]
+__all__ = [
+    *_arithmetic.__all__,
+    *_graph.__all__,
+    *_intops.__all__,
+    *_panels.__all__,
+    *_product.__all__,
+    *_quantize.__all__,
+]
