@@ -649,7 +649,7 @@ impl IntJob<'_> {
                 // SAFETY: the buffer holds a window.
                 unsafe { self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr()) };
                 for m in (0..rows).step_by(mr) {
-                    call((self.t.raw_bytes)(self.w.byte_top < 128, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
+                    call((self.t.raw_bytes)(self.w.byte_top, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
                 }
             }
             p += 1;
@@ -767,7 +767,7 @@ impl IntJob<'_> {
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
         let buf = grown(bytes, window.min(blocks) * 1024)?;
-        let f = (self.t.grouped_bytes)(w.byte_top < 128, w.sums_have_zeros(), regs, mr);
+        let f = (self.t.grouped_bytes)(w.byte_top, w.sums_have_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);

@@ -4,6 +4,7 @@ mod common;
 use common::quantised;
 use nibblas_core::gemm::{self, Compute, Options};
 use nibblas_core::isa::Isa;
+use nibblas_core::matrix::Scalar;
 use nibblas_core::pair::{self, RawOut};
 use nibblas_core::quantize::{quantize, Method};
 use nibblas_core::reference::{
@@ -302,6 +303,38 @@ fn two_level_extremes_are_exact() {
             for isa in isas() {
                 let o = Options { isa, compute: Compute::Int8 { group: None }, ..Options::default() };
                 same_bits(&run(&x, m, &q, &o), &want, n).unwrap_or_else(|e| panic!("{name} t = {t} {isa}: {e}"));
+            }
+        }
+    }
+}
+
+/// Sums as large as they become on the way: every code the largest or the smallest, against -128 and 127. What adds
+/// products in 16 bits first has no room beyond this.
+#[test]
+fn extreme_codes_are_exact() {
+    for name in ["int2", "int3", "int4", "int5", "int6", "int7", "int8", "uint4", "uint7", "uint8", "bipolar4"] {
+        for suffix in ["", "_g32_sf32", "_g128_sf32"] {
+            let f = Format::parse(&format!("{name}{suffix}")).unwrap();
+            let (lo, hi) = f.element.values();
+            for (m, n, k) in [(1, 33, 256), (5, 17, 520), (33, 40, 256)] {
+                for value in [lo, hi] {
+                    let zeros = if name.starts_with('u') { Zeros::Int(vec![0; n * f.groups(k)]) } else { Zeros::None };
+                    let scales = Scales::F32(vec![1.0; n * f.groups(k)]);
+                    let q = QTensor::from_values(f, n, k, &vec![value as i16; n * k], scales, zeros).unwrap();
+                    for a in [-128i8, 127] {
+                        let x = vec![a; m * k];
+                        // SAFETY: an (m, k) matrix of bytes.
+                        let x = unsafe { MatRef::from_raw(x.as_ptr().cast(), Scalar::I8, m, k, k as isize, 1) };
+                        let w = pack::pack(&q.view(), 1).unwrap();
+                        for isa in isas() {
+                            let o = Options { isa, compute: Compute::Int8 { group: None }, ..Options::default() };
+                            let mut y = vec![f32::NAN; m * n];
+                            gemm::matmul(&x, &w, &mut MatMut::from_f32(&mut y, m, n), &o).unwrap();
+                            let want = (k as i32 * value * i32::from(a)) as f32;
+                            assert!(y.iter().all(|&v| v == want), "{f} {isa} {m}: {a} x {value}");
+                        }
+                    }
+                }
             }
         }
     }

@@ -19,6 +19,8 @@ pub unsafe trait Unpack: 'static {
     const TABLE: bool = false;
     /// Whether what is multiplied is below 128, which is cheaper where the dot product saturates.
     const NARROW: bool = Self::BITS < 8 && !Self::TABLE;
+    /// Whether what is multiplied is below 16, and the codes are of one plane.
+    const SMALL: bool = Self::BITS <= 4 && Self::PLANES == 1 && !Self::TABLE;
     /// Register `r` of the block at `p`: 64 codes, one per byte.
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
 }
@@ -77,6 +79,22 @@ unsafe impl Unpack for Bytes7 {
     const BITS: usize = 8;
     const PLANES: usize = 1;
     const NARROW: bool = true;
+    #[inline(always)]
+    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+        // SAFETY: the caller gives a whole block.
+        unsafe { U8::reg::<S>(p, r) }
+    }
+}
+
+/// Codes below 16 that were unpacked to bytes.
+#[derive(Debug)]
+pub struct Bytes4;
+// SAFETY: reads what `U8` reads.
+unsafe impl Unpack for Bytes4 {
+    const BITS: usize = 8;
+    const PLANES: usize = 1;
+    const NARROW: bool = true;
+    const SMALL: bool = true;
     #[inline(always)]
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
         // SAFETY: the caller gives a whole block.
@@ -187,6 +205,13 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
             });
             return;
         }
+        if U::SMALL && S::SHORT {
+            for first in (r0..r0 + len).step_by(8) {
+                let len = (r0 + len - first).min(8);
+                small_dots::<S, U, NP, MR, PARTS>(acc, w, panel_stride, x, first, len);
+            }
+            return;
+        }
         let mask = ((1u32 << U::BITS) - 1) as u8;
         let masked = MASKED && scaled::<S, U>(1) > 0;
         for i in r0..r0 + len {
@@ -207,6 +232,47 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
                         acc[p][m][t] =
                             if U::NARROW && !masked { S::dot7(acc[p][m][t], u, q) } else { S::dot(acc[p][m][t], u, q) };
                     }
+                }
+            }
+        }
+    }
+}
+
+/// As [`dots`] for codes below 16 and at most eight registers of a part: sums stay in 16 bits until the end.
+#[inline(always)]
+unsafe fn small_dots<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(
+    acc: &mut [[[S::I; PARTS]; MR]; NP],
+    w: *const u8,
+    panel_stride: usize,
+    x: *const i8,
+    r0: usize,
+    len: usize,
+) {
+    // SAFETY: as `dots`.
+    unsafe {
+        let per = 16 / PARTS;
+        let mask = S::splat8(15 >> (4 - U::BITS.min(4)));
+        let mut sums = [[[S::splat(0); PARTS]; MR]; NP];
+        for i in r0..r0 + len {
+            for p in 0..NP {
+                let v = S::load(w.add(p * panel_stride + 64 * i));
+                for t in 0..PARTS {
+                    let u = if U::BITS == 8 {
+                        S::load(w.add(p * panel_stride + 64 * (t * per + i)))
+                    } else {
+                        S::and(S::shr(v, t * U::BITS), mask)
+                    };
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * (t * per + i)).cast::<i32>().read_unaligned());
+                        sums[p][m][t] = S::dot4(sums[p][m][t], u, q);
+                    }
+                }
+            }
+        }
+        for p in 0..NP {
+            for m in 0..MR {
+                for t in 0..PARTS {
+                    acc[p][m][t] = S::widen(acc[p][m][t], sums[p][m][t]);
                 }
             }
         }

@@ -226,12 +226,12 @@ pub struct Kernels {
     /// Fused kernel for two-level weights by (bits, stored zeros, registers of a segment, rows, one panel only): kernel and
     /// panels.
     pub inner: fn(usize, bool, usize, usize, bool) -> Option<(GroupedFn, usize)>,
-    /// Grouped kernel over bytes, one panel, by (codes below 128, stored zeros, registers of a segment, rows).
-    pub grouped_bytes: fn(bool, bool, usize, usize) -> GroupedFn,
+    /// Grouped kernel over bytes, one panel, by (largest code, stored zeros, registers of a segment, rows).
+    pub grouped_bytes: fn(i32, bool, usize, usize) -> GroupedFn,
     /// Fused ungrouped kernel by (bits, rows).
     pub raw: fn(usize, usize) -> Option<(RawFn, usize)>,
-    /// Ungrouped kernel over bytes, one panel, by (codes below 128, rows).
-    pub raw_bytes: fn(bool, usize) -> RawFn,
+    /// Ungrouped kernel over bytes, one panel, by (largest code, rows).
+    pub raw_bytes: fn(i32, usize) -> RawFn,
     /// Float kernel over bytes by (weight mode, bf16 rounding, rows, one panel only): kernel and panels.
     pub gemv: fn(u8, bool, usize, bool) -> (GemvFn, usize),
     /// Float kernel over packed codes of 1, 2 or 4 bits by (bits, integer zeros, bf16 rounding, rows): kernel and panels.
@@ -277,14 +277,14 @@ pub fn table(isa: Isa) -> &'static Kernels {
     }
 }
 
-/// Instantiates the generic kernels for one vector type as a [`Kernels`] table. `bytes` names the type of unpacked codes
-/// below 128: `Bytes7` where they have a cheaper dot product, else `U8`, which then serves both.
+/// Instantiates the generic kernels for one vector type as a [`Kernels`] table. `bytes` names the types of unpacked codes
+/// below 16 and below 128: `Bytes4` and `Bytes7` where they have cheaper dot products, else `U8`, which serves all.
 macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)? $(, short [$fn1:literal, $fn2:literal, $fn4:literal])?)),*],
         lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
-        inner [$(($ib:literal, $iu:ident, $ip:literal)),*], bytes $narrow:ident, rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
+        inner [$(($ib:literal, $iu:ident, $ip:literal)),*], bytes [$small:ident, $narrow:ident], rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
         pub(crate) static $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
@@ -421,7 +421,7 @@ macro_rules! instantiate {
                 } } }
                 if zeros { rows!(true) } else { rows!(false) }
             }
-            fn grouped_bytes(narrow: bool, zeros: bool, seg: usize, mr: usize) -> GroupedFn {
+            fn grouped_bytes(top: i32, zeros: bool, seg: usize, mr: usize) -> GroupedFn {
                 // One row alone needs several chains of sums to hide the latency of the dot product.
                 macro_rules! rows { ($by:ident, $z:literal) => { match (mr, seg) {
                     (1, 16) => grouped::<$by, $z, 16, 1, 1, 4> as GroupedFn,
@@ -431,11 +431,13 @@ macro_rules! instantiate {
                     (4, _) => grouped::<$by, $z, 0, 1, $r4, 1>,
                     _ => grouped::<$by, $z, 0, 1, $max_mr, 1>,
                 } } }
-                match (narrow, zeros) {
-                    (false, false) => rows!(U8, false),
-                    (false, true) => rows!(U8, true),
-                    (true, false) => rows!($narrow, false),
-                    (true, true) => rows!($narrow, true),
+                match (top, zeros) {
+                    (..16, false) => rows!($small, false),
+                    (..16, true) => rows!($small, true),
+                    (..128, false) => rows!($narrow, false),
+                    (..128, true) => rows!($narrow, true),
+                    (_, false) => rows!(U8, false),
+                    (_, true) => rows!(U8, true),
                 }
             }
             #[allow(unused_variables)]
@@ -471,14 +473,18 @@ macro_rules! instantiate {
                     _ => None,
                 }
             }
-            fn raw_bytes(narrow: bool, mr: usize) -> RawFn {
+            fn raw_bytes(top: i32, mr: usize) -> RawFn {
                 macro_rules! rows { ($by:ident) => { match mr {
                     1 => raw::<$by, 1, 1, 4> as RawFn,
                     2 => raw::<$by, 1, $r2, 1>,
                     4 => raw::<$by, 1, $r4, 1>,
                     _ => raw::<$by, 1, $max_mr, 1>,
                 } } }
-                if narrow { rows!($narrow) } else { rows!(U8) }
+                match top {
+                    ..16 => rows!($small),
+                    ..128 => rows!($narrow),
+                    _ => rows!(U8),
+                }
             }
             fn gemv_pick(w: u8, round: bool, mr: usize, single: bool) -> (GemvFn, usize) {
                 macro_rules! rows { ($w:ident, $r:literal) => { match (mr, single) {
@@ -586,5 +592,5 @@ pub(crate) use instantiate;
 
 instantiate!(
     SCALAR, Isa::Scalar, scalar::Scalar,
-    fused [], lut [], inner [], bytes U8, rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
+    fused [], lut [], inner [], bytes [U8, U8], rows [1, 1, 1], gemv [1, 1], gemm 1 [1]
 );

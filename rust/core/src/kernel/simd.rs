@@ -17,6 +17,8 @@ pub unsafe trait Simd: 'static {
 
     /// Whether `dot` costs no more than `dot7`.
     const WIDE_DOT: bool = false;
+    /// Whether `dot4` costs less than `dot7`.
+    const SHORT: bool = false;
 
     unsafe fn load(p: *const u8) -> Self::I;
     unsafe fn store(p: *mut u8, v: Self::I) -> ();
@@ -43,6 +45,19 @@ pub unsafe trait Simd: 'static {
     unsafe fn dot(acc: Self::I, u: Self::I, s: Self::I) -> Self::I;
     /// As `dot`, for u up to 127.
     unsafe fn dot7(acc: Self::I, u: Self::I, s: Self::I) -> Self::I;
+    /// As `dot`, for u up to 15, the products of neighbours added in 16 bits: eight of these may follow each other before
+    /// `widen`, since 8 * 2 * 15 * 128 < 2^15.
+    #[inline(always)]
+    unsafe fn dot4(acc: Self::I, u: Self::I, s: Self::I) -> Self::I {
+        // SAFETY: the caller's features.
+        unsafe { Self::dot7(acc, u, s) }
+    }
+    /// `acc` and the sums of `dot4`, which began at zero.
+    #[inline(always)]
+    unsafe fn widen(acc: Self::I, sums: Self::I) -> Self::I {
+        // SAFETY: the caller's features.
+        unsafe { Self::add(acc, sums) }
+    }
     /// 16 bytes, zero-extended to lanes.
     unsafe fn load_u8(p: *const u8) -> Self::I;
     /// Lanes (each within i8) stored as 16 bytes.

@@ -205,6 +205,18 @@ unsafe fn dot7_256(acc: __m256i, u: __m256i, s: __m256i) -> __m256i {
     unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), _mm256_set1_epi16(1))) }
 }
 
+#[inline(always)]
+unsafe fn dot4_256(acc: __m256i, u: __m256i, s: __m256i) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe { _mm256_add_epi16(acc, _mm256_maddubs_epi16(u, s)) }
+}
+
+#[inline(always)]
+unsafe fn widen_256(acc: __m256i, sums: __m256i) -> __m256i {
+    // SAFETY: the caller has AVX2.
+    unsafe { _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))) }
+}
+
 /// `VPMADDUBSW` saturates at i16: u is split into its low seven bits and its top bit, each exact.
 #[inline(always)]
 unsafe fn dot8_256(acc: __m256i, u: __m256i, s: __m256i) -> __m256i {
@@ -217,10 +229,13 @@ unsafe fn dot8_256(acc: __m256i, u: __m256i, s: __m256i) -> __m256i {
 
 // SAFETY: intrinsics of the features that `Isa::Avx2` stands for.
 unsafe impl Simd for Avx2 {
+    const SHORT: bool = true;
     common!();
     ops! {
         dot(acc: I, u: I, s: I) -> I = both!(dot8_256, acc, u, s);
         dot7(acc: I, u: I, s: I) -> I = both!(dot7_256, acc, u, s);
+        dot4(acc: I, u: I, s: I) -> I = both!(dot4_256, acc, u, s);
+        widen(acc: I, sums: I) -> I = both!(widen_256, acc, sums);
     }
 }
 

@@ -127,6 +127,7 @@ macro_rules! common {
 
 // SAFETY: intrinsics of the features that `Isa::Avx512` stands for.
 unsafe impl Simd for Avx512 {
+    const SHORT: bool = true;
     common!();
     ops! {
         // VPMADDUBSW saturates at i16: u is split into its low seven bits and its top bit, each exact.
@@ -138,6 +139,8 @@ unsafe impl Simd for Avx512 {
         };
         dot7(acc: I, u: I, s: I) -> I =
             _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), _mm512_set1_epi16(1)));
+        dot4(acc: I, u: I, s: I) -> I = _mm512_add_epi16(acc, _mm512_maddubs_epi16(u, s));
+        widen(acc: I, sums: I) -> I = _mm512_add_epi32(acc, _mm512_madd_epi16(sums, _mm512_set1_epi16(1)));
     }
 }
 
