@@ -1,8 +1,8 @@
 """Products on every level of the instruction set: `python benches/isa.py [--out FILE]`.
 
 One thread, one process per level, as `NIBBLAS_ISA` is read once. Levels take turns, so that a slow
-minute of a shared machine meets them all; medians over the turns. Prints a table of Gop/s (2MNK over
-the median time) and, with `--out`, writes it as Markdown.
+minute of a shared machine meets them all; medians over the turns. Prints a table of Gop/s (2MNK
+over the median time) and, with `--out`, writes it as Markdown.
 """
 
 from __future__ import annotations
@@ -74,12 +74,16 @@ def main() -> None:
         )
         for level in levels
     }
-    lines = ["| format | compute | M | " + " | ".join(levels) + " |", "|---" * (3 + len(levels)) + "|"]
+    lines = [
+        "| format | compute | M | " + " | ".join(levels) + " |",
+        "|---" * (3 + len(levels)) + "|",
+    ]
     for i, (name, compute, m) in enumerate(CASES):
         taken: dict[str, list[float]] = {level: [] for level in levels}
         for _ in range(args.rounds):
             for level, server in servers.items():
-                assert server.stdin is not None and server.stdout is not None
+                assert server.stdin is not None
+                assert server.stdout is not None
                 print(i, file=server.stdin, flush=True)
                 taken[level] += json.loads(server.stdout.readline())
         rates = [2e-9 * m * SIZE * SIZE / statistics.median(t) for t in taken.values()]
