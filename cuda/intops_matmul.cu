@@ -4,7 +4,10 @@
 //   sum (a - za)(b - zb) = sum ab - zb sum a - za sum b + K za zb
 //
 // Unsigned bytes lose 128, and so do their zero points: one signed product serves all four pairs of types. Sums are taken
-// modulo 2^32 for int32 results, which the host has shown to fit, and move to 64 bits every 2^16 products for int64.
+// modulo 2^32 for int32 results, which the host has shown to fit; for int64 a launch sums 2^16 products and adds them to the last.
+//
+// A block has 128 x 128 sums, a warp 64 x 32 of them. 64 values of k at a time come through four stages of shared memory; a row
+// of a stage is four segments of 16 bytes, exchanged by the row's number so that eight rows of ldmatrix meet all banks.
 #include <nibblas/intops.cuh>
 
 struct Bytes {
@@ -21,110 +24,116 @@ struct Product {
     void *y;
     const i64 *bias;  // per column, or null
     const i64 *zeros; // a zero point per column, or null
-    i64 k;
+    i64 k, from, to; // of this launch: whole steps, or the end
     u64 by_tiles, tiles; // of columns
     int four;            // whether rows are whole and aligned runs of 16 bytes
 };
 
-constexpr int TILE = 64, DEEP = 64, PITCH = DEEP + 16, EACH = 2;
+constexpr int TILE = 128, DEEP = 64, STAGES = 4, STAGE = 2 * TILE * DEEP;
 
 DEVICE void mma_s8(int d[4], const u32 a[4], const u32 b[2]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-// 16 bytes of a row, 0 beyond its end.
-DEVICE uint4 segment(const Bytes &m, const u8 *base, int row, i64 k0, i64 k, bool whole) {
-    u32 w[4] = {0, 0, 0, 0};
-    if (row < m.rows && k0 < k) {
-        const u8 *from = base + row * k + k0;
-        if (whole) {
-            const uint4 v = *(const uint4 *)from;
-            return make_uint4(v.x ^ m.flip, v.y ^ m.flip, v.z ^ m.flip, v.w ^ m.flip);
-        }
-#pragma unroll
-        for (int i = 0; i < 16; i++)
-            if (k0 + i < k) w[i / 4] |= (u32)(from[i] ^ (u8)m.flip) << (i % 4 * 8);
+// Four 8 x 16 matrices of bytes; lanes 8i to 8i+7 name the rows of the i-th.
+DEVICE void load_matrices(u32 r[4], u32 from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from));
+}
+DEVICE u32 place(int row, int segment) { return row * DEEP + ((segment ^ (row >> 1)) & 3) * 16; }
+
+// Fetches 16 bytes of a row into a stage, 0 beyond its end.
+DEVICE void fetch(u8 *stage, const Bytes &m, const u8 *base, int first, int i, i64 k0, i64 k, bool whole) {
+    const int row = i >> 2, segment = i & 3;
+    const i64 at = k0 + segment * 16;
+    u8 *to = stage + place(row, segment);
+    const bool there = first + row < m.rows && at < k;
+    const u8 *from = base + (there ? (first + row) * k + at : 0);
+    if (whole) {
+        copy16(shared_address(to), from, there ? 16 : 0);
+        return;
     }
-    return make_uint4(w[0], w[1], w[2], w[3]);
+    u32 w[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int j = 0; j < 16; j++)
+        if (there && at + j < k) w[j / 4] |= (u32)from[j] << (j % 4 * 8);
+    *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 template <bool LONG> DEVICE void product_tile(const Product &p) {
-    __shared__ __align__(16) u8 left[TILE * PITCH], right[TILE * PITCH];
+    extern __shared__ uint4 stages[];
+    u8 *room = (u8 *)stages;
     const u64 batch = p.by_tiles ? __umul64hi(blockIdx.x, p.by_tiles) : blockIdx.x;
     const int n0 = (int)(blockIdx.x - batch * p.tiles) * TILE, m0 = blockIdx.y * TILE;
     const u8 *a = p.a.p + (i64)batch * p.a.batch, *b = p.b.p + (i64)batch * p.b.batch;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int wm = (warp & 1) * 32, wn = (warp >> 1) * 32;
-    int acc[2][4][4] = {};
-    i64 sum[LONG ? 2 : 1][4][4] = {};
-    uint4 next_a[EACH], next_b[EACH];
-    auto fetch = [&](i64 k0) {
+    const int wm = (warp & 1) * 64, wn = (warp >> 1) * 32;
+    const int first = (int)(p.from / DEEP), last = (int)((p.to + DEEP - 1) / DEEP);
+    int acc[4][4][4] = {};
+    auto stage = [&](int step) {
+        if (step < last) {
+            u8 *to = room + step % STAGES * STAGE;
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int i = threadIdx.x + e * 128, row = i >> 2, at = (i & 3) * 16;
-            next_a[e] = segment(p.a, a, m0 + row, k0 + at, p.k, p.four);
-            next_b[e] = segment(p.b, b, n0 + row, k0 + at, p.k, p.four);
+            for (int e = 0; e < TILE * DEEP / 16 / 256; e++) {
+                const int i = threadIdx.x + e * 256;
+                fetch(to, p.a, a, m0, i, (i64)step * DEEP, p.k, p.four);
+                fetch(to + TILE * DEEP, p.b, b, n0, i, (i64)step * DEEP, p.k, p.four);
+            }
         }
+        commit();
     };
-    fetch(0);
-    for (i64 k0 = 0; k0 < p.k; k0 += DEEP) {
 #pragma unroll
-        for (int e = 0; e < EACH; e++) {
-            const int i = threadIdx.x + e * 128, to = (i >> 2) * PITCH + (i & 3) * 16;
-            *(uint4 *)(left + to) = next_a[e];
-            *(uint4 *)(right + to) = next_b[e];
-        }
+    for (int s = 0; s < STAGES - 1; s++) stage(first + s);
+    for (int step = first; step < last; step++) {
+        wait_pending<STAGES - 2>();
         __syncthreads();
-        if (k0 + DEEP < p.k) fetch(k0 + DEEP);
+        stage(step + STAGES - 1);
+        const u32 left = shared_address(room + step % STAGES * STAGE), right = left + TILE * DEEP;
 #pragma unroll
-        for (int s = 0; s < DEEP; s += 32) {
-            u32 x[2][4], w[4][2];
+        for (int s = 0; s < DEEP / 16; s += 2) {
+            u32 x[4][4], w[4][2];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const u8 *row = right + (wn + i * 8 + g) * PITCH + s + t * 4;
-                w[i][0] = *(const u32 *)row;
-                w[i][1] = *(const u32 *)(row + 16);
+                load_matrices(x[i], left + place(wm + i * 16 + (lane & 15), s + (lane >> 4)));
+#pragma unroll
+                for (int j = 0; j < 4; j++) x[i][j] ^= p.a.flip;
             }
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const u8 *row = left + (wm + i * 16 + g) * PITCH + s + t * 4;
-                x[i][0] = *(const u32 *)row;
-                x[i][1] = *(const u32 *)(row + 8 * PITCH);
-                x[i][2] = *(const u32 *)(row + 16);
-                x[i][3] = *(const u32 *)(row + 8 * PITCH + 16);
+            for (int i = 0; i < 4; i += 2) {
+                u32 both[4];
+                load_matrices(both, right + place(wn + i * 8 + (lane >> 4) * 8 + (lane & 7), s + (lane >> 3 & 1)));
+#pragma unroll
+                for (int j = 0; j < 4; j++) w[i + j / 2][j % 2] = both[j] ^ p.b.flip;
             }
 #pragma unroll
-            for (int i = 0; i < 8; i++) mma_s8(acc[i / 4][i % 4], x[i / 4], w[i % 4]);
+            for (int i = 0; i < 16; i++) mma_s8(acc[i / 4][i % 4], x[i / 4], w[i % 4]);
         }
-        if (LONG && (k0 + DEEP) % (1 << 16) == 0) {
-#pragma unroll
-            for (int i = 0; i < 32; i++) {
-                sum[LONG ? i / 16 : 0][i / 4 % 4][i % 4] += acc[i / 16][i / 4 % 4][i % 4];
-                acc[i / 16][i / 4 % 4][i % 4] = 0;
-            }
-        }
-        __syncthreads();
     }
+    // What lies beyond K was 0 before unsigned bytes lost 128.
+    const i64 padding = p.a.flip && p.b.flip && p.to == p.k ? ((i64)last * DEEP - p.k) * 16384 : 0;
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
+    for (int i = 0; i < 64; i++) {
         const int row = m0 + wm + i / 16 * 16 + g + (i & 2) * 4, col = n0 + wn + i / 4 % 4 * 8 + t * 2 + (i & 1);
         if (row >= p.a.rows || col >= p.b.rows) continue;
-        const i64 za = p.a.zero, zb = p.b.zero + (p.zeros ? p.zeros[col] : 0);
-        i64 v = acc[i / 16][i / 4 % 4][i % 4] + p.k * za * zb;
-        if (LONG) v += sum[LONG ? i / 16 : 0][i / 4 % 4][i % 4];
-        if (p.a.sums) v -= zb * p.a.sums[(i64)batch * p.a.sums_batch + row];
-        if (p.b.sums) v -= za * p.b.sums[(i64)batch * p.b.sums_batch + col];
-        if (p.bias) v += p.bias[col];
+        i64 v = acc[i / 16][i / 4 % 4][i % 4] - padding;
+        if (p.from == 0) {
+            const i64 za = p.a.zero, zb = p.b.zero + (p.zeros ? p.zeros[col] : 0);
+            v += p.k * za * zb;
+            if (p.a.sums) v -= zb * p.a.sums[(i64)batch * p.a.sums_batch + row];
+            if (p.b.sums) v -= za * p.b.sums[(i64)batch * p.b.sums_batch + col];
+            if (p.bias) v += p.bias[col];
+        }
         const i64 at = ((i64)batch * p.a.rows + row) * p.b.rows + col;
         if (LONG)
-            ((i64 *)p.y)[at] = v;
+            ((i64 *)p.y)[at] += v;
         else
             ((int *)p.y)[at] = (int)v;
     }
 }
-extern "C" __global__ void __launch_bounds__(128) product32(const __grid_constant__ Product p) { product_tile<false>(p); }
-extern "C" __global__ void __launch_bounds__(128) product64(const __grid_constant__ Product p) { product_tile<true>(p); }
+extern "C" __global__ void __launch_bounds__(256, 2) product32(const __grid_constant__ Product p) { product_tile<false>(p); }
+extern "C" __global__ void __launch_bounds__(256, 2) product64(const __grid_constant__ Product p) { product_tile<true>(p); }
 
 struct Sums {
     const u8 *p;

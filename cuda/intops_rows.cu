@@ -12,12 +12,23 @@ struct Rows {
     int kept; // whether a row's values fit shared memory between passes
 };
 
-// Calls f(column, how many of the four exist, row's values) for what a thread has of a row.
-template <class F> DEVICE void across(const Rows &a, i64 row, F f) {
+extern __shared__ uint4 kept[];
+
+DEVICE void keep(int i, const int v[4]) { kept[i / 4] = make_uint4((u32)v[0], (u32)v[1], (u32)v[2], (u32)v[3]); }
+// Calls f(column, how many of the four exist, values) for what a thread has of a row: from memory the first time, then from
+// where it was kept. A thread meets its own values alone, so no barrier is needed.
+enum Pass { FIRST, AGAIN };
+template <Pass PASS, class F> DEVICE void across(const Rows &a, i64 row, F f) {
     for (int i = threadIdx.x * 4; i < a.cols; i += blockDim.x * 4) {
         const int left = a.cols - i < 4 ? a.cols - i : 4;
         int v[4];
-        load_ints(a.x, row * a.cols + i, left, a.x_kind, a.four, v);
+        if (PASS == AGAIN && a.kept) {
+            const uint4 w = kept[i / 4];
+            v[0] = (int)w.x, v[1] = (int)w.y, v[2] = (int)w.z, v[3] = (int)w.w;
+        } else {
+            load_ints(a.x, row * a.cols + i, left, a.x_kind, a.four, v);
+            if (PASS == FIRST && a.kept) keep(i, v);
+        }
         f(i, left, v);
     }
 }
@@ -29,29 +40,28 @@ struct Softmax {
     int digits;
 };
 // Maximum, exponentials in Q30, their sum in 64 bits, one reciprocal, one rounding. The lowest int32 is minus infinity.
-extern "C" __global__ void __launch_bounds__(512) softmax(const __grid_constant__ Softmax a) {
-    extern __shared__ uint4 kept[];
+extern "C" __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax a) {
     __shared__ int tops[32];
     __shared__ u64 sums[32];
-    __shared__ u64 inverse_of_row;
+    __shared__ u32 inverse_of_row;
     __shared__ int shift_of_row;
     constexpr int lowest = -2147483647 - 1;
-    int *exps = (int *)kept;
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
         int top = lowest;
-        across(a.io, row, [&](int, int left, const int *v) {
+        across<FIRST>(a.io, row, [&](int, int left, const int *v) {
 #pragma unroll
             for (int e = 0; e < 4; e++) top = e < left && v[e] > top ? v[e] : top;
         });
         top = over_block(top, tops, Larger());
         auto exponential = [&](int v) { return v == lowest ? 0 : decay((u32)top - (u32)v, a.reach); };
         u64 sum = 0;
-        across(a.io, row, [&](int i, int left, const int *v) {
+        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
             int e[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) e[j] = j < left ? exponential(v[j]) : 0;
-            sum += (u64)(u32)e[0] + (u32)e[1] + (u32)e[2] + (u32)e[3];
-            if (a.io.kept) *(uint4 *)(exps + i) = make_uint4((u32)e[0], (u32)e[1], (u32)e[2], (u32)e[3]);
+            // Two of them fit 32 bits.
+            sum += (u64)((u32)e[0] + (u32)e[1]) + ((u32)e[2] + (u32)e[3]);
+            if (a.io.kept) keep(i, e);
         });
         sum = over_block(sum, sums, Sum());
         if (first_warp()) {
@@ -60,27 +70,27 @@ extern "C" __global__ void __launch_bounds__(512) softmax(const __grid_constant_
             const int bits = width(sum);
             const u64 inverse = ratio_of(1ull << 63, sum << (64 - bits), 31);
             if (threadIdx.x == 0) {
-                inverse_of_row = inverse;
+                inverse_of_row = (u32)inverse;
                 shift_of_row = 30 + bits - a.digits;
             }
         }
         __syncthreads();
-        const u32 inverse = (u32)inverse_of_row;
+        const u32 inverse = inverse_of_row;
         const int shift = shift_of_row;
-        across(a.io, row, [&](int i, int left, const int *v) {
-            int e[4], y[4];
-            if (a.io.kept) {
-                const uint4 w = *(const uint4 *)(exps + i);
-                e[0] = (int)w.x, e[1] = (int)w.y, e[2] = (int)w.z, e[3] = (int)w.w;
-            } else {
-#pragma unroll
-                for (int j = 0; j < 4; j++) e[j] = exponential(v[j]);
-            }
+        const u64 half = (1ull << shift) >> 1;
+        auto fraction = [&](int e) {
+            // Past 62 the sum is so large that no fraction reaches half a step.
+            if (shift > 62) return 0u;
+            // The usual case: lower halves are dropped, and what is added has none.
+            if (shift > 32) return (__umulhi((u32)e, inverse) + (u32)(half >> 32)) >> (shift - 32);
+            return (u32)(((u64)(u32)e * inverse + half) >> shift);
+        };
+        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
+            int y[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                // Past 62 the sum is so large that no fraction reaches half a step.
-                const u64 half = (1ull << shift) >> 1, p = shift > 62 ? 0 : ((u64)(u32)e[j] * inverse + half) >> shift;
-                y[j] = saturate((i64)p, 0, a.io.hi);
+                const u32 p = fraction(a.io.kept ? v[j] : exponential(v[j]));
+                y[j] = (int)(p < (u32)a.io.hi ? p : (u32)a.io.hi);
             }
             store_ints(a.io.y, row * a.io.cols + i, left, a.io.y_kind, a.io.four, y);
         });
@@ -111,7 +121,8 @@ struct Statistics {
 
 // A deviation, lifted to fill its bits.
 DEVICE int lifted(int v, const Row &r) {
-    if (r.lift >= 0) return (int)(((i64)v << r.lift) - r.offset);
+    // The difference has 32 bits.
+    if (r.lift >= 0) return (int)(((u32)v << r.lift) - (u32)r.offset);
     return (int)(((i64)v - r.offset + ((i64)1 << (-r.lift - 1))) >> -r.lift);
 }
 // v * 2^shift in 128 bits, at most 2^100.
@@ -151,7 +162,7 @@ DEVICE void normaliser(u64 squares, int lift, int cols, const Shape &s, Row &r) 
 DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
     i64 sum = 0;
     int high = -2147483647 - 1, low = 2147483647;
-    across(a, row, [&](int, int left, const int *v) {
+    across<FIRST>(a, row, [&](int, int left, const int *v) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             if (e >= left) continue;
@@ -176,7 +187,7 @@ DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
     __syncthreads();
     Row r = room.row;
     u64 squares = 0;
-    across(a, row, [&](int, int left, const int *v) {
+    across<AGAIN>(a, row, [&](int, int left, const int *v) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const i64 d = e < left ? lifted(v[e], r) : 0;
@@ -196,11 +207,11 @@ struct Norm {
     Rows io;
     Shape shape;
     const int *gain;
-    const i64 *bias; // null for none
+    const i64 *bias; // with the half step that rounds; null for that alone
     int shift;
 };
 // y = (xhat * gain + bias) >> shift, rounded once; a constant row gives the bias.
-extern "C" __global__ void __launch_bounds__(512) norm_rows(const __grid_constant__ Norm a) {
+extern "C" __global__ void __launch_bounds__(256) norm_rows(const __grid_constant__ Norm a) {
     __shared__ Statistics room;
     const i64 half = (i64)1 << (a.shift - 1);
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
@@ -209,14 +220,14 @@ extern "C" __global__ void __launch_bounds__(512) norm_rows(const __grid_constan
         // Where eps is that large nothing is left of the row.
         const i64 root = down > 62 ? 0 : (i64)r.root;
         down = down > 62 || down < 0 ? 0 : down;
-        across(a.io, row, [&](int i, int left, const int *v) {
+        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
             int y[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 if (e >= left) continue;
                 const i64 xhat = (int)((lifted(v[e], r) * root) >> down);
-                const i64 b = a.bias ? a.bias[i + e] : 0;
-                y[e] = saturate((xhat * a.gain[i + e] + b + half) >> a.shift, a.io.lo, a.io.hi);
+                const i64 b = a.bias ? a.bias[i + e] : half;
+                y[e] = saturate((xhat * a.gain[i + e] + b) >> a.shift, a.io.lo, a.io.hi);
             }
             store_ints(a.io.y, row * a.io.cols + i, left, a.io.y_kind, a.io.four, y);
         });
@@ -265,13 +276,13 @@ DEVICE Coded code_of(u64 top, const Row &r, int shift, int *scales, bool write) 
     return c;
 }
 // RMS norm whose rows are int8 with a scale each; the root of the mean square cancels and is in the scale.
-extern "C" __global__ void __launch_bounds__(512) norm_codes(const __grid_constant__ Codes a) {
+extern "C" __global__ void __launch_bounds__(256) norm_codes(const __grid_constant__ Codes a) {
     __shared__ Statistics room;
     __shared__ Coded coded;
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
         const Row r = prepare(a.io, row, a.shape, room);
         u64 top = 0;
-        across(a.io, row, [&](int i, int left, const int *v) {
+        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 if (e >= left) continue;
@@ -293,7 +304,7 @@ extern "C" __global__ void __launch_bounds__(512) norm_codes(const __grid_consta
         }
         __syncthreads();
         const Coded c = coded;
-        across(a.io, row, [&](int i, int left, const int *v) {
+        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
             int y[4];
 #pragma unroll
             for (int e = 0; e < 4; e++) {

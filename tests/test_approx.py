@@ -51,6 +51,22 @@ def test_shift_add_has_the_bits_of_the_integer_product(fmt: str, isa: str) -> No
         )
 
 
+@pytest.mark.parametrize("fmt", ["int4_g32", "uint4_g32", "int8_g128", "bipolar3_g32"])
+def test_scales_after_the_group_equal_scales_before(fmt: str, rng: np.random.Generator) -> None:
+    """Decoding every weight first, in float64: within 1e-6, and equal for powers of two."""
+    a = rng.integers(-128, 128, (9, 256)).astype(np.int8)
+    q = nb.quantize(rng.normal(size=(40, 256)).astype(np.float32), fmt)
+    powers = np.exp2(rng.integers(-3, 3, q.scales.shape)).astype(np.float32)
+    zeros = None if q.zeros is None else np.asarray(q.zeros)
+    even = nb.QTensor.from_parts(fmt, q.codes(), powers, zeros)
+    for w, bound in ((q, 1e-6), (even, 0.0)):
+        decoded = w.dequantize().astype(np.float64)
+        first = a.astype(np.float64) @ decoded.T
+        size = np.abs(a.astype(np.float64)) @ np.abs(decoded).T
+        for after in (approx.shift_add_matmul(a, w.T), nb.matmul(a, w.T, compute="int8")):
+            assert (np.abs(after - first) <= bound * size).all()
+
+
 def test_shift_add_of_all_pairs() -> None:
     """Every 4-bit weight times every byte: 4096 products."""
     a = np.arange(-128, 128).astype(np.int8)[:, None]

@@ -62,6 +62,9 @@ template <class To, class From> static inline To bits(From v) {
     memcpy(&r, &v, sizeof r);
     return r;
 }
+static inline unsigned __umulhi(unsigned a, unsigned b) {
+    return (unsigned)((unsigned long long)a * b >> 32);
+}
 static inline unsigned __float_as_uint(float v) { return bits<unsigned>(v); }
 static inline float __uint_as_float(unsigned v) { return bits<float>(v); }
 static inline float __double2float_rn(double v) { return (float)v; }
@@ -590,8 +593,11 @@ def test_lmul_matmul(shape: tuple[int, int, int], cupy: Any, rng: np.random.Gene
         b = rng.normal(size=(k, n)).astype(dtype)
         a[rng.random(a.shape) < 0.1] = 0
         more = {"offset": "mitchell", "overflow": "inf"} if dtype == np.float16 else {}
-        for special in (False, True):
-            if special and k:
+        for special in range(3 if k else 1):
+            if special == 1:
+                # Products that pass the largest number, in some of the tiles.
+                a[0, m // 2], b[k // 3] = np.sqrt(np.finfo(dtype).max) * 8, np.finfo(dtype).max
+            if special == 2:
                 a[0, 0, 0], a[1, m - 1, k - 1], b[k // 2, n - 1] = np.inf, np.nan, -np.inf
             want = approx.lmul_matmul(a, b, **more)
             got = approx.lmul_matmul(cupy.asarray(a), cupy.asarray(b), **more).get()
@@ -606,10 +612,20 @@ def test_lmul_matmul_of_patterns(cupy: Any, rng: np.random.Generator) -> None:
     same(approx.lmul_matmul(cupy.asarray(a), cupy.asarray(b), format="e4m3"), want)
 
 
+def test_every_root_of_32_bits(cupy: Any) -> None:
+    """All 2^32 numbers."""
+    part = 1 << 28
+    for start in range(0, 1 << 32, part):
+        v = cupy.arange(start, start + part, dtype=np.uint64)
+        root = intops.sqrt(v.astype(np.uint32)).astype(np.uint64)
+        assert bool(((root * root <= v) & (v < (root + 1) * (root + 1))).all()), start
+
+
 @pytest.mark.parametrize("left", [np.int8, np.uint8])
 @pytest.mark.parametrize("right", [np.int8, np.uint8])
 def test_matmul(left: Any, right: Any, cupy: Any, rng: np.random.Generator) -> None:
-    for m, k, n in [(1, 1, 1), (3, 70, 5), (64, 128, 64), (100, 1000, 65), (2, 16, 300), (4, 0, 3)]:
+    shapes = [(1, 1, 1), (3, 70, 5), (128, 256, 128), (200, 1008, 130), (2, 16, 300), (4, 0, 3)]
+    for m, k, n in shapes:
         a, b = numbers(rng, left, m * k)[: m * k], numbers(rng, right, k * n)[: k * n]
         a, b = a.reshape(m, k), b.reshape(k, n)
         za, zb = (int(rng.integers(np.iinfo(t).min, np.iinfo(t).max + 1)) for t in (left, right))
@@ -747,7 +763,7 @@ def machine_code(source: str) -> dict[str, str]:
 def test_integer_operators_have_no_float_instruction(source: str) -> None:
     kernels = machine_code(source)
     names = re.findall(
-        r"__global__ void __launch_bounds__\(\d+\) (\w+)", _compile.sources()[source].decode()
+        r"__global__ void __launch_bounds__\([\d, ]+\) (\w+)", _compile.sources()[source].decode()
     )
     assert set(kernels) == set(names)
     for name, text in kernels.items():

@@ -142,14 +142,15 @@ constexpr int FRACTION = 16; // fraction bits of terms that are rounded together
 
 // Product of two Q30 numbers that lies in [-2, 2).
 DEVICE int mul(int a, int b) { return (int)(((i64)a * b) >> Q); }
-// 2^-f for f in [0, 1), and 1 / (1 + e) for e in [0, 1], all in Q30; sums may pass through 2^31, as unsigned ones.
-DEVICE int halving(int f) {
-    u32 y = 7356205u;
-    y = mul((int)y, f) - 57204807u;
-    y = mul((int)y, f) + 257158263u;
-    y = mul((int)y, f) - 744180573u;
-    return (int)(mul((int)y, f) + (1u << Q));
+// 2^-f in Q30, for f in [0, 1) in Q32: products with it are upper halves. The sums change their sign from one to the next, and
+// the upper half of a negative number's is the unsigned one less the other factor.
+DEVICE int halving(u32 f) {
+    u32 y = __umulhi(7356205u, f) - 57204807u;
+    y = __umulhi(y, f) - f + 257158263u;
+    y = __umulhi(y, f) - 744180573u;
+    return (int)(__umulhi(y, f) - f + (1u << Q));
 }
+// 1 / (1 + e) for e in [0, 1], in Q30; sums pass through 2^31 as unsigned ones.
 DEVICE int reciprocal(int e) {
     u32 y = 0u - 57839524u;
     y = mul((int)y, e) + 282103845u;
@@ -163,8 +164,8 @@ DEVICE int reciprocal(int e) {
 // e^-(d * scale) in Q30.
 DEVICE int decay(u32 d, Reach r) {
     const u32 t = at_reach(d, r);
-    const int f = (int)((t & ((1u << EXPONENT) - 1)) << (Q - EXPONENT));
-    return d > r.limit ? 0 : halving(f) >> (t >> EXPONENT > 31 ? 31 : t >> EXPONENT);
+    const int e = halving(t << (32 - EXPONENT));
+    return d > r.limit ? 0 : e >> (t >> EXPONENT > 31 ? 31 : t >> EXPONENT);
 }
 
 // A Q30 number in steps of the output, given what 2^-30 is worth in them.

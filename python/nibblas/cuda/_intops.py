@@ -37,7 +37,7 @@ __all__ = [
 
 _KINDS = {np.dtype(t): i for i, t in enumerate((np.int8, np.uint8, np.int16, np.uint16, np.int32))}
 _THREADS = 256
-# Exponentials of a row that wait in shared memory, past which they are computed twice.
+# Values of a row that wait in shared memory, past which rows are read again.
 _KEPT = 1 << 14
 
 
@@ -179,13 +179,10 @@ def _stream() -> int:
     return int(cupy.cuda.get_current_stream().ptr)
 
 
-def _launch(
-    x: Any, source: str, name: str, blocks: int, threads: int, args: Any, room: int = 0
-) -> None:
+def _launch(x: Any, source: str, name: str, blocks: int, threads: int, args: Any) -> None:
     device = int(x.device.id)
     most = 16 * device_properties(device)[0]
-    grid = (max(1, min(blocks, most)), 1)
-    kernel(device, source, name).launch(grid, threads, room, _stream(), args)
+    kernel(device, source, name).launch((min(blocks, most), 1), threads, 0, _stream(), args)
 
 
 def _aligned(*arrays: Any) -> bool:
@@ -217,10 +214,16 @@ def _rows(x: Any, y: Any, cols: int) -> _Rows:
     )  # fmt: skip
 
 
-def _each_row(x: Any, name: str, args: Any, room: int = 0) -> None:
-    if x.size:
-        threads = min(512, -(-args.io.cols // 128) * 32)
-        _launch(x, "intops_rows.cu", name, args.io.rows, threads, args, room)
+def _each_row(x: Any, name: str, args: Any) -> None:
+    if x.size == 0:
+        return
+    cols = args.io.cols
+    args.io.kept = int(cols <= _KEPT)
+    room = -(-cols // 4) * 16 if args.io.kept else 0
+    threads = min(_THREADS, -(-cols // 128) * 32)
+    grid = (min(args.io.rows, 2**31 - 1), 1)
+    function = kernel(int(x.device.id), "intops_rows.cu", name)
+    function.launch(grid, threads, room, _stream(), args)
 
 
 def _magic(divisor: int) -> int:
@@ -318,8 +321,7 @@ def ops_apply(
 def ops_softmax(x: Any, y: Any, cols: int, scale: float, threads: int, isa: str | None) -> None:
     reach = fixed.reach(fixed.positive("scale", scale) / fixed.LN_2, fixed.EXPONENT)
     a = _Softmax(_rows(x, y, cols), reach, 8 * y.itemsize - (y.dtype.kind == "i"))
-    a.io.kept = int(cols <= _KEPT)
-    _each_row(x, "softmax", a, -(-cols // 4) * 16 if a.io.kept else 0)
+    _each_row(x, "softmax", a)
 
 
 @functools.lru_cache(1024)
@@ -348,6 +350,8 @@ def ops_norm(
     out = fixed.positive("out_scale", out_scale)
     late = None if bias is None else bias.tobytes()
     gain, added, shift = _affine(weight.tobytes(), late, out, shape.fraction)
+    if added is not None:
+        added = added + (1 << (shift - 1))
     a = _Norm(_rows(x, y, weight.size), shape, _held(x, gain), _held(x, added), shift)
     _each_row(x, "norm_rows", a)
 
@@ -430,7 +434,7 @@ class _Product(ctypes.Structure):
         ("a", _Bytes),
         ("b", _Bytes),
         *((name, ctypes.c_void_p) for name in ("y", "bias", "zeros")),
-        ("k", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("k", "from_k", "to_k")),
         ("by_tiles", ctypes.c_uint64),
         ("tiles", ctypes.c_uint64),
         ("four", ctypes.c_int),
@@ -456,7 +460,10 @@ class _Shifts(ctypes.Structure):
     ]
 
 
-_TILE = 64
+# Rows and columns of a block's sums, and what its four stages of both operands take.
+_TILE, _STAGES = 128, 4 * 2 * 128 * 64
+# Products of bytes that int32 sums whatever they are, in whole steps of K.
+_SPAN = 1 << 16
 
 
 def _grid(tiles: int, batch: int, down: int) -> tuple[int, int]:
@@ -554,7 +561,11 @@ def int_product(
     if p.a.zero:
         held.append(_row_sums(right, p.b, n * batch))
     name = "product32" if dtype == np.int32 else "product64"
-    kernel(int(x.device.id), "intops_matmul.cu", name).launch(grid, 128, 0, _stream(), p)
+    function = kernel(int(x.device.id), "intops_matmul.cu", name)
+    span = k if dtype == np.int32 else _SPAN
+    for first in range(0, k, span):
+        p.from_k, p.to_k = first, min(first + span, k)
+        function.launch(grid, 256, _STAGES, _stream(), p)
     return y
 
 
