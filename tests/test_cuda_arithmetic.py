@@ -36,6 +36,7 @@ SHIM = r"""
 #define __global__
 #define __grid_constant__
 #define __shared__
+#define __align__(bytes) alignas(bytes)
 #define __launch_bounds__(...)
 #define NB_WARP 1
 struct uint2 { unsigned x, y; };
@@ -574,6 +575,47 @@ def test_lmul_bad_input(send: Any) -> None:
         approx.lmul(send(x), x)
 
 
+QUOTIENTS = """
+extern "C" void quotients(
+    const u64 *n, const u64 *d, const int *k, u64 *q, u64 *whole, long count) {
+    for (long i = 0; i < count; i++) {
+        q[i] = ratio_of(n[i] | 1ull << 63, d[i] | 1ull << 63, k[i]);
+        whole[i] = quotient(n[i], d[i]);
+    }
+}
+"""
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+def test_quotients_are_exact(tmp_path: Path, rng: np.random.Generator) -> None:
+    """Of random numbers, and of those near powers of two."""
+    text, out = tmp_path / "q.cpp", tmp_path / "q.so"
+    text.write_text(SHIM + flat("nibblas/intops.cuh", set()) + QUOTIENTS)
+    options = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fwrapv"]
+    subprocess.run([str(compiler()), *options, str(text), "-o", str(out)], check=True)
+
+    def draw(n: int) -> np.ndarray:
+        power = np.uint64(1) << rng.integers(0, 64, n).astype(np.uint64)
+        near = power + rng.integers(-3, 4, n).astype(np.int64).view(np.uint64)
+        wide = rng.integers(0, 2**64, n, dtype=np.uint64)
+        return np.where(
+            rng.random(n) < 0.3, wide, np.where(rng.random(n) < 0.5, near, wide % power)
+        )
+
+    count = 100_000
+    n, d, k = draw(count), np.maximum(draw(count), np.uint64(1)), rng.integers(0, 63, count)
+    k32, q, whole = k.astype(np.int32), np.empty(count, np.uint64), np.empty(count, np.uint64)
+    pointers = [ctypes.c_void_p(v.ctypes.data) for v in (n, d, k32, q, whole)]
+    ctypes.CDLL(str(out)).quotients(*pointers, ctypes.c_long(count))
+    np.testing.assert_array_equal(whole, n // d)
+    top = 1 << 63
+    want = [
+        ((a | top) << s) // (b | top)
+        for a, b, s in zip(n.tolist(), d.tolist(), k.tolist(), strict=True)
+    ]
+    assert q.tolist() == want
+
+
 # What needs more than one thread, or tensor cores.
 
 
@@ -674,6 +716,25 @@ def test_bitlinear(cupy: Any, rng: np.random.Generator) -> None:
     w = rng.normal(size=256).astype(np.float32)
     want = intops.bitlinear(x, 0.01, w, q, eps=1e-6)
     same(intops.bitlinear(cupy.asarray(x), 0.01, w, q, eps=1e-6), want)
+
+
+def test_signs(cupy: Any, rng: np.random.Generator) -> None:
+    a, b = (np.where(rng.random((n, 300)) < 0.5, -1, 1).astype(np.int8) for n in (7, 70))
+    want = approx.hamming_matmul(a, b)
+    q = nb.QTensor.from_parts("bipolar1", b, np.ones((70, 1), np.float32))
+    for right in (cupy.asarray(b), cupy.asarray(b > 0), b, q, q.to("cuda:0")):
+        same(approx.hamming_matmul(cupy.asarray(a), right), want)
+        same(approx.hamming_matmul(cupy.asarray(a > 0), right), want)
+    x = rng.integers(-128, 128, (2, 3, 300)).astype(np.int8)
+    same(approx.matadd(cupy.asarray(x), cupy.asarray(b)), approx.matadd(x, b))
+    same(approx.matadd(cupy.asarray(x), q), approx.matadd(x, b))
+    floats = rng.normal(size=(5, 300)).astype(np.float32)
+    got = approx.matadd(cupy.asarray(floats), q).get()
+    np.testing.assert_allclose(got, floats @ b.T.astype(np.float32), atol=1e-4)
+    with pytest.raises(ValueError, match="-1 and 1 alone"):
+        approx.hamming_matmul(cupy.asarray(a * 2), b)
+    with pytest.raises(TypeError, match="int8 or floats"):
+        approx.matadd(cupy.asarray(x).astype(np.int32), b)
 
 
 @pytest.mark.parametrize("base", ["2", "sqrt2"])

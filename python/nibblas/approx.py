@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core, _threads
 from ._api import _bias, _check_inner, _import, _on_device, matmul, quantize
+from .intops import matmul as exact
 from .qtensor import QTensor
 
 __all__ = [
@@ -662,6 +663,25 @@ def _signs(x: ArrayLike | QTensor, name: str) -> QTensor:
     return _unit("bipolar1", codes.astype(np.int8))
 
 
+def _device_signs(x: Any, name: str) -> Any:
+    """Return -1 and 1 as bytes of a device."""
+    from .cuda import import_array
+
+    codes = import_array(x)
+    if codes.ndim != 2:
+        raise ValueError(f"{name} must have two dimensions, got shape {codes.shape}")
+    if codes.dtype == np.bool_:
+        return codes.astype(np.int8) * 2 - 1
+    if codes.dtype.kind not in "iuf" or not bool((abs(codes) == 1).all()):
+        raise ValueError(f"{name} must hold -1 and 1 alone")
+    return codes.astype(np.int8)
+
+
+def _device_right(b: Any) -> Any:
+    """Return what a product on a device takes on its right."""
+    return _device_signs(b, "b").T if _on_device(b) else _signs(b, "b").T
+
+
 def hamming_matmul(
     a: ArrayLike | QTensor,
     b: ArrayLike | QTensor,
@@ -681,7 +701,7 @@ def hamming_matmul(
     Returns
     -------
     ndarray of int32
-        ``K - 2 * differing`` for each pair of rows.
+        ``K - 2 * differing`` for each pair of rows; where `a` lies, if that is a device.
 
     Examples
     --------
@@ -689,6 +709,9 @@ def hamming_matmul(
     >>> nb.approx.hamming_matmul([[1, -1, 1]], [[1, 1, 1], [-1, 1, -1]])
     array([[ 1, -3]], dtype=int32)
     """
+    if _on_device(a):
+        counted: NDArray[np.int32] = exact(_device_signs(a, "a"), _device_right(b))
+        return counted
     left, right = _signs(a, "a"), _signs(b, "b")
     y: NDArray[np.int32] = matmul(left, right.T, dtype=np.int32, threads=threads)
     return y
@@ -714,7 +737,8 @@ def matadd(
     Returns
     -------
     ndarray
-        int32 and exact for int8; for floats their type, summed in float32 with k ascending.
+        int32 and exact for int8; for floats their type, summed in float32 with k ascending (on a
+        device as :func:`nibblas.matmul` does there).
 
     Examples
     --------
@@ -722,6 +746,18 @@ def matadd(
     >>> nb.approx.matadd(np.array([[5, 7, 1]], np.int8), [[1, -1, 1]])
     array([[-1]], dtype=int32)
     """
+    if _on_device(a):
+        from .cuda import import_array
+
+        there = import_array(a)
+        if there.dtype == np.int8:
+            added: NDArray[Any] = exact(there, _device_right(b))
+            return added
+        if there.dtype.kind in "iub":
+            raise TypeError(f"a must be int8 or floats, got {there.dtype}")
+        weights = _unit("bipolar1", _signs(b, "b").codes())
+        floats: NDArray[Any] = matmul(there, weights.T, threads=threads)
+        return floats
     right = _signs(b, "b")
     x = _import(a)
     if x.dtype == np.int8:
