@@ -506,8 +506,9 @@ FLOATS = [0.0, -0.0, 1.0, -1.5, 3.4e38, -3.4e38, 1e-38, 1e-40, -1e-45, np.inf, -
 @pytest.mark.parametrize("offset", [None, "mitchell", "least_squares"])
 @pytest.mark.parametrize("overflow", ["saturate", "inf"])
 def test_lmul_of_floats(offset: Any, overflow: str, send: Any, rng: np.random.Generator) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
     bits = rng.integers(0, 2**32, 4000, dtype=np.uint32)
-    for dtype in (np.float32, np.float16):
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
         with np.errstate(over="ignore"):
             ends = np.array(FLOATS).astype(dtype)
         x = np.concatenate([bits.view(dtype)[:4000], ends])
@@ -779,6 +780,22 @@ def test_layouts_streams_and_graphs(cupy: Any, rng: np.random.Generator) -> None
     step()
     cupy.cuda.Device().synchronize()
     same(results[0], np.ascontiguousarray(want[0][::-1]))
+
+
+def test_tensors_of_another_library(cupy: Any, rng: np.random.Generator) -> None:
+    torch = pytest.importorskip("torch")
+    x = rng.integers(-100, 100, (5, 64)).astype(np.int16)
+    there = torch.from_numpy(x).cuda()
+    codes, scale = intops.softmax(there, 0.05)
+    want = intops.softmax(x, 0.05)
+    assert isinstance(codes, torch.Tensor)
+    assert codes.is_cuda
+    assert scale == want[1]
+    np.testing.assert_array_equal(codes.cpu().numpy(), want[0])
+    floats = torch.from_numpy(x.astype(np.float32)).cuda()
+    got = approx.lmul(floats, floats)
+    assert isinstance(got, torch.Tensor)
+    np.testing.assert_array_equal(got.cpu().numpy(), approx.lmul(*[x.astype(np.float32)] * 2))
 
 
 # The machine code.

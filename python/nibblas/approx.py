@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from . import _core, _threads
 from ._api import _bias, _check_inner, _import, _on_device, matmul, quantize
+from .intops import _where_it_is
 from .intops import matmul as exact
 from .qtensor import QTensor
 
@@ -516,6 +517,7 @@ def _pair(a: ArrayLike, b: ArrayLike, format: str | None) -> tuple[_Operand, _Op
     return x, y
 
 
+@_where_it_is
 def lmul(
     a: ArrayLike,
     b: ArrayLike,
@@ -581,6 +583,7 @@ def lmul(
     return out.astype(x.dtype, copy=False)
 
 
+@_where_it_is
 def lmul_matmul(
     a: ArrayLike,
     b: ArrayLike,
@@ -682,6 +685,7 @@ def _device_right(b: Any) -> Any:
     return _device_signs(b, "b").T if _on_device(b) else _signs(b, "b").T
 
 
+@_where_it_is
 def hamming_matmul(
     a: ArrayLike | QTensor,
     b: ArrayLike | QTensor,
@@ -717,6 +721,7 @@ def hamming_matmul(
     return y
 
 
+@_where_it_is
 def matadd(
     a: ArrayLike,
     b: ArrayLike | QTensor,

@@ -21,7 +21,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any, ParamSpec, SupportsIndex, TypeVar
+from typing import Any, ParamSpec, SupportsIndex, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -62,19 +62,27 @@ _R = TypeVar("_R")
 
 
 def _where_it_is(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Make the device of the first argument the current one."""
+    """Call with the device of the first argument as the current one.
+
+    The function sees a CuPy array there, and gives arrays of the argument's own library.
+    """
 
     @functools.wraps(function)
-    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def call(*args: Any, **kwargs: Any) -> Any:
         first = args[0] if args else next(iter(kwargs.values()), None)
         if not _on_device(first):
             return function(*args, **kwargs)
-        from .cuda import device_of
+        from .cuda import device_of, export_arrays, import_array
 
-        with device_of(first):
-            return function(*args, **kwargs)
+        array = import_array(first)
+        if args:
+            args = (array, *args[1:])
+        else:
+            kwargs[next(iter(kwargs))] = array
+        with device_of(array):
+            return export_arrays(function(*args, **kwargs), first)
 
-    return call
+    return cast("Callable[_P, _R]", call)
 
 
 def _array(x: Any) -> Any:

@@ -18,10 +18,11 @@ from .._api import _check_inner
 from ..qtensor import QTensor
 from . import _fixed as fixed
 from ._launch import device_properties, kernel
-from ._product import _import
+from ._product import _export, _import
 
 __all__ = [
     "device_of",
+    "export_arrays",
     "import_array",
     "int_product",
     "int_shifts",
@@ -150,6 +151,17 @@ def device_of(x: Any) -> Any:
     import cupy
 
     return cupy.cuda.Device(int(import_array(x).device.id))
+
+
+def export_arrays(result: Any, like: Any) -> Any:
+    """Return CuPy arrays, alone or in a tuple, as arrays of the library of `like`."""
+    import cupy
+
+    if isinstance(like, cupy.ndarray):
+        return result
+    if isinstance(result, tuple):
+        return tuple(export_arrays(r, like) for r in result)
+    return _export(result, like, cupy) if isinstance(result, cupy.ndarray) else result
 
 
 def import_array(x: Any) -> Any:
