@@ -731,7 +731,7 @@ def test_signs(cupy: Any, rng: np.random.Generator) -> None:
     same(approx.matadd(cupy.asarray(x), q), approx.matadd(x, b))
     floats = rng.normal(size=(5, 300)).astype(np.float32)
     got = approx.matadd(cupy.asarray(floats), q).get()
-    np.testing.assert_allclose(got, floats @ b.T.astype(np.float32), atol=1e-4)
+    np.testing.assert_allclose(got, floats @ b.T.astype(np.float32), atol=5e-3)
     with pytest.raises(ValueError, match="-1 and 1 alone"):
         approx.hamming_matmul(cupy.asarray(a * 2), b)
     with pytest.raises(TypeError, match="int8 or floats"):
