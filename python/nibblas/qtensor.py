@@ -644,7 +644,7 @@ class QTensor:
         s = self._storage
         if s.format.structure is not None:
             part = QTensor._wrap(s.dense(), self._transposed)[key]._storage
-            return QTensor._wrap(part.sparse(s.format), self._transposed)
+            return QTensor._wrap(s.like(part.sparse(s.format)), self._transposed)
         along = {p.name: p.along for p in s.format.parts(s.rows, s.cols)}
         arrays, bounds = s.arrays(), s.bounds
         rows, cols = s.rows, s.cols

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..formats import Format
 from ..qtensor import _E4M3, _powers, _Storage
 from ._launch import arch, kernel, tensor_map
-from ._plan import CHUNK, padded_group
+from ._plan import CHUNK, Plan, padded_group, plan
 from ._worth import Worth, integers, known, line, worth
 
 if TYPE_CHECKING:
@@ -259,11 +259,32 @@ class Panels:
             self.held_planes = BitPlanes(self.host, self.device)
         return self.held_planes
 
+    def plan(self, m: int, compute: str, kind: int) -> Plan:
+        """Return the plan of a product with `m` rows of activations."""
+        from ._product import _problem
+
+        return plan(_problem(self, m, compute, kind)[0])
+
+    def call(self, x: Any, y: Any, compute: str, stream: int) -> Any:
+        """Prepare a product for operands like these."""
+        from ._product import _Call
+
+        return _Call(self, x, y, compute, stream)
+
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         parts = [*self.planes, self.scales, *([] if self.zeros is None else [self.zeros])]
         return sum(int(a.nbytes) for a in parts)
+
+
+def make_panels(host: _Storage, device: int) -> Panels:
+    """Return the panels of a matrix on a device."""
+    if host.format.structure is None:
+        return Panels(host, device)
+    from ._sparse import panels_of
+
+    return panels_of(host, device)
 
 
 def is_dense(fmt: Format) -> bool:
@@ -310,7 +331,7 @@ class Storage(_Storage):
         super().__init__(host.format, host.rows, host.cols, host.arrays(), host.bounds)
         self.number = number
         self.device = f"cuda:{number}"
-        self.panels = Panels(host, number)
+        self.panels = make_panels(host, number)
 
     def pack(self, threads: int) -> Any:
         raise TypeError(
@@ -349,5 +370,5 @@ def panels_on(storage: _Storage, device: int) -> Panels:
     # A tensor of the host that meets an array of the device is copied once.
     held = storage.copies.get(device)
     if held is None:
-        held = storage.copies[device] = Panels(storage, device)
+        held = storage.copies[device] = make_panels(storage, device)
     return held

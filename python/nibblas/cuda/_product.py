@@ -198,6 +198,8 @@ def product_both(
             raise ValueError(
                 f"products of two tensors on CUDA need one scale per row, but {q.format} is grouped"
             )
+        if q.format.is_plain:
+            raise ValueError(f"products of {q.format} with a tensor are not available on CUDA")
     raw = dtype is not None and np.dtype(dtype).kind in "iub"
     result = np.dtype(dtype) if raw else _F32 if dtype is None else _float_dtype(dtype)
     if raw and result not in (np.dtype(np.int32), np.dtype(np.int64)):
@@ -393,7 +395,7 @@ def explain(x: Any, q: QTensor, compute: str) -> Plan:
     kind = _kind_of(x.dtype)
     m = x.size // max(q._storage.cols, 1)
     panels = panels_on(q._storage, int(x.device.id))
-    return plan(_problem(panels, m, compute, 2 if kind is None else kind)[0])
+    return panels.plan(m, compute, 2 if kind is None else kind)
 
 
 # Memory that captured graphs use: nobody else may have it.
@@ -427,7 +429,7 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
     if call is None:
         if len(p.calls) >= 64:
             p.calls.clear()
-        call = p.calls[key] = _Call(p, x, y, compute, stream)
+        call = p.calls[key] = p.call(x, y, compute, stream)
     call(at, to, 0 if bias is None else bias.data.ptr, given, cupy)
 
 

@@ -1,0 +1,288 @@
+"""Sparse weights on a GPU: ``python benches/gpu_sparse.py [--only TEXT] [--out FOLDER]``.
+
+Every row is checked before it is timed: integers against exact sums, the others against float64.
+Times are medians of graph replays over copies of the weights that together exceed the L2 cache
+several times, as in ``gpu.py``. ``x`` is the dense peer over the contender, in the same process:
+cuBLAS float16 for numbers, ``torch._int_mm`` for int8, nibblas' own dense int4_g128 for groups.
+PyTorch's cuSPARSELt runs beside it where it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
+
+import cupy
+from gpu import BYTES, copies, cublas, microseconds, random_half, random_storage, torch_time
+
+import nibblas as nb
+from nibblas.cuda import Storage
+from nibblas.cuda._sparse import SparsePanels
+from nibblas.qtensor import _Storage
+
+SHAPE, GROUPED = (28672, 7168), (28672, 8192)
+GOALS = {0.4: 1.3, 0.3: 1.6, 0.2: 2.3, 0.1: 3.3}
+
+
+def kept_entries(n: int, k: int, density: float | None, seed: int = 0) -> Any:
+    """Random places of a matrix; without a density two of every four."""
+    random = cupy.random.default_rng(seed)
+    if density is not None:
+        return random.random((n, k), dtype=np.float32) < density
+    pairs = [[i in p for i in range(4)] for p in itertools.combinations(range(4), 2)]
+    return cupy.array(pairs)[random.integers(0, 6, (n, k // 4))].reshape(n, k)
+
+
+def thinned(n: int, k: int, density: float | None, seed: int = 0) -> Any:
+    """Random float16 weights of the device."""
+    w = cupy.random.default_rng(seed).standard_normal((n, k), dtype=np.float32)
+    return cupy.where(kept_entries(n, k, density, seed + 1), w, 0).astype(np.float16)
+
+
+def tensor(host: _Storage, numbers: Any = None) -> nb.QTensor:
+    """Return a tensor whose numbers or codes may be on the device alone."""
+    s = object.__new__(Storage)
+    for name in _Storage.__slots__:
+        setattr(s, name, getattr(host, name))
+    s.number, s.device = 0, "cuda:0"
+    s.panels = SparsePanels(host, 0, numbers)
+    return nb.QTensor._wrap(s)
+
+
+def half_tensor(fmt: str, w: Any) -> nb.QTensor:
+    """Return a tensor of float16 weights of the device."""
+    return tensor(_Storage(nb.Format(fmt), *w.shape, {}), w.view(np.uint16))
+
+
+def byte_tensor(w: Any) -> nb.QTensor:
+    """Return a 2:4 tensor of int8 weights of the device."""
+    scales = {"scales": np.full((w.shape[0], 1), 2.0**-7, np.float32)}
+    host = _Storage(nb.Format("int8_2of4"), *w.shape, scales)
+    return tensor(host, w.view(np.uint8) ^ np.uint8(128))
+
+
+def group_tensors(n: int, k: int, density: float) -> tuple[Storage, nb.QTensor]:
+    """Return int4_g128 weights with dropped runs of 32, dense and sparse."""
+    dense = random_storage("int4_g128", n, k)
+    codes = dense.codes.reshape(n, k // 32, 16).copy()
+    codes[np.random.default_rng(1).random((n, k // 32)) >= density] = 0x88
+    thin = _Storage(dense.format, n, k, {**dense.arrays(), "codes": codes.reshape(n, -1)})
+    sparse = thin.sparse(nb.Format("int4_g128_bsr32"))
+    return Storage(thin, 0), tensor(sparse)
+
+
+def rotated(q: nb.QTensor) -> list[nb.QTensor]:
+    """Copies of a tensor that together exceed the cache."""
+    s = q._storage
+    assert isinstance(s, Storage)
+    assert isinstance(s.panels, SparsePanels)
+    out = [q]
+    for _ in range(min(63, max(1, -(-BYTES // max(s.panels.nbytes, 1)) - 1))):
+        twin = copy.copy(s.panels)
+        twin.calls, twin.held = {}, {}
+        for act, (records,) in s.panels.held.items():
+            mine = copy.copy(records)
+            mine.records = records.records.copy()
+            twin.held[act] = [mine]
+        other = object.__new__(Storage)
+        for name in (*_Storage.__slots__, *Storage.__slots__):
+            setattr(other, name, getattr(s, name))
+        other.panels = twin
+        out.append(nb.QTensor._wrap(other))
+    return out
+
+
+def check(q: nb.QTensor, w: Any, x: Any, compute: str = "f32") -> float:
+    """Return the relative error of the last rows; raises where it is too large."""
+    rows = slice(max(w.shape[0] - 2048, 0), w.shape[0])
+    got = nb.matmul(x, q.T, dtype=np.float32, compute=compute)[:, rows]
+    want = x.astype(np.float64) @ w[rows].astype(np.float64).T
+    if compute == "int8":
+        want = want.astype(np.float32) * np.float32(2.0**-7)
+        if (got != want).any():
+            raise AssertionError(f"{q.format}: integer sums differ")
+    error = float(cupy.linalg.norm(got - want) / cupy.linalg.norm(want))
+    if not error < 1e-5:
+        raise AssertionError(f"{q.format}: relative error {error}")
+    return error
+
+
+def calls_of(tensors: list[nb.QTensor], x: Any, y: Any, compute: str) -> list[Callable[[], Any]]:
+    return [lambda q=q: nb.matmul(x, q.T, compute=compute, out=y) for q in tensors]
+
+
+def cusparselt(w: Any, m: int) -> float | None:
+    """Time PyTorch's 2:4 product of float16 or int8 weights; None where it does not work."""
+    try:
+        import torch
+
+        count = max(2, -(-BYTES // (w.nbytes * 9 // 16)))
+        torch.sparse.SparseSemiStructuredTensor._FORCE_CUTLASS = False
+        dense = torch.from_dlpack(w)
+        packed = [torch.sparse.to_sparse_semi_structured(dense) for _ in range(count)]
+        x = torch.ones(max(m, 16), w.shape[1], device="cuda", dtype=torch.float16).to(dense.dtype)
+        return torch_time([lambda p=p: torch.nn.functional.linear(x, p) for p in packed])
+    except Exception as e:
+        print(f"cuSPARSELt: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+        return None
+
+
+def int_mm(n: int, k: int, m: int) -> float | None:
+    """Time cuBLAS int8, which takes no fewer than 17 rows."""
+    try:
+        import torch
+
+        x = torch.randint(-127, 128, (max(m, 24), k), device="cuda", dtype=torch.int8)
+        w = [
+            torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
+            for _ in range(max(2, -(-BYTES // (n * k))))
+        ]
+        return torch_time([lambda w=w: torch._int_mm(x, w.T) for w in w])
+    except Exception as e:
+        print(f"_int_mm: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+        return None
+
+
+class Table:
+    """Rows so far; written after each."""
+
+    def __init__(self, folder: Path | None, device: str) -> None:
+        self.folder, self.device = folder, device
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, row: str, m: int, us: float, base: float, nbytes: int = 0, **more: Any) -> None:
+        """Add a row; `base` is the time of the dense peer."""
+        entry = {"row": row, "m": m, "us": us, "x": base / us, **more}
+        if nbytes:
+            entry["gb_s"] = nbytes / us / 1000
+        self.rows.append(entry)
+        rate = f"{entry['gb_s']:.0f} GB/s" if nbytes else ""
+        goal = f"goal {more['goal']}x" if more.get("goal") else ""
+        print(f"{row:34s} M={m:<4d} {us:8.2f} us {base / us:5.2f}x {rate} {goal}", flush=True)
+        if self.folder:
+            self.write(self.folder)
+
+    def write(self, folder: Path) -> None:
+        """Write JSON and a table."""
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = self.device.lower().replace(" ", "-") + "-sparse"
+        record = {"device": self.device, "cupy": cupy.__version__, "rows": self.rows}
+        (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        lines = [
+            f"# {self.device}: sparse weights",
+            "",
+            "Made by `python benches/gpu_sparse.py --out benches/results`; its head says how.",
+            "Numbers and int8: 28672 x 7168; groups: 28672 x 8192.",
+            "",
+            "| row | M | us | x dense | goal | GB/s |",
+            "|---|---|---|---|---|---|",
+        ]
+        for r in self.rows:
+            rate = f"{r['gb_s']:.0f}" if "gb_s" in r else ""
+            goal = f"{r['goal']}x" if r.get("goal") else ""
+            lines.append(
+                f"| {r['row']} | {r['m']} | {r['us']:.2f} | {r['x']:.2f} | {goal} | {rate} |"
+            )
+        (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
+def race(
+    table: Table, name: str, q: nb.QTensor, w: Any, m: int, base: float, goal: float | None
+) -> None:
+    """Check and time one row."""
+    n, k = q.shape
+    compute = "int8" if q.format.element.name == "int8" else "f32"
+    x = random_half(m, k)
+    if compute == "int8":
+        x = cupy.random.randint(-127, 128, (m, k)).astype(np.int8)
+    y = cupy.empty((m, n), np.float16 if compute == "f32" else np.float32)
+    error = check(q, w, x, compute) if w is not None else None
+    us = microseconds(calls_of(rotated(q), x, y, compute), 2000, 5)
+    plan = str(nb.explain(x, q.T, compute=compute))
+    nbytes = q._storage.panels.nbytes + x.nbytes + y.nbytes  # type: ignore[attr-defined]
+    table.add(name, m, us, base, nbytes, goal=goal, error=error, plan=plan)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    options = parser.parse_args()
+    device = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    table = Table(options.out, device)
+    pool = cupy.get_default_memory_pool()
+    n, k = SHAPE
+    base: dict[int, float] = {}
+
+    def dense(m: int) -> float:
+        if m not in base:
+            base[m] = cublas(n, k, m)
+            table.add("cuBLAS float16", m, base[m], base[m], 2 * n * k)
+        return base[m]
+
+    def wanted(name: str) -> bool:
+        return options.only in name
+
+    for density in (0.4, 0.3, 0.2, 0.1):
+        name = f"f16_bitmap {density:.0%}"
+        if wanted(name):
+            w = thinned(n, k, density)
+            q = half_tensor("f16_bitmap", w)
+            for m in (8, 16, 64) if density == 0.2 else (8, 16):
+                race(table, name, q, w, m, dense(m), GOALS[density] if m < 32 else None)
+            del w, q
+            pool.free_all_blocks()
+    if wanted("f16_2of4"):
+        w = thinned(n, k, None)
+        q = half_tensor("f16_2of4", w)
+        for m in (8, 16, 32, 64):
+            race(table, "f16_2of4", q, w, m, dense(m), 1.5)
+            us = cusparselt(w, m)
+            if us is not None:
+                table.add("cuSPARSELt float16", m, us, dense(m), w.nbytes * 9 // 16)
+        del w, q
+        pool.free_all_blocks()
+    if wanted("int8_2of4"):
+        w = cupy.random.randint(-127, 128, (n, k), dtype=np.int32).astype(np.int8)
+        w *= kept_entries(n, k, None)
+        q = byte_tensor(w)
+        for m in (8, 16, 32, 64):
+            peer = int_mm(n, k, m)
+            if peer is not None:
+                table.add("cuBLAS int8", m, peer, peer, n * k)
+            race(table, "int8_2of4", q, w, m, peer or dense(m), 1.5)
+            us = cusparselt(w, m)
+            if us is not None:
+                table.add("cuSPARSELt int8", m, us, peer or dense(m), w.nbytes * 5 // 8)
+        del w, q
+        pool.free_all_blocks()
+    if wanted("int4_g128_bsr32"):
+        thin, q = group_tensors(*GROUPED, 0.5)
+        tail = nb.QTensor._wrap(_Storage(thin.format, thin.rows, thin.cols, thin.arrays()))
+        w = cupy.asarray(tail[-2048:].dequantize())
+
+        twins = copies(thin)
+        for m in (1, 4, 8):
+            x, y = random_half(m, GROUPED[1]), cupy.empty((m, GROUPED[0]), np.float16)
+            got = nb.matmul(x, q.T, dtype=np.float32)[:, -2048:]
+            want = x.astype(np.float64) @ w.astype(np.float64).T
+            error = float(cupy.linalg.norm(got - want) / cupy.linalg.norm(want))
+            if not error < 1e-4:
+                raise AssertionError(f"int4_g128_bsr32: relative error {error}")
+            us = microseconds(calls_of(twins, x, y, "f32"), 2000, 5)
+            table.add("int4_g128, dense", m, us, us, thin.panels.nbytes)
+            race(table, "int4_g128_bsr32 50%", q, None, m, us, 1.4)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""Sparse weights on a device: stored as kept entries, multiplied as dense; see sparse.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..qtensor import _Storage
+from ._launch import device_properties, has_wgmma, kernel, tensor_map, workspace
+from ._panels import Panels
+from ._plan import BF16, F16, S8, Plan
+from ._product import _ActArgs, _Call, _GemmArgs, _kind_of, _scratch, _strides
+
+__all__ = [
+    "Records",
+    "SparseCall",
+    "SparseCut",
+    "SparsePanels",
+    "SparseProblem",
+    "build_sparse",
+    "panels_of",
+    "plan_sparse",
+]
+
+# Which structure a record has; see sparse.cuh.
+ENTRIES, PAIRS, FOURS, GROUPS = 1, 2, 3, 4
+ROWS, PLACES = 32, 128
+_FOURS_BYTES = {2: 4608, 1: 2560}
+# Below this fraction of kept entries a pair at a time is quicker: fewer reads of shared memory for
+# more bytes.
+_PAIRS_BELOW = 0.25
+
+
+class _SparseArgs(_GemmArgs):
+    _fields_ = [("offsets", ctypes.c_void_p), ("slot", ctypes.c_int)]  # noqa: RUF012
+
+
+class _PackArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("w", "offsets", "records")),
+        *((name, ctypes.c_int) for name in ("n", "k", "chunks", "tiles", "structure")),
+    ]
+
+
+class _GroupArgs(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("codes", "scales", "offsets", "records")),
+        ("row_bytes", ctypes.c_int64),
+        *((name, ctypes.c_int) for name in ("n", "k", "chunks", "tiles")),
+        *((name, ctypes.c_int) for name in ("groups", "chunks_per_group")),
+    ]
+
+
+class SparseProblem(NamedTuple):
+    """What a launch of ``sparse.cu`` depends on."""
+
+    m: int
+    """Rows of activations."""
+    tiles: int
+    """Runs of 32 rows of weights."""
+    chunks: int
+    """Runs of 128 along K."""
+    act: int
+    """0 float16, 1 bfloat16, 2 int8."""
+    structure: int
+    """1 bitmap of entries, 2 of pairs, 3 two of four, 4 groups."""
+    slot: int
+    """Bytes of the longest record."""
+    multiprocessors: int
+    shared_limit: int
+
+
+class SparseCut(NamedTuple):
+    """How a launch is cut."""
+
+    wr: int
+    """Warps along the rows of weights, of 32 each."""
+    wk: int
+    """Warps along K."""
+    stages: int = 6
+    """Records in flight, at most."""
+
+
+def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
+    """Return the launch of a cut."""
+    nt = 1 if p.m <= 8 else 2 if p.m <= 16 else 4 if p.m <= 32 or p.structure == GROUPS else 8
+    wr, wk = cut.wr, cut.wk
+    tokens, rows, warps = 8 * nt, ROWS * wr, wr * wk
+    stage = warps * p.slot + wk * tokens * PLACES * (1 if p.act == S8 else 2)
+    rest = 1024 + (wk * tokens * rows * 4 if wk > 1 else 0)
+    # The barriers take some, too. Few numbers of stages make few kernels.
+    stages = max(2, min(cut.stages, (p.shared_limit - rest - 1024) // stage))
+    stages = max(n for n in (2, 3, 4, 6) if n <= stages)
+    m_blocks = -(-p.m // tokens)
+    row_blocks = -(-p.tiles // wr)
+    units = row_blocks * p.chunks
+    # A span of fewer chunks than warps would leave warps without work.
+    blocks = max(1, min(units // wk, p.multiprocessors // m_blocks))
+    defines = (
+        ("STRUCTURE", p.structure),
+        ("ACT", p.act),
+        ("NT", nt),
+        ("WR", wr),
+        ("WK", wk),
+        ("STAGES", stages),
+        ("SETS", 2 if p.structure == GROUPS and p.act == F16 and nt <= 2 else 1),
+    )
+    size, shared = (blocks, m_blocks), stages * stage + rest
+    return Plan("sparse", defines, size, 32 * warps, shared, row_blocks, rows, tokens, units, False)
+
+
+def plan_sparse(p: SparseProblem) -> Plan:
+    """Return the launch for a problem."""
+    cuts = [(4, 4), (4, 3), (4, 2)] if p.m <= 16 else [(4, 2), (8, 1)]
+    # Long records: the widest cut may not fit.
+    plans = (build_sparse(p, SparseCut(*c)) for c in (*cuts, (4, 1), (2, 1), (1, 1)))
+    return next(q for q in plans if q.shared <= p.shared_limit - 1024)
+
+
+class Records:
+    """The kept entries of a matrix, in the order of the kernel."""
+
+    def __init__(self, shape: tuple[int, int], structure: int, device: int) -> None:
+        self.shape, self.structure, self.device = shape, structure, device
+        self.tiles = -(-max(shape[0], 1) // ROWS)
+        self.chunks = -(-max(shape[1], 1) // PLACES)
+        self.slot = 0
+        self.records: Any = None
+        self.offsets: Any = None
+
+    @classmethod
+    def of_numbers(cls, numbers: Any, structure: int, device: int) -> Records:
+        """Pack bits of 16-bit numbers, or codes of int8, an array (N, K) of the device."""
+        import cupy
+
+        self = cls(numbers.shape, structure, device)
+        a = _PackArgs(numbers.data.ptr)
+        a.n, a.k, a.chunks, a.tiles, a.structure = *self.shape, self.chunks, self.tiles, structure
+        if structure == FOURS:
+            size = _FOURS_BYTES[numbers.itemsize]
+            self._place(cupy.full(self.tiles * self.chunks, size // 16, np.uint32))
+            self._run("write_fours" if numbers.itemsize == 2 else "write_fours8", a)
+        else:
+            self._place(self._count("count_units", a))
+            self._run("write_bits", a)
+        return self
+
+    @classmethod
+    def of_groups(cls, host: _Storage, device: int) -> Records:
+        """Pack a matrix of four-bit codes whose groups are whole chunks."""
+        import cupy
+
+        self = cls((host.rows, host.cols), GROUPS, device)
+        codes, scales = cupy.asarray(host.codes), cupy.asarray(host.scales)
+        a = _GroupArgs(codes.data.ptr, scales.data.ptr)
+        a.row_bytes = host.codes.shape[1]
+        a.n, a.k, a.chunks, a.tiles = *self.shape, self.chunks, self.tiles
+        a.groups = scales.shape[1]
+        a.chunks_per_group = min(host.format.group or PLACES, PLACES * self.chunks) // PLACES
+        self._place(self._count("count_groups", a))
+        self._run("write_groups", a)
+        return self
+
+    def _run(self, name: str, a: Any) -> None:
+        import cupy
+
+        a.offsets, a.records = self.offsets.data.ptr, self.records.data.ptr
+        grid = (-(-self.tiles * self.chunks // 8), 1)
+        stream = cupy.cuda.get_current_stream()
+        kernel(self.device, "sparse_pack.cu", name).launch(grid, 256, 0, int(stream.ptr), a)
+        # What is packed may go as soon as this returns.
+        stream.synchronize()
+
+    def _count(self, name: str, a: Any) -> Any:
+        """Return the 16-byte pieces of each record."""
+        import cupy
+
+        self.offsets = cupy.empty(self.tiles * self.chunks, np.uint32)
+        self.records = self.offsets
+        self._run(name, a)
+        return self.offsets
+
+    def _place(self, pieces: Any) -> None:
+        import cupy
+
+        self.slot = 16 * int(pieces.max())
+        ends = cupy.zeros(pieces.size + 1, np.uint64)
+        ends[1:] = cupy.cumsum(pieces, dtype=np.uint64)
+        size = 16 * int(ends[-1])
+        if size >= 1 << 36 or pieces.size >= 1 << 30:
+            raise ValueError(f"a matrix of shape {self.shape} is too large for CUDA")
+        self.offsets, self.records = ends.astype(np.uint32), cupy.empty(size, np.uint8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        return int(self.records.nbytes + self.offsets.nbytes)
+
+
+def _bf16_parts(numbers: NDArray[Any]) -> list[NDArray[np.uint16]]:
+    """Return bits of numbers of bfloat16 that add up to those of float16 or float32."""
+    rest = numbers.astype(np.float32)
+    parts = []
+    while rest.any():
+        bits = rest.view(np.uint32) & 0xFFFF0000
+        parts.append((bits >> 16).astype(np.uint16))
+        rest = rest - bits.view(np.float32)
+    return parts or [np.zeros(numbers.shape, np.uint16)]
+
+
+class SparsePanels(Panels):
+    """Sparse weights on a device."""
+
+    def __init__(self, host: _Storage, device: int, numbers: Any = None) -> None:
+        """Take a matrix of the host, or its numbers or codes (N, K) on the device."""
+        import cupy
+
+        self.device, self.host = device, host
+        self.element, self.finite = host.format.element, True
+        self.rows, self.cols = host.rows, host.cols
+        self.calls: dict[Any, Any] = {}
+        self.longest = 128 * 127 * self.cols
+        self.spread: Panels | None = None
+        self.scales: Any = None
+        self.held: dict[int, list[Records]] = {}
+        name = self.element.name
+        # The class of arithmetic that takes the entries as they are.
+        self.own = {"f16": F16, "int8": S8}.get(name, BF16)
+        with cupy.cuda.Device(device):
+            if numbers is not None:
+                self.held[self.own] = [self._records(numbers)]
+            elif name == "int8":
+                codes = cupy.asarray(host.dense().codes)
+                self.held[S8] = [self._records(codes)]
+            elif name == "int4":
+                groups = [Records.of_groups(host.dense(), device)]
+                self.held = {F16: groups, BF16: groups}
+            else:
+                self.parts(self.own)
+            if name == "int8":
+                self.scales = cupy.ascontiguousarray(cupy.asarray(host.scales)[:, 0])
+
+    def _records(self, numbers: Any) -> Records:
+        """Pack numbers or codes of the device in the structure that is quicker."""
+        import cupy
+
+        structure = FOURS
+        if self.host.format.structure != "2of4":
+            kept = int(cupy.count_nonzero(numbers)) / max(numbers.size, 1)
+            structure = PAIRS if kept < _PAIRS_BELOW else ENTRIES
+        return Records.of_numbers(numbers, structure, self.device)
+
+    def parts(self, act: int) -> list[Records]:
+        """Return matrices that add up to the weights, in a class of arithmetic."""
+        held = self.held.get(act)
+        if held is None:
+            import cupy
+
+            codes = self.host.dense().codes
+            shape = self.rows, self.cols
+            if act == self.own and self.element.bits == 16:
+                numbers = [codes.view(np.uint16).reshape(shape)]
+            else:
+                floats = codes.view({"f16": "<f2", "f32": "<f4"}[self.element.name])
+                numbers = _bf16_parts(floats.reshape(shape))
+            held = self.held[act] = [self._records(cupy.asarray(part)) for part in numbers]
+        return held
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        unique = {id(r): r for parts in self.held.values() for r in parts}
+        more = [self.scales, self.spread]
+        return sum(int(a.nbytes) for a in (*unique.values(), *more) if a is not None)
+
+    def act(self, compute: str, kind: int) -> tuple[int, bool] | None:
+        """Return the class of arithmetic, and whether rows are split in three of bfloat16.
+
+        None where the records do not serve.
+        """
+        if self.own == S8:
+            return (S8, False) if compute == "int8" else None
+        if compute == "bf16" and kind == BF16 and len(self.held.get(BF16, ())) == 1:
+            return BF16, False
+        if compute != "f32":
+            return None
+        if kind in self.held and len(self.held[kind]) == 1:
+            return kind, False
+        return BF16, True
+
+    def dense(self, compute: str) -> Panels:
+        """Return the panels of the dense matrix, for what the records do not serve."""
+        if self.host.format.is_plain:
+            raise ValueError(
+                f"compute={compute!r} is not available for {self.host.format} on CUDA: expected f32"
+            )
+        if self.spread is None:
+            self.spread = Panels(self.host.dense(), self.device)
+        return self.spread
+
+    def problem(self, records: Records, m: int, act: int) -> SparseProblem:
+        """Return what the plan of a product with `m` rows depends on."""
+        r, properties = records, device_properties(self.device)
+        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slot, *properties)
+
+    def plan(self, m: int, compute: str, kind: int) -> Plan:
+        """Return the plan of a product with `m` rows of activations."""
+        found = self.act(compute, kind)
+        if found is None:
+            return self.dense(compute).plan(m, compute, kind)
+        act, split = found
+        return plan_sparse(self.problem(self.parts(act)[0], 3 * m if split else m, act))
+
+    def call(self, x: Any, y: Any, compute: str, stream: int) -> Any:
+        """Prepare a product for operands like these."""
+        kind = _kind_of(x.dtype)
+        assert kind is not None
+        found = self.act(compute, kind)
+        if found is None:
+            return self.dense(compute).call(x, y, compute, stream)
+        return SparseCall(self, x, y, *found, stream)
+
+
+class SparseCall(_Call):
+    """Everything about a product with sparse weights but where the operands are."""
+
+    def __init__(self, p: SparsePanels, x: Any, y: Any, act: int, split: bool, stream: int) -> None:
+        m, k = x.shape
+        kind, y_kind = _kind_of(x.dtype), _kind_of(y.dtype)
+        assert kind is not None
+        assert y_kind is not None
+        self.panels, self.stream, self.m = p, stream, m
+        self.act, self.split, self.rows = act, split, 3 * m if split else m
+        self.width = 1 if act == S8 else 2
+        parts = p.parts(act)
+        self.places = parts[0].chunks * PLACES
+        plain = x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
+        self.direct = plain and kind == act and act != S8 and k % 8 == 0 and not split
+        self.x_step, self.y_step = x.strides[0], y.strides[0]
+        a = self.act_args = _ActArgs()
+        a.x_row, a.x_col = _strides(x)
+        a.y_row, a.y_col = _strides(y)
+        a.m, a.n, a.k, a.places = m, p.rows, k, self.places
+        a.group, a.padded = k, self.places
+        a.kind, a.y_kind, a.out_kind = kind, y_kind, 2 if split else act
+        a.plain = plain and kind in (0, 1, 2) and k % 16 == 0
+        a.tables, a.step = len(parts), 1.0
+        self.threads, self.scales = 256 if k > 1024 else 128, m
+        self.row_bytes = x.strides[0] if self.direct else self.places * self.width
+        self.k_bytes = 2 * k if self.direct else self.row_bytes
+        self.launches = [self._part(r, y, split) for r in parts]
+        if not self.direct:
+            name = "quantise" if act == S8 else "place"
+            self.prepare = kernel(p.device, "activations.cu", name)
+        if split:
+            self.combine = kernel(p.device, "activations.cu", "combine")
+
+    def _part(self, r: Records, y: Any, split: bool) -> tuple[Plan, Any, _SparseArgs]:
+        """Return the launch of one of the matrices that add up to the weights."""
+        p = self.panels
+        assert isinstance(p, SparsePanels)
+        pl = plan_sparse(p.problem(r, self.rows, self.act))
+        g = _SparseArgs()
+        g.planes[0], g.offsets, g.slot = r.records.data.ptr, r.offsets.data.ptr, r.slot
+        g.scales = None if p.scales is None else p.scales.data.ptr
+        sums = pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
+        g.work = workspace(p.device, self.stream, "sums", sums)
+        counters = pl.grid[1] * pl.row_blocks * 4
+        g.counters = workspace(p.device, self.stream, "counters", counters)
+        g.ldx = self.row_bytes
+        g.y_row, g.y_col = (p.rows, 1) if split else _strides(y)
+        g.m, g.n, g.n_padded, g.k_bytes = self.rows, p.rows, r.tiles * ROWS, self.k_bytes
+        g.chunks, g.row_blocks = r.chunks, pl.row_blocks
+        g.y_kind = 2 if split else _kind_of(y.dtype)
+        g.per, g.rest = divmod(pl.units, pl.grid[0])
+        return pl, kernel(p.device, "sparse.cu", "sparse", pl.defines), g
+
+    def __call__(self, x: int, y: int, bias: int, given: Any, cupy: Any) -> None:
+        """Launch on operands at these addresses."""
+        scale = None
+        if not self.direct:
+            held = _scratch(self.rows * self.places * self.width, np.uint8, self.stream, cupy)
+            if self.act == S8:
+                scale = _scratch(self.scales, np.float32, self.stream, cupy)
+            self._prepare(x, held.data.ptr, scale)
+            x = held.data.ptr
+            scale = scale if given is None else given
+        part = self.rows * self.panels.rows
+        sums = None
+        if self.split:
+            sums = _scratch(part * len(self.launches), np.float32, self.stream, cupy)
+        for i, (pl, run, held_args) in enumerate(self.launches):
+            args = _SparseArgs.from_buffer_copy(held_args)
+            args.x, args.row_scale = x, None if scale is None else scale.data.ptr
+            args.bias, args.y = (bias, y) if sums is None else (None, sums.data.ptr + 4 * part * i)
+            box = tensor_map(x, self.rows, self.k_bytes, self.row_bytes, pl.tokens, self.width)
+            run.launch(pl.grid, pl.threads, pl.shared, self.stream, args, box)
+        if sums is not None:
+            self._combine(sums.data.ptr, y, bias)
+
+
+def panels_of(host: _Storage, device: int) -> Panels:
+    """Return the panels of a sparse matrix; what no kernel takes as it is lies there as dense."""
+    fmt, structure = host.format, host.format.structure
+    assert structure is not None
+    runs = structure.startswith(("bsr", "block"))
+    whole = fmt.group is not None and fmt.group % PLACES == 0 and fmt.group < host.cols
+    served = (
+        fmt.is_plain
+        or str(fmt) == "int8_2of4"
+        or (fmt.element.name == "int4" and runs and whole and fmt.scale == "f16")
+    )
+    if served and has_wgmma(device):
+        return SparsePanels(host, device)
+    if fmt.is_plain:
+        raise ValueError(f"{fmt} needs a device of compute capability 9.0 on CUDA")
+    return Panels(host.dense(), device)

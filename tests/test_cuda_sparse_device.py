@@ -1,0 +1,201 @@
+"""Sparse weights on a GPU, against float64 and the CPU's bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nibblas as nb
+
+cupy = pytest.importorskip("cupy")
+try:
+    cupy.cuda.runtime.getDeviceCount()
+except cupy.cuda.runtime.CUDARuntimeError:
+    pytest.skip("no CUDA device", allow_module_level=True)
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+DTYPES = {"f16": np.dtype(np.float16), "bf16": BF16}
+SHAPES = [(1, 1, 1), (3, 33, 130), (8, 100, 256), (16, 257, 1000), (17, 64, 72), (33, 70, 520)]
+SHAPES += [(64, 300, 384), (65, 40, 200), (130, 31, 127)]
+
+
+def weights(fmt: str, n: int, k: int, density: float, seed: int = 0) -> nb.QTensor:
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((n, k)).astype(np.float32)
+    pattern = nb.Format(fmt).structure
+    assert pattern is not None
+    names = {"bitmap": "unstructured", "2of4": "2:4"}
+    name = names.get(pattern, pattern.replace("bsr", "group"))
+    return nb.quantize(nb.prune(w, name, 0.5 if name == "2:4" else density), fmt)
+
+
+def activations(m: int, k: int, dtype: Any, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((m, k)).astype(dtype)
+
+
+def check(y: Any, x: np.ndarray, q: nb.QTensor, bias: Any = None) -> None:
+    """Products of float64, and what rounding the sums and the result may add."""
+    w = q.dequantize().astype(np.float64)
+    reach = np.abs(w)
+    if not q.format.is_plain:
+        # The tensor cores see codes and a correction, which may be larger than the value.
+        scales = np.repeat(np.asarray(q.scales, np.float64), q.format.group or w.shape[1], axis=1)
+        reach = reach + scales[:, : w.shape[1]] * 2.0**q.format.bits
+    exact, size = x.astype(np.float64) @ w.T, np.abs(x.astype(np.float64)) @ reach.T
+    if bias is not None:
+        exact, size = exact + bias, size + np.abs(bias)
+    got = np.asarray(y.get()).astype(np.float64)
+    assert got.shape == exact.shape
+    eps = 2.0**-24 if y.dtype.itemsize > 2 else 2.0**-8 if y.dtype == BF16 else 2.0**-11
+    bound = 1.01 * eps * np.abs(exact) + 2.0**-21 * size + 2.0**-24
+    worst = np.abs(got - exact) / bound
+    assert (worst <= 1).all(), f"{worst.max()} at {np.unravel_index(worst.argmax(), worst.shape)}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("value", ["f16", "bf16"])
+@pytest.mark.parametrize(
+    ("structure", "density"), [("bitmap", 0.1), ("bitmap", 0.4), ("bitmap", 1.0), ("2of4", 0.5)]
+)
+def test_edges(structure: str, density: float, value: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    q = weights(f"{value}_{structure}", n, k, density)
+    x = activations(m, k, DTYPES[value])
+    y = cupy.asarray(x) @ q.to("cuda:0").T
+    assert y.dtype == DTYPES[value]
+    check(y, x, q)
+
+
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "f16_2of4"])
+def test_strides_bias_out_repeat(fmt: str) -> None:
+    q = weights(fmt, 200, 1001, 0.3).to("cuda:0")
+    wide = activations(12, 2002, np.float16)
+    x, bias = cupy.asarray(wide)[::-1, ::2], np.linspace(-3, 3, 200).astype(np.float32)
+    out = cupy.empty((200, 12), np.float32).T
+    assert nb.matmul(x, q.T, bias=cupy.asarray(bias), out=out, dtype=np.float32) is out
+    check(out, wide[::-1, ::2], q, bias)
+    again = nb.matmul(x, q.T, bias=cupy.asarray(bias), dtype=np.float32)
+    assert (out == again).all()
+    stack = cupy.asarray(activations(24, 1001, np.float16)).reshape(4, 6, 1001)
+    check((stack @ q.T).reshape(24, 200), stack.get().reshape(24, 1001), q)
+    check((stack[0, 0] @ q.T)[None], stack[0, 0].get()[None], q)
+
+
+@pytest.mark.parametrize("m", [1, 16, 40])
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "f16_2of4"])
+def test_many_spans(fmt: str, m: int) -> None:
+    """Several blocks share a row of records, and meet in the workspace."""
+    q = weights(fmt, 96, 20000, 0.2)
+    x = activations(m, 20000, np.float16)
+    d, xd = q.to("cuda:0"), cupy.asarray(x)
+    y = nb.matmul(xd, d.T, dtype=np.float32)
+    check(y, x, q)
+    assert (nb.matmul(xd, d.T, dtype=np.float32) == y).all()
+
+
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "f16_2of4", "bf16_2of4"])
+def test_not_finite(fmt: str) -> None:
+    q = weights(fmt, 64, 256, 0.3).to("cuda:0")
+    for bad in (np.nan, np.inf, -np.inf):
+        x = activations(5, 256, np.float32)
+        x[3, 17] = bad
+        y = (cupy.asarray(x.astype(DTYPES[fmt.split("_")[0]])) @ q.T).get().astype(np.float32)
+        assert not np.isfinite(y[3]).any()
+        assert np.isfinite(np.delete(y, 3, 0)).all()
+
+
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "f16_2of4"])
+def test_no_entries_uneven_rows_and_empty_shapes(fmt: str) -> None:
+    none = nb.quantize(np.zeros((40, 300), np.float32), fmt).to("cuda:0")
+    x = cupy.asarray(activations(3, 300, np.float16))
+    assert (x @ none.T == 0).all()
+    assert (x[:0] @ none.T).shape == (0, 40)
+    if fmt == "f16_bitmap":
+        w = np.zeros((70, 300), np.float32)
+        w[::13] = activations(6, 300, np.float32)
+        q = nb.quantize(w, fmt)
+        check(x @ q.to("cuda:0").T, x.get(), q)
+
+
+def test_a_graph_repeats_the_product() -> None:
+    q = weights("f16_bitmap", 128, 512, 0.3).to("cuda:0")
+    x, y = cupy.asarray(activations(4, 512, np.float16)), cupy.empty((4, 128), np.float16)
+    step = nb.cuda.graph(lambda: nb.matmul(x, q.T, out=y))
+    x[...] = cupy.asarray(activations(4, 512, np.float16, 5))
+    step()
+    check(y, x.get(), q)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32, np.float64], ids=str)
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "bf16_2of4", "f32_bitmap", "f32_2of4", "f16_bsr32"])
+def test_every_float_meets_every_float(fmt: str, dtype: Any) -> None:
+    q = weights(fmt, 70, 300, 0.3)
+    x = activations(5, 300, dtype)
+    y = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32)
+    check(y, x.astype(np.float32), q)
+
+
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "int8_2of4", "int4_g128_bsr32"])
+def test_rows_stay_on_the_device(fmt: str) -> None:
+    q = weights(fmt, 40, 300, 0.4)
+    part = q.to("cuda:0")[3:20]
+    assert part.device == "cuda:0"
+    x = activations(4, 300, np.float16)
+    check(cupy.asarray(x) @ part.T, x, q[3:20])
+    assert part.to("cpu") == q[3:20]
+
+
+def test_refusals() -> None:
+    q = weights("f16_bitmap", 32, 64, 0.3).to("cuda:0")
+    for compute in ("int8", "bf16"):
+        with pytest.raises(ValueError, match="compute"):
+            nb.matmul(cupy.ones((2, 64), np.float16), q.T, compute=compute)
+    with pytest.raises(ValueError, match="not available on CUDA"):
+        q @ q.T
+
+
+def same_as_dense(q: nb.QTensor, x: np.ndarray) -> None:
+    """Integer products have the CPU's bits; float products are those of the dense weights."""
+    d = q.to("cuda:0")
+    check(nb.matmul(cupy.asarray(x), d.T, dtype=np.float32), x, q)
+    wide = x.astype(np.float32)
+    host = nb.matmul(wide, q.T, compute="int8", bias=np.arange(q.shape[0], dtype=np.float32))
+    bias = cupy.arange(q.shape[0], dtype=np.float32)
+    got = nb.matmul(cupy.asarray(wide), d.T, compute="int8", bias=bias)
+    assert got.get().tobytes() == host.tobytes()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", ["int8_2of4", "int4_g128_bsr32"])
+def test_codes(fmt: str, shape: tuple[int, int, int]) -> None:
+    m, n, k = shape
+    same_as_dense(weights(fmt, n, k, 0.5), activations(m, k, np.float16))
+
+
+@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=str)
+@pytest.mark.parametrize("fmt", ["int4_g128_bsr32", "int4_g256_block16x64", "int4_g128_bsr48"])
+def test_kept_groups(fmt: str, dtype: Any, m: int) -> None:
+    for density in (0.05, 0.5, 1.0):
+        q = weights(fmt, 200, 1030, density)
+        x = activations(m, 1030, dtype)
+        check(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32), x, q)
+
+
+@pytest.mark.parametrize(
+    "fmt", ["int8_bitmap", "int4_2of4", "int4_bsr32", "int4_g32_bitmap", "uint4_g64_bsr64"]
+)
+def test_formats_without_a_kernel_are_spread(fmt: str) -> None:
+    same_as_dense(weights(fmt, 90, 512, 0.5), activations(9, 512, np.float16))
+
+
+def test_integers_in_a_split_sum() -> None:
+    same_as_dense(weights("int8_2of4", 64, 20000, 0.5), activations(30, 20000, np.float16))
+    q = weights("int8_2of4", 96, 640, 0.5).to("cuda:0")
+    codes = np.random.default_rng(3).integers(-127, 128, (7, 640)).astype(np.int8)
+    got = nb.matmul(cupy.asarray(codes), q.T, compute="int8").get()
+    host = nb.matmul(codes, q.to("cpu").T, compute="int8")
+    assert got.tobytes() == host.tobytes()
