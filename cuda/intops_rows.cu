@@ -15,22 +15,74 @@ struct Rows {
 extern __shared__ uint4 kept[];
 
 DEVICE void keep(int i, const int v[4]) { kept[i / 4] = make_uint4((u32)v[0], (u32)v[1], (u32)v[2], (u32)v[3]); }
-// Calls f(column, how many of the four exist, values) for what a thread has of a row: from memory the first time, then from
-// where it was kept. A thread meets its own values alone, so no barrier is needed.
-enum Pass { FIRST, AGAIN };
-template <Pass PASS, class F> DEVICE void across(const Rows &a, i64 row, F f) {
+DEVICE void kept_at(int i, int v[4]) {
+    const uint4 w = kept[i / 4];
+    v[0] = (int)w.x, v[1] = (int)w.y, v[2] = (int)w.z, v[3] = (int)w.w;
+}
+// What a thread has of a row: runs of four, block by block. It meets its own values alone, so that no barrier stands between
+// what is kept and what is read again. Rows that are kept and aligned choose their types outside of the loops.
+template <class T, class Wide, class F> DEVICE void load_row(const Rows &a, i64 row, F f) {
+    for (int i = threadIdx.x * 4; i < a.cols; i += blockDim.x * 4) {
+        int v[4];
+        load_run<T, Wide>(a.x, row * a.cols + i, 4, true, v);
+        keep(i, v);
+        f(i, 4, v);
+    }
+}
+template <class T, class Wide, class F> DEVICE void store_row(const Rows &a, i64 row, F f) {
+    for (int i = threadIdx.x * 4; i < a.cols; i += blockDim.x * 4) {
+        int v[4], y[4];
+        kept_at(i, v);
+        f(i, 4, v, y);
+        store_run<T, Wide>(a.y, row * a.cols + i, 4, true, y);
+    }
+}
+// Calls f(column, how many of the four exist, values), the first time from memory.
+template <class F> DEVICE void first(const Rows &a, i64 row, F f) {
+    if (a.four && a.kept) {
+        switch (a.x_kind) {
+        case INT_I8: return load_row<i8, u32>(a, row, f);
+        case INT_U8: return load_row<u8, u32>(a, row, f);
+        case INT_I16: return load_row<short, uint2>(a, row, f);
+        case INT_U16: return load_row<u16, uint2>(a, row, f);
+        default: return load_row<int, uint4>(a, row, f);
+        }
+    }
     for (int i = threadIdx.x * 4; i < a.cols; i += blockDim.x * 4) {
         const int left = a.cols - i < 4 ? a.cols - i : 4;
         int v[4];
-        if (PASS == AGAIN && a.kept) {
-            const uint4 w = kept[i / 4];
-            v[0] = (int)w.x, v[1] = (int)w.y, v[2] = (int)w.z, v[3] = (int)w.w;
-        } else {
-            load_ints(a.x, row * a.cols + i, left, a.x_kind, a.four, v);
-            if (PASS == FIRST && a.kept) keep(i, v);
-        }
+        load_ints(a.x, row * a.cols + i, left, a.x_kind, a.four, v);
+        if (a.kept) keep(i, v);
         f(i, left, v);
     }
+}
+template <class F> DEVICE void again(const Rows &a, i64 row, F f) {
+    for (int i = threadIdx.x * 4; i < a.cols; i += blockDim.x * 4) {
+        const int left = a.four || a.cols - i > 4 ? 4 : a.cols - i;
+        int v[4];
+        if (a.kept)
+            kept_at(i, v);
+        else
+            load_ints(a.x, row * a.cols + i, left, a.x_kind, a.four, v);
+        f(i, left, v);
+    }
+}
+// Stores what f(column, how many, values, results) makes of them.
+template <class F> DEVICE void last(const Rows &a, i64 row, F f) {
+    if (a.four && a.kept) {
+        switch (a.y_kind) {
+        case INT_I8: return store_row<i8, u32>(a, row, f);
+        case INT_U8: return store_row<u8, u32>(a, row, f);
+        case INT_I16: return store_row<short, uint2>(a, row, f);
+        case INT_U16: return store_row<u16, uint2>(a, row, f);
+        default: return store_row<int, uint4>(a, row, f);
+        }
+    }
+    again(a, row, [&](int i, int left, const int *v) {
+        int y[4];
+        f(i, left, v, y);
+        store_ints(a.y, row * a.cols + i, left, a.y_kind, a.four, y);
+    });
 }
 DEVICE bool first_warp() { return threadIdx.x < NB_WARP; }
 
@@ -48,14 +100,14 @@ extern "C" __global__ void __launch_bounds__(256) softmax(const __grid_constant_
     constexpr int lowest = -2147483647 - 1;
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
         int top = lowest;
-        across<FIRST>(a.io, row, [&](int, int left, const int *v) {
+        first(a.io, row, [&](int, int left, const int *v) {
 #pragma unroll
             for (int e = 0; e < 4; e++) top = e < left && v[e] > top ? v[e] : top;
         });
         top = over_block(top, tops, Larger());
         auto exponential = [&](int v) { return v == lowest ? 0 : decay((u32)top - (u32)v, a.reach); };
         u64 sum = 0;
-        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
+        again(a.io, row, [&](int i, int left, const int *v) {
             int e[4];
 #pragma unroll
             for (int j = 0; j < 4; j++) e[j] = j < left ? exponential(v[j]) : 0;
@@ -85,14 +137,12 @@ extern "C" __global__ void __launch_bounds__(256) softmax(const __grid_constant_
             if (shift > 32) return (__umulhi((u32)e, inverse) + (u32)(half >> 32)) >> (shift - 32);
             return (u32)(((u64)(u32)e * inverse + half) >> shift);
         };
-        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
-            int y[4];
+        last(a.io, row, [&](int, int, const int *v, int *y) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const u32 p = fraction(a.io.kept ? v[j] : exponential(v[j]));
                 y[j] = (int)(p < (u32)a.io.hi ? p : (u32)a.io.hi);
             }
-            store_ints(a.io.y, row * a.io.cols + i, left, a.io.y_kind, a.io.four, y);
         });
     }
 }
@@ -162,7 +212,7 @@ DEVICE void normaliser(u64 squares, int lift, int cols, const Shape &s, Row &r) 
 DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
     i64 sum = 0;
     int high = -2147483647 - 1, low = 2147483647;
-    across<FIRST>(a, row, [&](int, int left, const int *v) {
+    first(a, row, [&](int, int left, const int *v) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             if (e >= left) continue;
@@ -187,7 +237,7 @@ DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
     __syncthreads();
     Row r = room.row;
     u64 squares = 0;
-    across<AGAIN>(a, row, [&](int, int left, const int *v) {
+    again(a, row, [&](int, int left, const int *v) {
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const i64 d = e < left ? lifted(v[e], r) : 0;
@@ -203,10 +253,13 @@ DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
     return room.row;
 }
 
+struct alignas(16) Four {
+    i64 v[4];
+};
 struct Norm {
     Rows io;
     Shape shape;
-    const int *gain;
+    const int *gain; // runs of four, as the bias
     const i64 *bias; // with the half step that rounds; null for that alone
     int shift;
 };
@@ -220,16 +273,18 @@ extern "C" __global__ void __launch_bounds__(256) norm_rows(const __grid_constan
         // Where eps is that large nothing is left of the row.
         const i64 root = down > 62 ? 0 : (i64)r.root;
         down = down > 62 || down < 0 ? 0 : down;
-        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
-            int y[4];
+        last(a.io, row, [&](int i, int, const int *v, int *y) {
+            int gain[4];
+            i64 bias[4];
+            load_run<int, uint4>(a.gain, i, 4, true, gain);
+#pragma unroll
+            for (int e = 0; e < 4; e++) bias[e] = half;
+            if (a.bias) load_run<i64, Four>(a.bias, i, 4, true, bias);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                if (e >= left) continue;
                 const i64 xhat = (int)((lifted(v[e], r) * root) >> down);
-                const i64 b = a.bias ? a.bias[i + e] : half;
-                y[e] = saturate((xhat * a.gain[i + e] + b) >> a.shift, a.io.lo, a.io.hi);
+                y[e] = saturate((xhat * gain[e] + bias[e]) >> a.shift, a.io.lo, a.io.hi);
             }
-            store_ints(a.io.y, row * a.io.cols + i, left, a.io.y_kind, a.io.four, y);
         });
     }
 }
@@ -282,7 +337,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_codes(const __grid_consta
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
         const Row r = prepare(a.io, row, a.shape, room);
         u64 top = 0;
-        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
+        again(a.io, row, [&](int i, int left, const int *v) {
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 if (e >= left) continue;
@@ -304,15 +359,14 @@ extern "C" __global__ void __launch_bounds__(256) norm_codes(const __grid_consta
         }
         __syncthreads();
         const Coded c = coded;
-        across<AGAIN>(a.io, row, [&](int i, int left, const int *v) {
-            int y[4];
+        last(a.io, row, [&](int i, int, const int *v, int *y) {
+            int gain[4];
+            load_run<int, uint4>(a.gain, i, 4, true, gain);
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                if (e >= left) continue;
-                const i64 p = ((i64)lifted(v[e], r) * a.gain[i + e]) >> c.down;
+                const i64 p = ((i64)lifted(v[e], r) * gain[e]) >> c.down;
                 y[e] = nothing ? 0 : saturate((p * c.factor + ((i64)1 << (c.digits - 1))) >> c.digits, -127, 127);
             }
-            store_ints(a.io.y, row * a.io.cols + i, left, a.io.y_kind, a.io.four, y);
         });
     }
 }

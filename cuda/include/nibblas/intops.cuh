@@ -31,7 +31,7 @@ DEVICE int saturate(i64 v, int lo, int hi) { return v < lo ? lo : v > hi ? hi : 
 DEVICE int width(u64 v) { return 64 - __clzll((i64)v); }
 
 // Integers of a kind, `at` counted in elements. `four` reads and writes aligned runs of four at once, of which `left` exist.
-template <class T, class Wide> DEVICE void load_run(const void *p, i64 at, int left, bool four, int v[4]) {
+template <class T, class Wide, class To> DEVICE void load_run(const void *p, i64 at, int left, bool four, To v[4]) {
     const T *from = (const T *)p + at;
     if (four && left >= 4) {
         Wide w = *(const Wide *)from;

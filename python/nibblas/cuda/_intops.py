@@ -343,7 +343,12 @@ def _affine(
     w, b = np.frombuffer(weight, np.float32), None
     if bias is not None:
         b = np.frombuffer(bias, np.float32)
-    return fixed.affine(w, b, out, fraction)
+    gain, added, shift = fixed.affine(w, b, out, fraction)
+    # Whole runs of four, and the half step that rounds.
+    gain = np.pad(gain, (0, -len(gain) % 4))
+    if added is not None:
+        added = np.pad(added + (1 << (shift - 1)), (0, -len(added) % 4))
+    return gain, added, shift
 
 
 def ops_norm(
@@ -362,8 +367,6 @@ def ops_norm(
     out = fixed.positive("out_scale", out_scale)
     late = None if bias is None else bias.tobytes()
     gain, added, shift = _affine(weight.tobytes(), late, out, shape.fraction)
-    if added is not None:
-        added = added + (1 << (shift - 1))
     a = _Norm(_rows(x, y, weight.size), shape, _held(x, gain), _held(x, added), shift)
     _each_row(x, "norm_rows", a)
 
