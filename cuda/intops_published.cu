@@ -56,13 +56,18 @@ DEVICE u64 ten_halvings(u64 v) {
     }
     return k;
 }
+// One room serves all: nobody may still read what was left before.
+template <class T, class F> DEVICE T together(T v, void *room, F f) {
+    __syncthreads();
+    return over_block(v, (T *)room, f);
+}
 DEVICE i64 highest(const Args &a, i64 row, i64 *room) {
     i64 top = -0x7fffffffffffffffll - 1;
     for (int i = threadIdx.x; i < a.cols; i += blockDim.x) {
         const i64 v = load(a, row * a.cols + i);
         top = v > top ? v : top;
     }
-    return over_block(top, room, Larger());
+    return together(top, room, Larger());
 }
 
 DEVICE void softmax_row(const Args &a, i64 row, i64 *room) {
@@ -74,7 +79,7 @@ DEVICE void softmax_row(const Args &a, i64 row, i64 *room) {
         return a.family == IBERT ? coded(p, one) : p;
     };
     for (int i = threadIdx.x; i < a.cols; i += blockDim.x) sum = saturating(sum, at(i));
-    sum = over_block(sum, room, saturated);
+    sum = together(sum, room, saturated);
     const u64 factor = a.family == IBERT ? quotient(1ull << 32, (u64)sum) : quotient(TOP, (u64)(sum < TOP ? sum : TOP));
     for (int i = threadIdx.x; i < a.cols; i += blockDim.x) a.y[row * a.cols + i] = (at(i) * (i64)factor) >> 24;
 }
@@ -97,7 +102,7 @@ DEVICE void layernorm_row(const Args &a, i64 row, i64 *room) {
     auto at = [&](int i) { return (i64)load(a, row * a.cols + i); };
     i64 sum = 0;
     for (int i = threadIdx.x; i < a.cols; i += blockDim.x) sum += at(i);
-    sum = over_block(sum, room, Sum());
+    sum = together(sum, room, Sum());
     // Halves to even.
     const i64 n = a.cols, floor = floor_div(sum, n), rest = 2 * (sum - floor * n);
     const i64 mean = floor + (rest > n || (rest == n && (floor & 1)));
@@ -113,9 +118,9 @@ DEVICE void layernorm_row(const Args &a, i64 row, i64 *room) {
             high += (part < before) + (m >> 32); // m is at most 2^32, whose square is 2^64
         }
         // Two halves, so that carries are not lost.
-        const u64 low = over_block(part & 0xffffffffu, (u64 *)room, Sum());
-        const u64 middle = over_block(part >> 32, (u64 *)room, Sum()) + (low >> 32);
-        high = over_block(high, (u64 *)room, Sum()) + (middle >> 32);
+        const u64 low = together(part & 0xffffffffu, room, Sum());
+        const u64 middle = together(part >> 32, room, Sum()) + (low >> 32);
+        high = together(high, room, Sum()) + (middle >> 32);
         squares = middle << 32 | (low & 0xffffffffu);
         if (a.family == IVIT) {
             if (high && threadIdx.x == 0) *a.flag = 1;

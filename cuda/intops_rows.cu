@@ -115,8 +115,10 @@ extern "C" __global__ void __launch_bounds__(256) softmax(const __grid_constant_
             sum += (u64)((u32)e[0] + (u32)e[1]) + ((u32)e[2] + (u32)e[3]);
             if (a.io.kept) keep(i, e);
         });
-        sum = over_block(sum, sums, Sum());
+        leave(sum, sums, Sum());
+        __syncthreads();
         if (first_warp()) {
+            sum = fold(sums, Sum());
             // A power of two over the sum, with 31 significant bits: nothing is lost where the sum is large.
             if (sum == 0) sum = 1;
             const int bits = width(sum);
@@ -164,7 +166,7 @@ struct Row {
 };
 struct Statistics {
     i64 sums[32];
-    u64 squares[32];
+    u64 squares[32], products[32];
     int tops[32], lows[32];
     Row row;
 };
@@ -221,10 +223,14 @@ DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
             low = v[e] < low ? v[e] : low;
         }
     });
-    if (s.centre) sum = over_block(sum, room.sums, Sum());
-    high = over_block(high, room.tops, Larger());
-    low = over_block(low, room.lows, Smaller());
+    leave(sum, room.sums, Sum());
+    leave(high, room.tops, Larger());
+    leave(low, room.lows, Smaller());
+    __syncthreads();
     if (first_warp()) {
+        sum = fold(room.sums, Sum());
+        high = fold(room.tops, Larger());
+        low = fold(room.lows, Smaller());
         const i64 n = a.cols, mean = s.centre ? floor_div(sum, n) : 0, rest = s.centre ? sum - mean * n : 0;
         i64 reach = high - mean > mean - low ? high - mean : mean - low;
         reach = (reach > 0 ? reach : 0) + s.centre;
@@ -244,9 +250,10 @@ DEVICE Row prepare(const Rows &a, i64 row, const Shape &s, Statistics &room) {
             squares += (u64)(d * d);
         }
     });
-    squares = over_block(squares, room.squares, Sum());
+    leave(squares, room.squares, Sum());
+    __syncthreads();
     if (first_warp()) {
-        normaliser(squares, r.lift, a.cols, s, r);
+        normaliser(fold(room.squares, Sum()), r.lift, a.cols, s, r);
         if (threadIdx.x == 0) room.row = r;
     }
     __syncthreads();
@@ -346,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(256) norm_codes(const __grid_consta
                 top = m > top ? m : top;
             }
         });
-        top = over_block(top, room.squares, Larger());
+        top = over_block(top, room.products, Larger());
         const bool nothing = top == 0 || r.root == 0;
         int *scales = a.scales + 2 * row;
         if (first_warp()) {

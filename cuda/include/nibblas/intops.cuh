@@ -76,19 +76,22 @@ DEVICE void store_ints(void *p, i64 at, int left, int kind, bool four, const int
     }
 }
 
-// What a block's threads hold, made one by `f`, for all of them. `room` has a place per warp and may be used again after the
-// next barrier.
-template <class T, class F> DEVICE T over_block(T v, T *room, F f) {
+// What a block's threads hold, made one by `f`: each warp leaves its share in `room`, a barrier follows, and who needs the
+// whole folds the shares. A room may be used again once everybody has passed another barrier.
+template <class T, class F> DEVICE void leave(T v, T *room, F f) {
 #pragma unroll
     for (int o = NB_WARP / 2; o; o >>= 1) v = f(v, __shfl_xor_sync(0xffffffffu, v, o));
-    const int warps = blockDim.x / NB_WARP;
-    if (warps == 1) return v;
-    __syncthreads();
     if (threadIdx.x % NB_WARP == 0) room[threadIdx.x / NB_WARP] = v;
-    __syncthreads();
-    v = room[0];
-    for (int i = 1; i < warps; i++) v = f(v, room[i]);
+}
+template <class T, class F> DEVICE T fold(const T *room, F f) {
+    T v = room[0];
+    for (int i = 1; i < (int)(blockDim.x / NB_WARP); i++) v = f(v, room[i]);
     return v;
+}
+template <class T, class F> DEVICE T over_block(T v, T *room, F f) {
+    leave(v, room, f);
+    __syncthreads();
+    return fold(room, f);
 }
 struct Larger {
     template <class T> DEVICE T operator()(T a, T b) const { return a > b ? a : b; }
