@@ -55,11 +55,8 @@ DEVICE void fetch(u8 *stage, const Bytes &m, const u8 *base, int first, int i, i
         copy16(shared_address(to), from, there ? 16 : 0);
         return;
     }
-    u32 w[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int j = 0; j < 16; j++)
-        if (there && at + j < k) w[j / 4] |= (u32)from[j] << (j % 4 * 8);
-    *(uint4 *)to = make_uint4(w[0], w[1], w[2], w[3]);
+#pragma unroll 1
+    for (int j = 0; j < 16; j++) to[j] = there && at + j < k ? from[j] : 0;
 }
 
 template <bool LONG> DEVICE void product_tile(const Product &p) {
@@ -84,7 +81,7 @@ template <bool LONG> DEVICE void product_tile(const Product &p) {
         }
         commit();
     };
-#pragma unroll
+#pragma unroll 1
     for (int s = 0; s < STAGES - 1; s++) stage(first + s);
     for (int step = first; step < last; step++) {
         wait_pending<STAGES - 2>();

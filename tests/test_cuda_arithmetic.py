@@ -7,6 +7,7 @@ thread, which leaves out what threads tell each other, and nothing of the arithm
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import shutil
 import subprocess
@@ -813,11 +814,16 @@ INTEGER = ["intops.cu", "intops_rows.cu", "intops_matmul.cu", "intops_published.
 FLOAT = r"(?:FADD|FMUL|FFMA|FSWZADD|MUFU|DADD|DMUL|DFMA|HADD2|HMUL2|HMMA|HGMMA|I2F|F2I|I2FP)"
 
 
+@functools.cache
+def compiled(source: str, arch: str) -> bytes:
+    return _compile.compile_source(source, arch)
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
 @pytest.mark.parametrize("source", [*INTEGER, "intops_float.cu", "arithmetic.cu"])
 def test_sources_compile(source: str, arch: str) -> None:
-    assert _compile.compile_source(source, arch)[:4] == b"\x7fELF"
+    assert compiled(source, arch)[:4] == b"\x7fELF"
 
 
 def machine_code(source: str) -> dict[str, str]:
@@ -827,7 +833,7 @@ def machine_code(source: str) -> dict[str, str]:
     tool = disassembler()
     if tool is None:
         pytest.skip("no nvdisasm")
-    image = _compile.compile_source(source, "sm_90a")
+    image = compiled(source, "sm_90a")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(image + b"\0")  # CuPy takes a byte off the end
         file.flush()
@@ -850,6 +856,30 @@ def test_integer_operators_have_no_float_instruction(source: str) -> None:
         assert not re.search(r"\b(LDL|STL)\b", text), f"{name}: memory of a thread"
 
 
+def virtual_code(source: str) -> str:
+    """Return the PTX of a source: what there is without a disassembler."""
+    texts = _compile.sources()
+    headers = [n for n in texts if n.startswith("nibblas/")]
+    program = nvrtc.createProgram(
+        texts[source].decode(), source, [texts[h] for h in headers], [h.encode() for h in headers]
+    )
+    try:
+        nvrtc.compileProgram(program, _compile._options("compute_90a", ()))
+        return str(nvrtc.getPTX(program))
+    finally:
+        nvrtc.destroyProgram(program)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("source", INTEGER)
+def test_integer_operators_have_no_float_type(source: str) -> None:
+    """Nor a division, which the assembler would make of floats."""
+    text = virtual_code(source)
+    assert ".s32" in text
+    found = re.findall(r"^.*(?:\.f16|\.bf16|\.f32|\.f64|\bdiv\.|\brem\.).*$", text, re.MULTILINE)
+    assert not found, found[:5]
+
+
 @needs_nvrtc
 def test_lmul_adds_and_multiplies_no_floats() -> None:
     kernels = machine_code("arithmetic.cu")
@@ -860,4 +890,7 @@ def test_lmul_adds_and_multiplies_no_floats() -> None:
 
 @needs_nvrtc
 def test_the_check_finds_floats() -> None:
+    text = virtual_code("intops_float.cu")
+    assert "mul.rn.f32" in text
+    assert "div.u64" in text
     assert re.search(rf"\b{FLOAT}\b", machine_code("intops_float.cu")["requantize_float"])
