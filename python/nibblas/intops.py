@@ -113,10 +113,14 @@ def _engine(a: Any) -> Any:
 
 
 def _together(**arrays: Any) -> None:
-    """Check that arrays lie in one kind of memory."""
-    places = [_on_host(a) for a in arrays.values()]
-    if any(places) and not all(places):
-        raise TypeError(f"{' and '.join(arrays)} must lie on one device, not some on the host")
+    """Check that arrays lie on the host, or on one device."""
+    places = [None if _on_host(a) else int(a.device.id) for a in arrays.values()]
+    if len(set(places)) < 2:
+        return
+    names = " and ".join(arrays)
+    if None in places:
+        raise TypeError(f"{names} must lie on one device, not some on the host")
+    raise ValueError(f"{names} must lie on one device, not on {sorted(map(str, places))}")
 
 
 def _codes(q: Any, name: str = "q") -> NDArray[Any]:
