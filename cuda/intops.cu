@@ -78,7 +78,6 @@ struct Bend {
     Io io;
     Reach reach, place;
     Ratio unit, whole;
-    int direct;
     Short brief;
     Pieces pieces;
 };
@@ -92,19 +91,32 @@ extern "C" __global__ void __launch_bounds__(256) apply_silu(const __grid_consta
     each(a.io, [&](i64, int x) { return silu_of(x, a.reach, a.place, a.whole, a.unit); });
 }
 extern "C" __global__ void __launch_bounds__(256) apply_gelu_short(const __grid_constant__ Bend a) {
-    each(a.io, [&](i64, int x) { return (i64)gelu_short(x, a.brief); });
+    each(a.io, [&](i64, int x) { return gelu_short(x, a.brief); });
 }
-extern "C" __global__ void __launch_bounds__(256) apply_gelu(const __grid_constant__ Bend a) {
-    // 32 entries each: an entry per bank, so that lanes look up what they like.
-    __shared__ int base[32], slope[32], bend[32];
+// 32 entries each: an entry per bank, so that lanes look up what they like.
+struct Tables {
+    int base[32], slope[32], bend[32];
+};
+DEVICE void fill(Tables &t, const Pieces &p) {
     for (int i = threadIdx.x; i < 32; i += blockDim.x) {
-        base[i] = a.pieces.base[i];
-        slope[i] = a.pieces.slope[i];
-        bend[i] = a.pieces.bend[i];
+        t.base[i] = p.base[i];
+        t.slope[i] = p.slope[i];
+        t.bend[i] = p.bend[i];
     }
     __syncthreads();
+}
+extern "C" __global__ void __launch_bounds__(256) apply_gelu(const __grid_constant__ Bend a) {
+    __shared__ Tables t;
+    fill(t, a.pieces);
     each(a.io, [&](i64, int x) {
-        return gelu_of(x, bump_of(x, base, slope, bend, a.pieces), a.pieces.fraction, a.direct, a.whole);
+        return gelu_scaled(x, bump_of(x, t.base, t.slope, t.bend, a.pieces), a.pieces.fraction, a.whole);
+    });
+}
+extern "C" __global__ void __launch_bounds__(256) apply_gelu_direct(const __grid_constant__ Bend a) {
+    __shared__ Tables t;
+    fill(t, a.pieces);
+    each(a.io, [&](i64, int x) {
+        return gelu_direct(x, bump_of(x, t.base, t.slope, t.bend, a.pieces), a.pieces.fraction);
     });
 }
 

@@ -26,6 +26,7 @@ struct Reach {
 DEVICE i64 at_ratio(i64 v, Ratio r) { return (v * r.m) >> r.shift; }
 DEVICE u32 at_reach(u32 d, Reach r) { return (u32)(((u64)d * r.m) >> r.shift); }
 DEVICE u32 magnitude(int x) { return x < 0 ? 0u - (u32)x : (u32)x; }
+DEVICE int saturate(int v, int lo, int hi) { return v < lo ? lo : v > hi ? hi : v; }
 DEVICE int saturate(i64 v, int lo, int hi) { return v < lo ? lo : v > hi ? hi : (int)v; }
 // Bits that a number fills.
 DEVICE int width(u64 v) { return 64 - __clzll((i64)v); }
@@ -243,16 +244,17 @@ DEVICE int bump_of(int x, const int *base, const int *slope, const int *bend, co
     const int v = base[i] + ((pair + (short)bend[i] * ((t * high) >> 16)) >> 8);
     return v > 0 ? v : 0;
 }
-// The last step of GELU. `direct`: input and output have one scale, and lines no fraction.
-DEVICE i64 gelu_of(int x, int bump, int fraction, bool direct, Ratio whole) {
-    const int positive = x > 0 ? x : 0;
-    if (direct) {
-        const int right = fraction > 0 ? fraction : 0, left = fraction < 0 ? -fraction : 0;
-        return (int)((u32)positive + (u32)((((1 << right) >> 1) - (int)((u32)bump << left)) >> right));
-    }
-    const int up = FRACTION - fraction;
-    const i64 b = up >= 0 ? (i64)bump << up : (i64)bump >> -up;
-    return (at_ratio(positive, whole) - b + (1 << (FRACTION - 1))) >> FRACTION;
+// The last step of GELU, line - bump: where input and output have one scale the line has no fraction, and 32 bits do.
+DEVICE int gelu_direct(int x, int bump, int fraction) {
+    const int right = fraction > 0 ? fraction : 0, left = fraction < 0 ? -fraction : 0;
+    const int rounded = (((1 << right) >> 1) - (int)((u32)bump << left)) >> right;
+    return (int)((u32)(x > 0 ? x : 0) + (u32)rounded);
+}
+DEVICE i64 gelu_scaled(int x, int bump, int fraction, Ratio whole) {
+    const int right = fraction > FRACTION ? fraction - FRACTION : 0, left = fraction < FRACTION ? FRACTION - fraction : 0;
+    i64 b = bump >> right;
+    if (left) b <<= left;
+    return (at_ratio(x > 0 ? x : 0, whole) - b + (1 << (FRACTION - 1))) >> FRACTION;
 }
 
 // int32 sums to a narrower type: one rounding, halves up; or gemmlowp's two.

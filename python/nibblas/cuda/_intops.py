@@ -93,7 +93,6 @@ class _Bend(ctypes.Structure):
         ("place", fixed.Reach),
         ("unit", fixed.Ratio),
         ("whole", fixed.Ratio),
-        ("direct", ctypes.c_int),
         ("brief", fixed.Short),
         ("pieces", fixed.Pieces),
     ]
@@ -324,8 +323,10 @@ def ops_apply(
         if brief is not None:
             name, a.brief = "apply_gelu_short", brief
         else:
-            a.pieces, a.direct = fixed.pieces(s, out), int(s == out)
-            if s != out:
+            a.pieces = fixed.pieces(s, out)
+            if s == out:
+                name = "apply_gelu_direct"
+            else:
                 a.whole = fixed.ratio("scale / out_scale", s / out, 16)
     _each(x, name, a)
 
