@@ -92,7 +92,7 @@ struct Softmax {
     int digits;
 };
 // Maximum, exponentials in Q30, their sum in 64 bits, one reciprocal, one rounding. The lowest int32 is minus infinity.
-extern "C" __global__ void __launch_bounds__(256) softmax(const __grid_constant__ Softmax a) {
+extern "C" __global__ void __launch_bounds__(256, 8) softmax(const __grid_constant__ Softmax a) {
     __shared__ int tops[32];
     __shared__ u64 sums[32];
     __shared__ u32 inverse_of_row;
@@ -271,7 +271,7 @@ struct Norm {
     int shift;
 };
 // y = (xhat * gain + bias) >> shift, rounded once; a constant row gives the bias.
-extern "C" __global__ void __launch_bounds__(256) norm_rows(const __grid_constant__ Norm a) {
+extern "C" __global__ void __launch_bounds__(256, 8) norm_rows(const __grid_constant__ Norm a) {
     __shared__ Statistics room;
     const i64 half = (i64)1 << (a.shift - 1);
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
@@ -338,7 +338,7 @@ DEVICE Coded code_of(u64 top, const Row &r, int shift, int *scales, bool write) 
     return c;
 }
 // RMS norm whose rows are int8 with a scale each; the root of the mean square cancels and is in the scale.
-extern "C" __global__ void __launch_bounds__(256) norm_codes(const __grid_constant__ Codes a) {
+extern "C" __global__ void __launch_bounds__(256, 8) norm_codes(const __grid_constant__ Codes a) {
     __shared__ Statistics room;
     __shared__ Coded coded;
     for (i64 row = blockIdx.x; row < a.io.rows; row += gridDim.x) {
