@@ -12,9 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import statistics
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import cupy
+import gpu_peers
 
 import nibblas as nb
 from nibblas.cuda import Storage
+from nibblas.cuda._compile import cubin
+from nibblas.cuda._launch import arch
+from nibblas.cuda._plan import plan
+from nibblas.cuda._product import _problem
 from nibblas.qtensor import _Storage
 
 BYTES = 320 << 20
@@ -132,105 +140,39 @@ def random_half(n: int, k: int) -> Any:
     return cupy.random.standard_normal((n, k), dtype=np.float32).astype(np.float16)
 
 
-def torch_time(calls: list[Callable[[], Any]], least: float = 3000.0) -> float:
-    """As :func:`microseconds`, for PyTorch's calls."""
-    import torch
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for c in calls:
-            c()
-    torch.cuda.synchronize()
-
-    def graph(turns: int) -> Any:
-        g = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(g, stream=stream):
-            for _ in range(turns):
-                for c in calls:
-                    c()
-        return g
-
-    def once(g: Any) -> float:
-        a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        a.record()
-        g.replay()
-        b.record()
-        torch.cuda.synchronize()
-        return float(a.elapsed_time(b)) * 1000
-
-    g = graph(1)
-    once(g)
-    turns = int(min(max(1, least / max(once(g), 1.0)), max(1, 400 // len(calls))))
-    g = graph(turns)
-    once(g)
-    return statistics.median([once(g) for _ in range(7)]) / (turns * len(calls))
-
-
 def cublas(n: int, k: int, m: int) -> float:
-    """Float16 through cuBLAS: PyTorch's, since CuPy does not let its calls be captured."""
+    """Float16 through cuBLAS: PyTorch's where it is there, since CuPy's calls are not captured."""
+    try:
+        return gpu_peers.cublas(n, k, m)
+    except ImportError:
+        pass
     count = max(2, -(-BYTES // (2 * n * k)))
-    try:
-        import torch
-    except ImportError:
-        w = [
-            cupy.random.standard_normal((n, k), dtype=np.float32).astype(np.float16)
-            for _ in range(count)
-        ]
-        x = cupy.random.standard_normal((m, k), dtype=np.float32).astype(np.float16)
-        y = cupy.empty((m, n), np.float16)
-        calls = [lambda w=w: cupy.matmul(x, w.T, out=y) for w in w]
-        for c in calls:
-            c()
-        a, b = cupy.cuda.Event(), cupy.cuda.Event()
-        a.record()
-        for _ in range(20):
-            for c in calls:
-                c()
-        b.record()
-        b.synchronize()
-        return float(cupy.cuda.get_elapsed_time(a, b)) * 1000 / (20 * count)
-    xt = torch.randn(m, k, device="cuda", dtype=torch.float16)
-    yt = torch.empty(m, n, device="cuda", dtype=torch.float16)
-    wt = [torch.randn(n, k, device="cuda", dtype=torch.float16) for _ in range(count)]
-    us = torch_time([lambda w=w: torch.matmul(xt, w.T, out=yt) for w in wt])
-    del wt
-    torch.cuda.empty_cache()
-    return us
+    ws = [random_half(n, k) for _ in range(count)]
+    x, y = random_half(m, k), cupy.empty((m, n), np.float16)
+    for w in ws:
+        cupy.matmul(x, w.T, out=y)
+    a, b = cupy.cuda.Event(), cupy.cuda.Event()
+    a.record()
+    for _ in range(20):
+        for w in ws:
+            cupy.matmul(x, w.T, out=y)
+    b.record()
+    b.synchronize()
+    return float(cupy.cuda.get_elapsed_time(a, b)) * 1000 / (20 * count)
 
 
-def torch_peers(n: int, k: int, m: int) -> dict[str, float]:
-    """What PyTorch has: cuBLAS int8 without scales, and tinygemm in bfloat16 with groups of 128."""
-    try:
-        import torch
-    except ImportError:
-        return {}
-
-    time = torch_time
-    found: dict[str, float] = {}
-    count = max(2, -(-BYTES // (n * k)))
-    x = torch.randint(-127, 128, (max(m, 24), k), device="cuda", dtype=torch.int8)
-    w8 = [torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8) for _ in range(count)]
-    try:
-        found["torch _int_mm"] = time([lambda w=w: torch._int_mm(x, w.T) for w in w8])
-    except RuntimeError as e:
-        print(f"torch _int_mm: {str(e).splitlines()[0]}", file=sys.stderr)
-    del w8
-    if m <= 16:
-        xb = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-        count = max(2, -(-BYTES // (n * k // 2)))
-        sz = torch.rand(k // 128, n, 2, device="cuda", dtype=torch.bfloat16)
-        packs = []
-        for _ in range(count):
-            codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-            packs.append(torch._convert_weight_to_int4pack(codes, 8))
-        try:
-            found["torch tinygemm int4_g128"] = time(
-                [lambda p=p: torch._weight_int4pack_mm(xb, p, 128, sz) for p in packs]
-            )
-        except RuntimeError as e:
-            print(f"tinygemm: {str(e).splitlines()[0]}", file=sys.stderr)
-    torch.cuda.empty_cache()
-    return found
+def compile_all(wanted: list[tuple[str, str, int, int, int]], device: int) -> None:
+    """Compile what the rows need, on all cores."""
+    kernels = set()
+    for fmt, compute, n, k, m in wanted:
+        panels = Storage(random_storage(fmt, 64, 256), device).panels
+        groups = max(nb.Format(fmt).groups(k), 1)
+        p = _problem(panels, m, compute, 0)[0]
+        p = p._replace(n_padded=-(-n // 64) * 64, chunks=-(-k // 128), groups=groups)
+        made = plan(p)
+        kernels.add((f"{made.nest}.cu", arch(device), made.defines))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda kernel: cubin(*kernel), kernels))
 
 
 def rows(quick: bool) -> list[tuple[str, str, int, int, int]]:
@@ -324,6 +266,43 @@ def write(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
     (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
 
 
+def plot(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
+    """Draw times over cuBLAS against rows of activations, a picture per shape."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no plots: matplotlib is not installed", file=sys.stderr)
+        return
+    shapes = [s for s in SHAPES if any((r["n"], r["k"]) == s and "x" in r for r in table)]
+    if not shapes:
+        return
+    figure, axes = plt.subplots(1, len(shapes), figsize=(5.2 * len(shapes), 4.6), squeeze=False)
+    for ax, (n, k) in zip(axes[0], shapes, strict=True):
+        lanes: dict[str, list[tuple[int, float]]] = {}
+        for r in table:
+            if (r["n"], r["k"]) == (n, k) and "x" in r and r["row"] != "cublas f16":
+                lanes.setdefault(r["row"], []).append((r["m"], r["x"]))
+        for i, (row, points) in enumerate(sorted(lanes.items())):
+            ours = row.startswith("nibblas")
+            style = {"marker": "o" if ours else "x", "ls": "-" if ours else ":", "ms": 4}
+            ax.plot(*zip(*sorted(points), strict=True), label=row, color=f"C{i % 10}", **style)
+        ax.axhline(1, color="black", lw=0.8)
+        ax.set(xscale="log", yscale="log", xlabel="rows of activations", title=f"{n} x {k}")
+        ax.set_xticks(ticks := sorted({m for p in lanes.values() for m, _ in p}), map(str, ticks))
+        ax.set_yticks(marks := [0.5, 0.7, 1, 1.5, 2, 3, 4, 5], map(str, marks))
+        ax.minorticks_off()
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=6, loc="upper right")
+    axes[0][0].set_ylabel("times faster than cuBLAS float16")
+    figure.suptitle(name)
+    figure.tight_layout()
+    figure.savefig(folder / f"{name.lower().replace(' ', '-')}.png", dpi=100)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
@@ -343,13 +322,17 @@ def main() -> None:
     ]
     wanted.sort(key=lambda r: (r[2], r[3], r[0]))
     print(f"{name}, CuPy {cupy.__version__}")
+    began = time.perf_counter()
+    compile_all(wanted, index)
+    print(f"kernels compiled: {time.perf_counter() - began:.0f} s", flush=True)
     for n, k, m in sorted({r[2:] for r in wanted}):
         base[n, k, m] = cublas(n, k, m)
         peers = {"cublas f16": base[n, k, m]}
-        if not options.no_torch and m in (1, 16, 1024, 4096):
-            peers |= torch_peers(n, k, m)
+        if not options.no_torch:
+            peers |= gpu_peers.peers(n, k, m)
         for peer, us in peers.items():
             flops = 2.0 * m * n * k
+            print(f"{peer:28s} {n:6d}x{k:<6d} M={m:<5d} {us:9.2f} us", flush=True)
             entry = {"row": peer, "n": n, "k": k, "m": m, "us": us, "x": base[n, k, m] / us}
             table.append({**entry, "tops": flops / us / 1e6})
     for fmt, compute, n, k, m in wanted:
@@ -395,6 +378,9 @@ def main() -> None:
         print(f"{r['row']} {n}x{k} M={m} {r['us']:.2f} us {r['tops'] / 1000:.2f} POPS", flush=True)
         if options.out:
             write(options.out, name, table)
+    if options.out:
+        plot(options.out, name, table)
+    print(f"{time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 // Activations as the products read them: rows of whole chunks of 128 places, aligned, groups padded as the weights' are.
 #include <nibblas/base.cuh>
+#include <nibblas/rows.cuh>
 
 struct Args {
     const void *x;
@@ -16,6 +17,9 @@ struct Args {
     int tables; // combine: that the weights were cut into
     float step; // int8: what multiplies the scale of a row
     int length, segment, segments; // groups of activations, places that share one scale of W and one of X, how many
+    int gain_kind;
+    const void *gain; // RMSNorm: what multiplies each column; null without
+    float eps;
 };
 
 // Index along K of a place, or -1.
@@ -64,84 +68,78 @@ extern "C" __global__ void combine(const Args a) {
     }
 }
 
-DEVICE u32 warp_max(u32 v) {
-    u32 r;
-    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));
-    return r;
-}
-
-DEVICE u32 magnitude(float x) { return __float_as_uint(x) & 0x7fffffffu; }
 // clip(rint(x/s), -127, 127), ties to even; the caller has seen to s.
 DEVICE int nearest(float x, float s) { return (int)fminf(fmaxf(rintf(__fdiv_rn(x, s)), -127.0f), 127.0f); }
 
-// Sixteen consecutive elements of a row of floats.
-DEVICE void load_run(const Args &a, i64 m, int run, float v[16]) {
-    if (a.kind == KIND_F32) {
-        const float4 *p = (const float4 *)((const float *)a.x + m * a.x_row) + run * 4;
+// Two of e4m3 as bytes, the nearest, ties to even.
+DEVICE u32 two_e4m3(float low, float high) {
+    u16 r = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(high), "f"(low));
+#endif
+    return r;
+}
+DEVICE u32 nearest(float x, float s, int kind) { return kind == KIND_E4M3 ? two_e4m3(__fdiv_rn(x, s), 0.0f) : (u32)nearest(x, s); }
+// What the largest magnitude of a row becomes.
+DEVICE float top_of(int kind) { return kind == KIND_E4M3 ? 448.0f : 127.0f; }
+
+// The codes of a run of sixteen, in the order of byte_order. A product with 1/s is within 2^-15 of the quotient: the
+// division itself is for numbers that near to half-way.
+DEVICE uint4 codes_of(const float v[16], float s, float inverse, int kind) {
+    if (kind == KIND_E4M3) {
+        u32 w[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const float4 f = p[i];
-            v[4 * i] = f.x, v[4 * i + 1] = f.y, v[4 * i + 2] = f.z, v[4 * i + 3] = f.w;
-        }
-    } else {
-        const uint4 *p = (const uint4 *)((const u16 *)a.x + m * a.x_row) + run * 2;
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint4 h = p[i];
-            const u32 w[4] = {h.x, h.y, h.z, h.w};
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const u16 b = (u16)(w[j / 2] >> (16 * (j & 1)));
-                v[8 * i + j] = a.kind == KIND_F16 ? f32_of_f16(b) : f32_of_bf16(b);
-            }
-        }
+        for (int i = 0; i < 4; i++)
+            w[i] = two_e4m3(__fdiv_rn(v[2 * i], s), __fdiv_rn(v[2 * i + 8], s)) |
+                   two_e4m3(__fdiv_rn(v[2 * i + 1], s), __fdiv_rn(v[2 * i + 9], s)) << 16;
+        return make_uint4(w[0], w[1], w[2], w[3]);
     }
+    constexpr float shift = 12582912.0f; // 1.5 * 2^23: the lowest bits of a sum are the nearest integer
+    u32 n[16];
+    float far = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const float t = __fmul_rn(v[i], inverse), moved = __fadd_rn(t, shift);
+        n[i] = __float_as_uint(moved);
+        far = fmaxf(far, fabsf(__fsub_rn(t, __fsub_rn(moved, shift))));
+    }
+    if (far > 0.5f - 0x1p-15f || s < 0x1p-126f)
+#pragma unroll
+        for (int i = 0; i < 16; i++) n[i] = (u32)nearest(v[i], s);
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        w[i] = permute(permute(n[2 * i], n[2 * i + 8], 0x0040), permute(n[2 * i + 1], n[2 * i + 9], 0x0040), 0x5410);
+    return make_uint4(w[0], w[1], w[2], w[3]);
 }
 
 // s = absmax/127, q = clip(rint(x/s), -127, 127): one IEEE division each, ties to even; 0 where s is 0. int8 is taken as
-// codes with scale 1. A block per row.
-extern "C" __global__ void quantise(const Args a) {
-    __shared__ u32 tops[32];
+// codes with scale 1. For e4m3 (out_kind) 448 stands for 127. A block per row. RMSNorm, where asked for, is a factor of the row and one of each column: codes
+// need the second alone.
+extern "C" __global__ void __launch_bounds__(1024) quantise(const Args a) {
     const i64 m = blockIdx.x;
     u8 *out = (u8 *)a.out + m * a.places;
     const bool codes = a.kind == KIND_I8;
-    float s = 1.0f;
+    float s = 1.0f, v[16];
     bool bad = false;
     if (!codes) {
-        u32 top = 0;
-        if (a.plain) {
-            for (int run = threadIdx.x; run < a.k / 16; run += blockDim.x) {
-                float v[16];
-                load_run(a, m, run, v);
-#pragma unroll
-                for (int i = 0; i < 16; i++) top = max(top, magnitude(v[i]));
-            }
-        } else {
-            for (int k = threadIdx.x; k < a.k; k += blockDim.x)
-                top = max(top, magnitude(load_float(a.x, m * a.x_row + k * a.x_col, a.kind)));
-        }
-        top = warp_max(top);
-        if ((threadIdx.x & 31) == 0) tops[threadIdx.x >> 5] = top;
-        __syncthreads();
-        top = 0;
-        for (int w = 0; w < blockDim.x / 32; w++) top = max(top, tops[w]);
-        bad = top >= 0x7f800000u;
-        s = __fdiv_rn(__uint_as_float(top), 127.0f);
+        const Survey seen = survey(a, m, v);
+        bad = seen.bad;
+        s = __fdiv_rn(__uint_as_float(seen.top), top_of(a.out_kind));
+        if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : __fmul_rn(__fmul_rn(s, seen.factor), a.step);
+    } else if (threadIdx.x == 0) {
+        a.scale[m] = a.step;
     }
-    if (threadIdx.x == 0) a.scale[m] = bad ? __uint_as_float(0x7fc00000u) : __fmul_rn(s, a.step);
+    const bool none = bad || s == 0.0f;
     if (a.plain) {
+        const float inverse = __frcp_rn(s);
         for (int run = threadIdx.x; run < a.places / 16; run += blockDim.x) {
-            u32 w[4] = {0, 0, 0, 0};
-            if (run < a.k / 16 && !bad && s != 0.0f) {
-                float v[16];
-                load_run(a, m, run, v);
-#pragma unroll
-                for (int i = 0; i < 16; i++) {
-                    const int q = nearest(v[i], s), at = byte_order(i);
-                    w[at / 4] |= (u32)(q & 255) << (8 * (at % 4));
-                }
+            uint4 w = make_uint4(0, 0, 0, 0);
+            if (run < a.k / 16 && !none) {
+                if (run >= blockDim.x) load_run(a, m, run, v);
+                w = codes_of(v, s, inverse, a.out_kind);
             }
-            ((uint4 *)out)[run] = make_uint4(w[0], w[1], w[2], w[3]);
+            ((uint4 *)out)[run] = w;
         }
         return;
     }
@@ -152,16 +150,48 @@ extern "C" __global__ void quantise(const Args a) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int k = natural(a, run + 2 * t + (i >> 1) + (i & 1) * 8);
-            int q = 0;
+            u32 q = 0;
             if (k >= 0) {
                 if (codes)
-                    q = ((const i8 *)a.x)[m * a.x_row + k * a.x_col];
-                else if (!bad && s != 0.0f)
-                    q = nearest(load_float(a.x, m * a.x_row + k * a.x_col, a.kind), s);
+                    q = (u32)((const i8 *)a.x)[m * a.x_row + k * a.x_col];
+                else if (!none)
+                    q = nearest(value_at(a, m, k), s, a.out_kind);
             }
-            word |= (u32)(q & 255) << (8 * i);
+            word |= (q & 255) << (8 * i);
         }
         *(u32 *)(out + p) = word;
+    }
+}
+
+// As quantise, of plain rows of 16 bits that a thread has a run of each: while one row is rounded the next is under way.
+extern "C" __global__ void __launch_bounds__(1024) quantise_rows(const Args a) {
+    __shared__ u32 tops[2][32];
+    const int run = threadIdx.x, rows = gridDim.x; // of all blocks at a time
+    const bool mine = run < a.k / 16;
+    const u16 *from = (const u16 *)a.x + blockIdx.x * a.x_row + 16 * run;
+    Sixteen raw = {};
+    if (mine) raw.load(from);
+    int turn = 0;
+    for (i64 m = blockIdx.x; m < a.m; m += rows) {
+        float v[16], squares = 0.0f;
+        u32 top = 0;
+        raw.unpack(v, a.kind);
+        from += rows * a.x_row;
+        if (mine && m + rows < a.m) raw.load(from);
+        if (a.gain && mine) apply_gain(a, run, v, &squares);
+#pragma unroll
+        for (int i = 0; i < 16; i++) top = max(top, magnitude(v[i]));
+        const Survey seen = summary(a, top, squares, tops[turn]);
+        turn ^= 1;
+        const float s = __fdiv_rn(__uint_as_float(seen.top), top_of(a.out_kind));
+        if (threadIdx.x == 0)
+            a.scale[m] = seen.bad ? __uint_as_float(0x7fc00000u) : __fmul_rn(__fmul_rn(s, seen.factor), a.step);
+        uint4 w = make_uint4(0, 0, 0, 0);
+        if (mine && !seen.bad && s != 0.0f) w = codes_of(v, s, __frcp_rn(s), a.out_kind);
+        uint4 *to = (uint4 *)((u8 *)a.out + m * a.places);
+        if (run < a.places / 16) to[run] = w;
+        // Groups may be padded by more than the block is wide.
+        for (int rest = run + blockDim.x; rest < a.places / 16; rest += blockDim.x) to[rest] = make_uint4(0, 0, 0, 0);
     }
 }
 

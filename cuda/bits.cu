@@ -1,10 +1,6 @@
 // Products of bipolar matrices from their bit planes, for sm_90a: counts of common ones (b1 wgmma, and + popc).
 //
-// A code of b bits stands for 2u - (2^b - 1). With a = 2^p - 1 for W and c = 2^q - 1 for X, sums over k:
-//
-//   sum (2u - a)(2v - c) = 4 sum uv - 2c sum u - 2a sum v + K a c,      sum uv = sum_ij 2^(i+j) popc(u_i & v_j)
-//
-// The sums of u and v are one number per row, made once. Pairs of planes with the highest i + j come first and the counts
+// What the counts say is in counts.cuh. Pairs of planes with the highest i + j come first and the counts
 // are doubled from one i + j to the next, so all pairs share one set of accumulators.
 //
 // Here X is the first operand of the tensor cores: a thread's neighbouring accumulators are neighbours in a row of Y, and
@@ -13,26 +9,13 @@
 // Set on the command line: T (rows of W of a block), WG (warpgroups, of 64 rows of X each), STAGES.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
+#include <nibblas/counts.cuh>
 #include <nibblas/wgmma.cuh>
 
 constexpr int T = NB_T, WG = NB_WG, STAGES = NB_STAGES;
 constexpr int R = 64 * WG, THREADS = 128 * WG;
 constexpr int SLOT = (R + T) * 128; // 1024 k
 constexpr int C = T / 2;
-
-struct Args {
-    const int *w_sums, *x_sums;
-    const float *w_scales, *x_scales, *bias;
-    void *y;
-    i64 y_row, y_col;
-    int m, n, k, chunks;
-    int w_rows, x_rows; // of a plane
-    int p, q;           // planes of W and X
-    int y_kind;         // -1: int32, the sums themselves
-    int wide;           // pairs of a row of Y may be written at once
-    int x_box;          // rows of X that are fetched: R, or fewer where there are fewer
-    int m_blocks, n_blocks;
-};
 
 // Blocks in bands of eight blocks of W, so that what is in the cache is used.
 DEVICE void tile_of(int i, const Args &a, int &m0, int &n0) {
@@ -76,7 +59,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         return;
     }
 
-    const int g = lane >> 2, t = lane & 3;
     int acc[C];
 #pragma unroll
     for (int i = 0; i < C; i++) acc[i] = 0;
@@ -117,49 +99,6 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         // The copies of the next tile need this slot while results leave.
         if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
         held = -1;
-        const int top_w = (1 << a.p) - 1, top_x = (1 << a.q) - 1;
-        // Calls put(place in Y, row of X, row of W, sums of it and the next) for the pairs of this thread.
-        auto pairs = [&](auto put) {
-#pragma unroll
-            for (int row = 0; row < 2; row++) {
-                const int m = m0 + warp * 16 + row * 8 + g;
-                if (m >= a.m) continue;
-                const int of_row = a.k * top_w * top_x - 2 * top_w * a.x_sums[m];
-#pragma unroll
-                for (int j = 0; j < C / 4; j++) {
-                    const int n = n0 + j * 8 + 2 * t; // the sums of W are padded to whole tiles
-                    const int2 w = *(const int2 *)(a.w_sums + n);
-                    if (n < a.n)
-                        put(m * a.y_row + n * a.y_col, m, n, 4 * acc[4 * j + 2 * row] + of_row - 2 * top_x * w.x,
-                            4 * acc[4 * j + 2 * row + 1] + of_row - 2 * top_x * w.y);
-                }
-            }
-        };
-        auto numbers = [&](auto put) {
-            pairs([&](i64 at, int m, int n, int p, int q) {
-                const float s = a.x_scales[m];
-                const float2 w = *(const float2 *)(a.w_scales + n);
-                float2 v = make_float2(__fmul_rn(__fmaf_rn((float)p, w.x, 0.0f), s), __fmul_rn(__fmaf_rn((float)q, w.y, 0.0f), s));
-                if (a.bias) {
-                    v.x = __fadd_rn(v.x, a.bias[n]);
-                    v.y = __fadd_rn(v.y, a.bias[min(n + 1, a.n - 1)]);
-                }
-                put(at, n, v);
-            });
-        };
-        if (a.y_kind < 0 && a.wide)
-            pairs([&](i64 at, int, int, int p, int q) { *(int2 *)((int *)a.y + at) = make_int2(p, q); });
-        else if (a.y_kind < 0)
-            pairs([&](i64 at, int, int n, int p, int q) {
-                ((int *)a.y)[at] = p;
-                if (n + 1 < a.n) ((int *)a.y)[at + a.y_col] = q;
-            });
-        else if (a.y_kind == KIND_F32 && a.wide)
-            numbers([&](i64 at, int, float2 v) { *(float2 *)((float *)a.y + at) = v; });
-        else
-            numbers([&](i64 at, int n, float2 v) {
-                store_float(a.y, at, a.y_kind, v.x);
-                if (n + 1 < a.n) store_float(a.y, at + a.y_col, a.y_kind, v.y);
-            });
+        leave(a, m0 + (warp & ~3) * 16, n0, acc);
     }
 }

@@ -35,6 +35,7 @@ constexpr int ZB = ZERO == 1 ? 1 : ZERO == 2 ? 4 : 0;
 constexpr int S_STAGE = GROUPED ? GROUPED * WN * 16 * SB : 0;
 constexpr int Z_STAGE = GROUPED ? GROUPED * WN * 16 * ZB : 0;
 constexpr int SETS = Sets<ACT, BITS>::value;
+static_assert(WR == 1 || WK <= 14, "a barrier for every warp along K");
 
 template <bool I> struct Number {
     typedef float type;
@@ -178,8 +179,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 #else
         wait_pending<STAGES - 2>();
 #endif
+        // The warps that share X; barrier 1 belongs to Share.
         if (WR > 1)
-            __syncthreads();
+            asm volatile("bar.sync %0, %1;" ::"r"(2 + wk), "n"(32 * WR) : "memory");
         else
             __syncwarp();
     };

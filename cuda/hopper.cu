@@ -6,10 +6,17 @@
 // X: each fetches a CL-th of X for all. Weights are decoded to the numbers they stand for without their scale (integers or
 // entries of a table), so that a group needs one fused multiply-add per output when it ends. While the tensor cores work
 // on a block of 32 k the next one is decoded, across chunks and rows. Results leave through shared memory, as whole lines
-// of Y.
+// of Y: of 16 bits by the copy engine, while the next rows are multiplied.
 //
-// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu. ZERO is 0 or 1,
-// with zero points below 128; 8-bit codes of int8 products stand for u - 128. CL > 1 wants blocks that take all of K.
+// int8 products of codes that stand for u - 2^(BITS-1): LIFT leaves a code at the top of its byte, where the offset is one
+// bit, and a power of two is taken out of the scale.
+//
+// Where a group ends its sums have to be scaled. PING: there are two sets of sums, and one is scaled a part at a time while
+// products add to the other.
+//
+// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu; PING; LIFT;
+// WHOLE: blocks take all of K, as CL > 1 wants it; OUT: Y has 16 bits and aligned rows; RESIDENT: blocks of a
+// multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8 products stand for u - 128.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -17,26 +24,30 @@
 #include <nibblas/wgmma.cuh>
 
 constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, CL = NB_CL, STAGES = NB_STAGES, MUL = NB_MUL;
-constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO;
+constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, PING = NB_PING, OUT = NB_OUT, WHOLE = NB_WHOLE;
+constexpr int LIFT = NB_LIFT ? 8 - BITS : 0;
 
 constexpr int R = 64 * WG, THREADS = 128 * WG; // threads that multiply
-// The warp that copies, and its company where registers are handed over: HANDED for each thread that multiplies, no more in
-// all than the block was launched with.
-constexpr int HANDED = WG == 4 ? 112 : WG == 2 && T >= 128 ? 240 : 0;
+// The warp that copies, and its company where registers are handed over: HANDED for each thread that multiplies, KEPT for
+// the others, no more in all than the block was launched with.
+constexpr int HANDED = WG == 4 ? 112 : T < 128 ? 0 : WG == 3 ? 160 : WG == 2 ? 232 : 0;
+constexpr int KEPT = WG == 4 ? 24 : WG == 3 ? 32 : 40;
 constexpr int EXTRA = HANDED ? 128 : 32;
-constexpr bool INT = ACT == ACT_S8;
-constexpr int PARTS = INT ? 1 : 2; // of 128 bytes, in a row of a chunk
+constexpr bool INT = ACT == ACT_S8, BYTES = INT || ACT == ACT_E4M3; // of activations
+constexpr int PARTS = BYTES ? 1 : 2; // of 128 bytes, in a row of a chunk
 constexpr int X_STAGE = T * 128 * PARTS;
 constexpr int W_PART = 1024 * BITS; // of a warpgroup
 constexpr int SB = SCALE_BYTES;
 constexpr int S_AT = X_STAGE + WG * W_PART;
 constexpr int Z_AT = S_AT + GROUPED * R * SB;
-constexpr int BYTES = Z_AT + (ZERO ? GROUPED * R : 0);
-constexpr int SLOT = (BYTES + 1023) / 1024 * 1024;
+constexpr int FETCHED = Z_AT + (ZERO ? GROUPED * R : 0);
+constexpr int SLOT = (FETCHED + 1023) / 1024 * 1024;
 constexpr int C = T / 2;          // accumulators of a thread
 constexpr int OUT_ROW = 64 + 4;   // floats of a row of X on its way out: no two lanes of a store share a bank
+constexpr int OUT_PART = OUT ? 8192 : 32 * OUT_ROW * 4; // of a warpgroup; OUT: two times 32 rows of 128 bytes
 constexpr bool FLUSH = GROUPED && !INNER; // sums of a group are scaled when it ends
 constexpr int PER = GROUPED ? 4 / GROUPED : 4; // blocks of 32 k that share a scale, or all
+static_assert(!PING || FLUSH, "only scaled sums need two sets");
 
 template <bool I> struct Number {
     typedef float type;
@@ -54,6 +65,9 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) {
         asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
     return r;
 }
+template <int N> struct Const {
+    static constexpr int value = N;
+};
 DEVICE u16 typed(float f) { return ACT == ACT_F16 ? f16_of_f32(f) : bf16_of_f32(f); }
 DEVICE u32 and_or(u32 a, u32 b, u32 c) {
     u32 r;
@@ -70,7 +84,7 @@ DEVICE constexpr bool two_steps(int row, int step) { return MUL == 2 && high(row
 
 // What is subtracted from the codes of a row, in the form that `centred` wants.
 DEVICE u32 centre(int sub, int row, int step) {
-    if (INT) return (u32)(MUL == 2 ? (sub + 1) / 2 : sub) * 0x01010101u;
+    if (BYTES) return (u32)(MUL == 2 ? (sub + 1) / 2 : sub) * 0x01010101u;
     if (two_steps(row, step) || (ACT == ACT_BF16 && BITS == 8)) return (u32)sub;
     const int whole = MUL * (ACT == ACT_F16 ? 1024 : 128) >> high(row, step);
     return both(typed(-(float)(whole + sub)));
@@ -89,6 +103,8 @@ DEVICE u32 centred(u32 word, u32 field, u32 magic, u32 by, int row, int step) {
         return fma2(fma2(v, one, ACT == ACT_F16 ? 0xe400e400u : 0xc300c300u), two, both(typed(-(float)(int)by)));
     return fma2(v, (MUL == 2 ? two : one) - both(high(row, step) << 10), by);
 }
+
+DEVICE float scale_of(const void *p, int i) { return scale_at(p, i) * (1.0f / (1 << LIFT)); }
 
 DEVICE u32 centred8(u32 q, u32 by, u32 times) {
     u32 v;
@@ -109,16 +125,19 @@ extern __shared__ __align__(1024) char dynamic[];
 #else
 #define CLUSTER
 #endif
-extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(const __grid_constant__ Args a, const __grid_constant__ Map map) {
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDENT) hopper(const __grid_constant__ Args a, const __grid_constant__ Map map
+#if NB_OUT
+                                                                               , const __grid_constant__ Map map_y
+#endif
+) {
     const int tid = threadIdx.x, lane = tid & 31;
     const int warp = tid >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int m0 = blockIdx.y * T;
     const int rank = blockIdx.x % CL;
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     char *table = shared + STAGES * SLOT;
-    float *leaving = (float *)(table + Book<ACT>::BYTES) + (warp >> 2) * 32 * OUT_ROW;
+    char *leaving = table + Book<ACT>::BYTES + (warp >> 2) * OUT_PART;
     Book<ACT> book;
     book.load(table, a.book, tid, THREADS + EXTRA);
     if (tid == 0) ring_init(ready, 1, empty, 4 * WG * CL);
@@ -126,24 +145,43 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
         cluster_sync();
     else
         __syncthreads();
-    const int begin = span_start(blockIdx.x / CL, a), end = span_start(blockIdx.x / CL + 1, a);
+    // Blocks that take all of K count their own units from 0.
+    const int index = blockIdx.x / CL;
+    const int begin = WHOLE ? 0 : span_start(index, a);
+    const int end = WHOLE ? (a.per + (index < a.rest)) * a.chunks : span_start(index + 1, a);
     Place<1> here;
     here.start(begin, end, a.chunks);
     int stage = 0, phase = 0;
+    // Where a unit lies. Blocks that take all of K go through Y side by side, gridDim.y tiles of X at a time: what these
+    // read stays in the cache.
+    struct Tile {
+        int row_block, m0;
+    };
+    auto tile_at = [&](int unit) -> Tile {
+        int at = unit, pass = 0;
+        if (WHOLE) {
+            at = index + unit * (gridDim.x / CL);
+            pass = at / a.row_blocks;
+            at -= pass * a.row_blocks;
+        }
+        return {at * CL + rank, (int)(pass * gridDim.y + blockIdx.y) * T};
+    };
 
     if (tid >= THREADS) {
-        if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(KEPT));
         if (tid == THREADS) {
             const int last = a.n_padded / 64 - 1;
+            Tile tile = tile_at(here.row_block);
             while (!here.done()) {
                 const int chunk = here.chunk;
+                if (chunk == here.first) tile = tile_at(here.row_block);
                 const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
                 barrier_wait(shared_address(&empty[stage]), phase ^ 1);
-                barrier_expect(bar, BYTES);
+                barrier_expect(bar, FETCHED);
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) {
                     const u32 x_to = to + (p * T + rank * (T / CL)) * 128;
-                    const int row = m0 + rank * (T / CL);
+                    const int row = tile.m0 + rank * (T / CL);
                     if (CL > 1)
                         copy_box(x_to, &map, bar, chunk * 128 + p * 64, row, (1u << CL) - 1);
                     else
@@ -152,7 +190,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
                 const int group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
 #pragma unroll
                 for (int w = 0; w < WG; w++) {
-                    const int band = min((here.row_block * CL + rank) * WG + w, last);
+                    const int band = min(tile.row_block * WG + w, last);
 #pragma unroll
                     for (int p = 0; p < Planes<BITS>::count; p++) {
                         const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
@@ -179,15 +217,16 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
     }
 
     if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
-    Sum acc[C];
+    Sum acc[PING ? 2 : 1][C];
     float total[FLUSH ? C : 1];
     u32 w[2][8]; // a block that is multiplied and the one after it
     // 1024 or 128, whose lowest bits are worth 1; in a register, for `and_or`.
     u32 magic;
     asm volatile("mov.b32 %0, %1;" : "=r"(magic) : "n"(ACT == ACT_F16 ? 0x64006400 : 0x43004300));
-    int fresh; // the next product starts the sums anew
 #pragma unroll
-    for (int i = 0; i < C; i++) acc[i] = 0;
+    for (int i = 0; i < C; i++)
+#pragma unroll
+        for (int set = 0; set <= PING; set++) acc[set][i] = 0;
     auto release = [&](int slot) {
         if (CL == 1) {
             if (lane == 0) barrier_arrive(shared_address(&empty[slot]));
@@ -258,11 +297,18 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
         u32 *r = w[block & 1];
 #pragma unroll
         for (int step = 0; step < 2; step++) {
-            if (INT) {
+            if (BYTES) {
 #pragma unroll
                 for (int row = 0; row < 2; row++) {
+                    if (LIFT) {
+                        constexpr int pb = Planes<BITS>::first;
+                        const u32 word = words.w[Field<pb>::word(block, row, step)];
+                        const u32 top = word << (LIFT - Field<pb>::shift(block, row, step));
+                        r[2 * step + row] = (top & (0xffu >> LIFT << LIFT) * 0x01010101u) ^ 0x80808080u;
+                        continue;
+                    }
                     const u32 q = integers(book, words, block, row, step);
-                    r[2 * step + row] = NB_WORTH == LINE ? centred8(q, by[row][step], times[row]) : q;
+                    r[2 * step + row] = INT && NB_WORTH == LINE ? centred8(q, by[row][step], times[row]) : q;
                 }
             } else if (NB_WORTH != LINE) {
                 decode16(book, words, block, step, r + 4 * step);
@@ -283,33 +329,49 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
             }
         }
     };
-    load(here.row_block * CL + rank, !here.done());
+    load(tile_at(here.row_block).row_block, !here.done());
     decode(0);
+    int turn = 0; // which half of `leaving` is written next
     while (!here.done()) {
-        const int row_block = here.row_block * CL + rank;
-        fresh = 1;
+        const int row_block = tile_at(here.row_block).row_block, m0 = tile_at(here.row_block).m0;
         if (FLUSH)
 #pragma unroll
             for (int i = 0; i < C; i++) total[FLUSH ? i : 0] = 0.0f;
+        int fresh = 1; // the next product starts the sums anew
         int held = -1; // the slot of the chunk before, whose last products may be under way
         int left = GROUPED == 1 ? a.chunks_per_group - here.chunk % a.chunks_per_group : 1; // chunks of the group
-        for (int chunk = here.chunk; chunk < here.stop; chunk++) {
+        int pending = 0; // PING: there is a group before, with scales s0 and s1
+        float s0 = 1.0f, s1 = 1.0f;
+        // Adds sums from `from` on, scaled.
+        auto flush = [&](Sum (&sums)[C], int from, int count) {
+#pragma unroll
+            for (int i = from; i < from + count; i++) {
+                pin(sums[i]);
+                float &y = total[FLUSH ? i : 0];
+                y = __fmaf_rn((float)sums[i], i & 2 ? s1 : s0, y);
+            }
+        };
+        // Multiplies a chunk. PING: its first group has the sums `set`.
+        auto step = [&](auto set, int chunk) {
             const int at_hand = stage;
             const char *slot = shared + at_hand * SLOT;
-            const u64 x_at = describe(shared_address(slot));
+            // The compiler is to see that a warp has one.
+            const u64 x_at = describe(__shfl_sync(0xffffffffu, shared_address(slot), 0));
             const bool last = chunk + 1 == here.stop;
             const bool ends = !INT || --left == 0 || chunk == a.chunks - 1; // whether the sums have to be scaled now
             if (left == 0) left = a.chunks_per_group;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 u32 *r = w[block & 1];
+                Sum (&sums)[C] = acc[PING ? (set.value + block / PER) & 1 : 0];
+                const int add = PING ? block % PER != 0 : !fresh;
                 wgmma_fence();
-                if (INT) {
-                    Wgmma<ACT, T>::multiply(acc, r, x_at + block * 2, !fresh);
+                if (BYTES) {
+                    Wgmma<ACT, T>::multiply(sums, r, x_at + block * 2, add);
                 } else {
                     const u64 at = x_at + (block >> 1) * (T * 128 / 16) + (block & 1) * 4;
-                    Wgmma<ACT, T>::multiply(acc, r, at, !fresh);
-                    Wgmma<ACT, T>::multiply(acc, r + 4, at + 2, 1);
+                    Wgmma<ACT, T>::multiply(sums, r, at, add);
+                    Wgmma<ACT, T>::multiply(sums, r + 4, at + 2, 1);
                 }
                 wgmma_commit();
                 fresh = 0;
@@ -323,62 +385,128 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
                         stage = 0;
                         phase ^= 1;
                     }
-                    load((here.row_block + last) * CL + rank, !last || here.row_block * a.chunks + here.stop < here.end);
+                    load(tile_at(here.row_block + last).row_block, !last || here.row_block * a.chunks + here.stop < here.end);
                     decode(0);
                 }
-                if (FLUSH && (block + 1) % PER == 0 && (GROUPED > 1 || ends)) {
-                    const char *s_at = slot + S_AT + (block / PER * R + warp * 16) * SB;
-                    const float s0 = scale_at(s_at, g), s1 = scale_at(s_at, g + 8);
-                    wgmma_wait<0>();
-                    pin(acc);
-#pragma unroll
-                    for (int i = 0; i < C; i++) {
-                        float &y = total[FLUSH ? i : 0];
-                        y = __fmaf_rn((float)acc[i], i & 2 ? s1 : s0, y);
+                const bool group_ends = (block + 1) % PER == 0;
+                const char *s_at = slot + S_AT + (block / PER * R + warp * 16) * SB;
+                if (PING) {
+                    if (pending) flush(acc[(set.value + block / PER + 1) & 1], block % PER * (C / PER), C / PER);
+                    if (group_ends) {
+                        s0 = scale_of(s_at, g);
+                        s1 = scale_of(s_at, g + 8);
+                        pending = 1;
                     }
+                } else if (FLUSH && group_ends && (GROUPED > 1 || ends)) {
+                    s0 = scale_of(s_at, g);
+                    s1 = scale_of(s_at, g + 8);
+                    wgmma_wait<0>();
+                    flush(acc[0], 0, C);
                     fresh = 1;
                 }
             }
             held = at_hand;
+        };
+        auto finish = [&](auto set) {
+            wgmma_wait<0>();
+            if (PING)
+                flush(acc[PING ? (set.value + 3 / PER) & 1 : 0], 0, C);
+            else
+                pin(acc[0]);
+        };
+        if (!PING || PER < 4) {
+            for (int chunk = here.chunk; chunk < here.stop; chunk++) step(Const<0>(), chunk);
+            finish(Const<0>());
+        } else { // a chunk is one group: the next has the other sums
+            for (int chunk = here.chunk;;) {
+                step(Const<0>(), chunk);
+                if (++chunk == here.stop) {
+                    finish(Const<0>());
+                    break;
+                }
+                step(Const<1>(), chunk);
+                if (++chunk == here.stop) {
+                    finish(Const<1>());
+                    break;
+                }
+            }
         }
-        wgmma_wait<0>();
-        pin(acc);
         // The copies of the next rows need this slot while results leave.
         release(held);
-        const bool whole = CL > 1 || (here.first == 0 && here.stop == a.chunks);
+        const bool whole = WHOLE || (here.first == 0 && here.stop == a.chunks);
         const int n0 = row_block * R + warp * 16 + g;
-        float s0 = 1.0f, s1 = 1.0f;
         if (!FLUSH) {
             const int p = min(n0, a.n_padded - 1), q = min(n0 + 8, a.n_padded - 1);
-            s0 = INNER ? a.outer[p] : scale_at(a.scales, p);
-            s1 = INNER ? a.outer[q] : scale_at(a.scales, q);
+            s0 = INNER ? a.outer[p] : scale_of(a.scales, p);
+            s1 = INNER ? a.outer[q] : scale_of(a.scales, q);
         }
         auto bits = [&](int i) -> float {
             if (FLUSH) return total[FLUSH ? i : 0];
-            return INT ? __int_as_float((int)acc[i]) : (float)acc[i];
+            return INT ? __int_as_float((int)acc[0][i]) : (float)acc[0][i];
         };
         auto scaled = [&](int i, float v) -> float {
-            if (FLUSH) return INT ? v : v * a.unit;
+            if (FLUSH) return BYTES ? v : v * a.unit;
             const float s = i & 2 ? s1 : s0;
-            return INT ? __fmaf_rn((float)__float_as_int(v), s, 0.0f) : __fmul_rn(v * a.unit, s);
+            if (INT) return __fmaf_rn((float)__float_as_int(v), s, 0.0f);
+            return __fmul_rn(BYTES ? v : v * a.unit, s);
         };
+#if NB_OUT
+        __shared__ float x_scales[WG][2][32];
+        float b0 = 0.0f, b1 = 0.0f;
+        if (a.bias) {
+            b0 = a.bias[min(n0, a.n - 1)];
+            b1 = a.bias[min(n0 + 8, a.n - 1)];
+        }
+        // Hands 32 rows of X to the copy engine, 16 accumulators from `from` on.
+        auto leave = [&](int from, const float v[16]) {
+            const u32 to = shared_address(leaving + turn * 4096);
+            float *scales = x_scales[warp >> 2][turn];
+            turn ^= 1;
+            // The warpgroup's barrier: 1 belongs to Share.
+            if ((tid & 127) == 0) store_wait_read<1>();
+            if (BYTES && (tid & 127) < 32) scales[tid & 31] = a.row_scale[min(m0 + from * 2 + (tid & 31), a.m - 1)];
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + (warp >> 2)) : "memory");
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                u32 r[4];
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    float y[2];
+#pragma unroll
+                    for (int c = 0; c < 2; c++) {
+                        const int i = 8 * half + 2 * j + c;
+                        y[c] = scaled(i, v[i]);
+                        if (BYTES) y[c] = __fmul_rn(y[c], scales[(i >> 2) * 8 + 2 * t + c]);
+                        if (a.bias) y[c] = __fadd_rn(y[c], j & 1 ? b1 : b0);
+                    }
+                    r[j] = halves(y[0], y[1], a.y_kind);
+                }
+                const int row = (2 * half + (lane >> 4)) * 8 + (lane & 7), piece = (warp & 3) * 2 + (lane >> 3 & 1);
+                store_transposed(to + row * 128 + (piece ^ (row & 7)) * 16, r);
+            }
+            store_fence();
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + (warp >> 2)) : "memory");
+            if ((tid & 127) == 0) store_box(&map_y, to, row_block * R + (warp >> 2) * 64, m0 + from * 2);
+        };
+#else
         // Hands 32 rows of X to memory, 16 accumulators from `from` on.
         auto leave = [&](int from, const float v[16]) {
             const int wg = warp >> 2;
+            float *out = (float *)leaving;
             // The warpgroup's barrier: 1 belongs to Share.
             asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
 #pragma unroll
             for (int i = 0; i < 16; i++)
-                leaving[((i >> 2) * 8 + 2 * t + (i & 1)) * OUT_ROW + (warp & 3) * 16 + g + (i & 2) * 4] = scaled(i, v[i]);
+                out[((i >> 2) * 8 + 2 * t + (i & 1)) * OUT_ROW + (warp & 3) * 16 + g + (i & 2) * 4] = scaled(i, v[i]);
             asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
             const int column = (tid & 15) * 4, n = row_block * R + wg * 64 + column;
 #pragma unroll 1
             for (int row = (tid & 127) >> 4; row < 32; row += 8) {
                 const int m = m0 + from * 2 + row;
                 if (m >= a.m || n >= a.n) break;
-                const float4 f = *(const float4 *)(leaving + row * OUT_ROW + column);
+                const float4 f = *(const float4 *)(out + row * OUT_ROW + column);
                 float y[4] = {f.x, f.y, f.z, f.w};
-                if (INT) {
+                if (BYTES) {
                     const float s = a.row_scale[m];
 #pragma unroll
                     for (int e = 0; e < 4; e++) y[e] = __fmul_rn(y[e], s);
@@ -395,6 +523,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
                         if (n + e < a.n) store_float(a.y, at + e * a.y_col, a.y_kind, y[e]);
             }
         };
+#endif
         const Share share(a, row_block, R * T);
         bool out = whole;
         if (!whole) {
@@ -425,5 +554,6 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, 1) hopper(
             }
         here.finish(a.chunks);
     }
+    if (OUT && (tid & 127) == 0) store_wait();
     if (CL > 1) cluster_sync();
 }

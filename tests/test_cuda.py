@@ -56,6 +56,30 @@ def test_names_of_devices(q: nb.QTensor) -> None:
             q.to(name)
 
 
+def test_activations_are_checked_before_a_device_is_asked_for() -> None:
+    with pytest.raises(ValueError, match="unknown format 'int4'"):
+        nb.cuda.activations(np.ones((2, 64), np.float32), "int4")
+    with pytest.raises(TypeError, match="array of a CUDA device, got ndarray"):
+        nb.cuda.activations(np.ones((2, 64), np.float32))
+
+
+def test_bytes_of_e4m3() -> None:
+    """What products in e4m3 multiply, against the format's own table."""
+    from nibblas.cuda._worth import eighths
+
+    table = nb.Format("e4m3").element.values
+    for name in ("int4", "bipolar4", "ternary", "e2m1", "e3m2", "mxfp6_e2m3", "e4m3", "nvfp4"):
+        e = nb.Format(name).element
+        found = eighths(e)
+        assert found is not None, name
+        worth = table[found[0]] * found[1] * (np.diff(e.values[:2])[0] if e.linear else 1)
+        if name.startswith("bipolar"):
+            worth = worth / 2  # neighbours are two steps apart
+        np.testing.assert_array_equal(worth[: len(e.values)], e.values)
+    for name in ("nf4", "int8", "e5m2", "dyn8"):
+        assert eighths(nb.Format(name).element) is None
+
+
 def test_import_of_the_module_loads_no_cupy() -> None:
     code = "import sys, nibblas.cuda; assert 'cupy' not in sys.modules"
     subprocess.run(
@@ -110,7 +134,8 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     limit = 232448 if wgmma or bits % 2 else 101376
                     p = problem(m, n, k, act, bits, grouped, wgmma=wgmma, limit=limit)
                     plan = _plan.plan(p)
-                    assert plan.grid[1] * plan.tokens >= m
+                    passes = plan.units // plan.row_blocks if plan.whole else 1
+                    assert plan.grid[1] * plan.tokens * passes >= m
                     assert plan.row_blocks * plan.rows * plan.cluster >= n
                     assert plan.whole or plan.cluster == 1
                     assert 1 <= plan.grid[0] <= plan.units * plan.cluster
@@ -148,7 +173,7 @@ def test_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert _compile.cubin("pack.cu", "sm_80") == b"not called"
 
 
-LINE, PAIRS, FLOAT, TABLE = 0, 1, 2, 3
+LINE, PAIRS, FLOAT, TABLE, SMALL = 0, 1, 2, 3, 4
 # (type of activations, bits, what a code is worth, mantissa bits): every decode there is.
 DECODES = [
     *((act, bits, LINE, 0) for act in (0, 1, 2) for bits in range(1, 9)),
@@ -157,8 +182,10 @@ DECODES = [
     *(
         (act, bits, FLOAT, m)
         for act in (0, 1)
-        for bits, m in [(5, 2), (6, 3), (6, 2), (7, 3), (8, 2)]
+        for bits, m in [(4, 1), (4, 0), (5, 2), (6, 3), (6, 2), (7, 3), (8, 2)]
     ),
+    (2, 4, SMALL, 0),
+    (2, 3, SMALL, 0),
 ]
 
 
@@ -178,7 +205,7 @@ def test_every_decode_compiles(arch: str) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for made in pool.map(image, range(len(DECODES))):
             assert made[:4] == b"\x7fELF"
-    for source in ("pack.cu", "activations.cu", "quantize.cu"):
+    for source in ("pack.cu", "activations.cu", "activation_planes.cu", "quantize.cu"):
         assert _compile.compile_source(source, arch)[:4] == b"\x7fELF"
 
 
@@ -218,7 +245,7 @@ def check(name: str, plan: Any, instruction: str) -> None:
 @pytest.mark.parametrize(
     ("m", "act", "bits", "grouped", "worth"),
     [
-        *((m, act, 4, 1, LINE) for m in (1, 16, 64, 128) for act in (0, 2)),
+        *((m, act, 4, 1, LINE) for m in (1, 16, 64, 128, 1024) for act in (0, 2)),
         *((m, 2, 8, 0, LINE) for m in (64, 2048)),
         *((m, 0, 4, 4, PAIRS) for m in (1, 128)),
         (16, 0, 6, 1, FLOAT),
@@ -227,7 +254,9 @@ def check(name: str, plan: Any, instruction: str) -> None:
     ],
 )
 def test_listed_kernels(m: int, act: int, bits: int, grouped: int, worth: int) -> None:
-    more = {"worth": worth, "mantissa": 2 * (worth == FLOAT), "scale": 2 if grouped == 4 else 1}
+    more: dict[str, Any] = {"worth": worth, "mantissa": 2 * (worth == FLOAT)}
+    more |= {"scale": 2 if grouped == 4 else 1, "lines": True}
+    more["lift"] = (act, bits, worth) == (2, 4, LINE)
     plan = _plan.plan(problem(m, 14336, 4096, act, bits, grouped, wgmma=True, **more))
     wide = plan.nest == "hopper"
     names = {0: "HGMMA", 1: "HGMMA", 2: "IGMMA"} if wide else {0: "HMMA", 1: "HMMA", 2: "IMMA"}
@@ -235,9 +264,10 @@ def test_listed_kernels(m: int, act: int, bits: int, grouped: int, worth: int) -
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("m", [16, 640])
-def test_bit_planes_compile(m: int) -> None:
-    check("bits.cu", _plan.plan_bits(m, 4096), "BGMMA")
+@pytest.mark.parametrize(("m", "p", "q"), [(16, 1, 1), (16, 2, 2), (16, 3, 3), (640, 2, 2)])
+def test_bit_planes_compile(m: int, p: int, q: int) -> None:
+    plan = _plan.plan_bits(m, 4096, p, q, 4)
+    check(f"{plan.nest}.cu", plan, "BGMMA")
 
 
 @needs_nvrtc

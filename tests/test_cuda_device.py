@@ -16,8 +16,9 @@ except cupy.cuda.runtime.CUDARuntimeError:
     pytest.skip("no CUDA device", allow_module_level=True)
 ml_dtypes = pytest.importorskip("ml_dtypes")
 
-ELEMENTS = [e.name for e in nb.formats.table()]
-INTEGERS = [e.name for e in nb.formats.table() if "int8" in e.computes]
+# What the device knows; the rest is refused, as one test asks.
+ELEMENTS = [e.name for e in nb.formats.table() if nb.cuda.is_dense(nb.Format(e.name))]
+INTEGERS = [e.name for e in nb.formats.table() if "int8" in e.computes and e.name in ELEMENTS]
 GROUPS = ["", "_g8", "_g32", "_g48", "_g64", "_g100", "_g128", "_g256"]
 BF16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -44,7 +45,8 @@ def tensor(fmt: str, n: int, k: int, seed: int = 0, float_zeros: bool = False) -
         zeros = rng.integers(0, e.levels, (n, f.groups(k)))
         if float_zeros:
             zeros = zeros + rng.normal(size=zeros.shape).astype(np.float32)
-    more = {"tensor_scale": 0.37} if e.tensor_scale else {}
+    whole = any(p.name == "tensor_scale" for p in f.parts(n, k))
+    more = {"tensor_scale": 0.37} if whole else {}
     return nb.QTensor.from_parts(fmt, codes, scales, zeros, **more)
 
 
@@ -132,6 +134,16 @@ def test_every_element_int8(element: str) -> None:
         x = activations(m, k, np.float32, i)
         want = nb.matmul(x, q.T, compute="int8")
         same_bits(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="int8"), want)
+
+
+def test_elements_that_the_device_does_not_know() -> None:
+    assert len(ELEMENTS) > 50
+    others = [e.name for e in nb.formats.table() if e.name not in ELEMENTS]
+    w = np.random.default_rng(1).normal(size=(8, 256)).astype(np.float32)
+    for name in others:
+        q = nb.quantize(w, name)
+        with pytest.raises(ValueError, match=f"{name}.* is not available on CUDA"):
+            q.to("cuda:0")
 
 
 def test_codes_that_are_not_finite() -> None:
@@ -558,3 +570,162 @@ def test_two_tensors_as_integers() -> None:
         same_bits(nb.matmul(x.to("cuda:0"), w.to("cuda:0").T), nb.matmul(x, w.T))
     with pytest.raises(ValueError, match="one scale per row"):
         nb.matmul(tensor("int4_g32", 4, 64).to("cuda:0"), tensor("int4", 4, 64).T)
+
+
+def test_activations_of_int8_are_those_of_products() -> None:
+    for fmt in ("int4_g128", "int8", "uint4_g64", "nf4_g32", "mxfp4", "int4_g32_si8", "nvfp4"):
+        for m, k in [(1, 256), (40, 640), (300, 17408)]:
+            q = tensor(fmt, 70, k).to("cuda:0")
+            for dtype in (np.float16, BF16, np.float32):
+                x = cupy.asarray(activations(m, k, dtype))
+                a = nb.cuda.activations(x)
+                assert a.shape == (m, k)
+                same_bits(a @ q.T, nb.matmul(x, q.T, compute="int8").get())
+    x = cupy.asarray(activations(12, 300, np.float32).reshape(3, 4, 300))
+    q, bias = tensor("int4", 70, 300).to("cuda:0"), np.arange(70, dtype=np.float32)
+    out = cupy.empty((3, 4, 70), np.float16)
+    assert (
+        nb.cuda.activations(x[..., ::-1]).matmul(q.T, out=out, dtype=np.float16, bias=bias) is out
+    )
+    want = nb.matmul(x[..., ::-1], q.T, compute="int8", dtype=np.float16, bias=bias)
+    same_bits(out.reshape(12, 70), want.get().reshape(12, 70))
+
+
+def test_codes_near_half_way_are_those_of_the_division() -> None:
+    """Quotients at, just below and just above every half-way mark, rows of all magnitudes."""
+    q = tensor("int8", 64, 512)
+    half = (np.arange(512) % 254 - 127 + 0.5).astype(np.float32)
+    half[-1] = 127
+    rows = [np.nextafter(half, np.float32(way)) for way in (-200, 200)] + [half]
+    for power in (-140, -126, -100, 0, 100, 120):
+        x = (np.stack(rows) * np.float64(2.0) ** power).astype(np.float32)
+        for times in (1.0, 1 / 3, 1.7):
+            scaled = (x * np.float32(times)).astype(np.float32)
+            got = nb.matmul(cupy.asarray(scaled), q.to("cuda:0").T, compute="int8")
+            same_bits(got, nb.matmul(scaled, q.T, compute="int8"))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=["f16", "bf16", "f32"])
+@pytest.mark.parametrize("k", [384, 300, 20000])
+def test_rms_norm(dtype: Any, k: int) -> None:
+    x = activations(9, k, dtype)
+    x[3] = 0
+    x[4, 5] = np.inf
+    gain = np.random.default_rng(2).uniform(0.2, 2, k).astype(np.float32)
+    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        normed = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-3) * gain
+    a = nb.cuda.activations(cupy.asarray(x), norm=gain, eps=1e-3)
+    scales = a.scales.get()
+    assert np.isnan(scales[4])
+    fine = np.delete(np.arange(9), 4)
+    top = np.abs(normed[fine]).max(1)
+    np.testing.assert_allclose(scales[fine], top / 127, rtol=1e-5)
+    # The codes, by the unit matrix.
+    part = min(k, 384)
+    eye = nb.QTensor.from_parts("int8", np.eye(part, k, dtype=np.int8), np.ones((part, 1)))
+    got = nb.cuda.activations(cupy.asarray(x), norm=cupy.asarray(gain), eps=1e-3).matmul(
+        eye.to("cuda:0").T, dtype=np.float32
+    )
+    error = np.abs(got.get()[fine] - normed[fine, :part])
+    assert (error <= 0.5001 * top[:, None] / 127 + 1e-12).all()
+    assert np.isnan(got.get()[4]).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=["f16", "bf16", "f32"])
+def test_activations_of_bit_planes(bits: int, dtype: Any) -> None:
+    """The bits of quantising on the host, sums and products."""
+    for m, n, k in [(1, 70, 256), (13, 64, 300), (100, 300, 2048), (3, 70, 20000)]:
+        x = activations(m, k, dtype, m)
+        x[0, : k // 2] = 0
+        if m > 2:
+            x[2] = np.arange(k) / 4 - k // 8  # steps are met exactly
+        host = nb.quantize(x, f"bipolar{bits}")
+        w = bipolar(2, n, k, 2)
+        a = nb.cuda.activations(cupy.asarray(x), f"bipolar{bits}")
+        want = host.codes().astype(np.int32) @ w.codes().astype(np.int32).T
+        got = a.matmul(w.to("cuda:0").T, dtype=np.int32)
+        np.testing.assert_array_equal(got.get(), want)
+        exact = nb.matmul(host, w.T, dtype=np.float32)
+        y = a.matmul(w.to("cuda:0").T, dtype=np.float32)
+        if bits > 1 or dtype != np.float32:
+            same_bits(y, exact)
+        else:
+            np.testing.assert_allclose(y.get(), exact, rtol=3e-7)
+
+
+def test_bit_planes_after_rms_norm() -> None:
+    x, gain = activations(20, 640, np.float16), np.linspace(0.5, 2, 640, dtype=np.float32)
+    wide = x.astype(np.float64)
+    normed = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-6) * gain
+    host = nb.quantize((x.astype(np.float32) * gain), "bipolar2")
+    w = bipolar(1, 64, 640, 1)
+    a = nb.cuda.activations(cupy.asarray(x), "bipolar2", norm=gain)
+    want = host.codes().astype(np.int32) @ w.codes().astype(np.int32).T
+    np.testing.assert_array_equal(a.matmul(w.to("cuda:0").T, dtype=np.int32).get(), want)
+    np.testing.assert_allclose(a.scales.get(), np.abs(normed).max(1) / 3, rtol=1e-5)
+
+
+def test_activations_that_are_refused() -> None:
+    x = cupy.ones((4, 96), np.float16)
+    d = tensor("int4_g48", 48, 96).to("cuda:0")
+    with pytest.raises(TypeError, match="array of a CUDA device"):
+        nb.cuda.activations(np.ones((4, 96), np.float32))
+    with pytest.raises(ValueError, match="unknown format"):
+        nb.cuda.activations(x, "int4")
+    with pytest.raises(ValueError, match=r"norm must have shape \(96,\)"):
+        nb.cuda.activations(x, norm=np.ones(95, np.float32))
+    with pytest.raises(ValueError, match="eps"):
+        nb.cuda.activations(x, norm=np.ones(96, np.float32), eps=-1)
+    with pytest.raises(TypeError, match="expected floats"):
+        nb.cuda.activations(cupy.ones((4, 96), np.int8))
+    with pytest.raises(ValueError, match="side by side"):
+        nb.cuda.activations(x) @ d.T
+    with pytest.raises(ValueError, match="mismatch in its core dimension"):
+        nb.cuda.activations(x[:, :95]) @ d.T
+    with pytest.raises(ValueError, match="bipolar tensors"):
+        nb.cuda.activations(x, "bipolar2") @ d.T
+    with pytest.raises(TypeError):
+        nb.cuda.activations(x) @ x.T
+    assert (nb.cuda.activations(x[:0]) @ tensor("int4", 48, 96).to("cuda:0").T).shape == (0, 48)
+
+
+FP8 = [
+    "int4",
+    "int2",
+    "bipolar3",
+    "ternary",
+    "e2m1",
+    "mxfp4",
+    "e3m2",
+    "mxfp6_e2m3",
+    "e4m3",
+    "nvfp4",
+]
+
+
+@pytest.mark.parametrize("fmt", FP8)
+@pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=["f16", "bf16", "f32"])
+def test_fp8(fmt: str, dtype: Any) -> None:
+    """Activations are the nearest e4m3 of x / (absmax/448), weights are exact."""
+    for m, n, k, group in [(1, 70, 256, ""), (33, 130, 300, "_g32"), (200, 64, 1024, "_g128")]:
+        name = fmt if fmt.startswith(("mx", "nv")) else fmt + group
+        q = tensor(name, n, k, m)
+        x = activations(m, k, dtype, m)
+        s = (np.abs(x.astype(np.float32)).max(1, keepdims=True) / np.float32(448)).astype(
+            np.float32
+        )
+        rounded = (x.astype(np.float32) / s).astype(ml_dtypes.float8_e4m3fn).astype(np.float64) * s
+        w = q.dequantize().astype(np.float64)
+        got = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="fp8", dtype=np.float32).get()
+        # The tensor cores keep some 13 bits of what they add to.
+        bound = 2.0**-11 * (np.abs(rounded) @ np.abs(w).T) + 1e-12
+        assert (np.abs(got - rounded @ w.T) <= bound).all()
+
+
+def test_fp8_that_is_refused() -> None:
+    x = cupy.ones((4, 96), np.float16)
+    for fmt, why in [("int8", "lacks"), ("nf4", "lacks"), ("uint4", "zero points")]:
+        with pytest.raises(ValueError, match=why):
+            nb.matmul(x, tensor(fmt, 48, 96).to("cuda:0").T, compute="fp8")

@@ -11,7 +11,7 @@ typedef long long i64;
 #define DEVICE __device__ __forceinline__
 
 // Element types of activations and results, as the host names them.
-enum Kind { KIND_F16 = 0, KIND_BF16 = 1, KIND_F32 = 2, KIND_F64 = 3, KIND_I8 = 4 };
+enum Kind { KIND_F16 = 0, KIND_BF16 = 1, KIND_F32 = 2, KIND_F64 = 3, KIND_I8 = 4, KIND_E4M3 = 5 };
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -27,6 +27,12 @@ DEVICE void copy8(u32 to, const void *from) {
 }
 DEVICE void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> DEVICE void wait_pending() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+DEVICE u32 permute(u32 a, u32 b, u32 selector) {
+    u32 r;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
+    return r;
+}
 
 DEVICE float f32_of_f16(u16 h) {
     float f;
@@ -44,6 +50,16 @@ DEVICE u16 bf16_of_f32(float f) {
     u32 b = __float_as_uint(f);
     if ((b & 0x7fffffffu) > 0x7f800000u) return (u16)((b >> 16) | 0x40u);
     return (u16)((b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+
+// Two numbers in the halves of a word.
+DEVICE u32 halves(float low, float high, int kind) {
+    u32 r;
+    if (kind == KIND_F16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
 }
 
 DEVICE float load_float(const void *p, i64 i, int kind) {

@@ -51,6 +51,21 @@ DEVICE void copy_run(u32 to, const void *from, int bytes, u32 bar) {
                  : "memory");
 }
 
+// The way back: a box of shared memory to a matrix; what lies outside of the matrix is not written.
+DEVICE void store_box(const Map *map, u32 from, int column, int row) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];\n"
+                 "cp.async.bulk.commit_group;" ::"l"(map),
+                 "r"(from), "r"(column), "r"(row)
+                 : "memory");
+}
+// Until all but the last PENDING boxes of this thread have been read, or all have arrived.
+template <int PENDING> DEVICE void store_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
+DEVICE void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Shows the copy engine what this thread has written.
+DEVICE void store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // Clusters: blocks that run together and reach each other's shared memory.
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");

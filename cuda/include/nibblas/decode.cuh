@@ -12,7 +12,7 @@
 //   2 bits   word block,           shift 4*step + 2*row
 //   1 bit    word block/2,         shift 4*(block%2) + 2*step + row
 //
-// Codes of a table of 16 lie otherwise, so that a byte is a pair: byte i of word block*2 + row holds step i/2, low nibble
+// Codes of PAIRS lie otherwise, so that a byte is a pair: byte i of word block*2 + row holds step i/2, low nibble
 // k = 2t + 8*(i%2), high nibble the k after it.
 #pragma once
 #include "base.cuh"
@@ -70,15 +70,16 @@ template <int BITS> DEVICE u32 quad(const Words<BITS> &x, int block, int row, in
 //   Half   the bits of a code are those of a subnormal float16: u * 2^-24, exact and free. SETS = 2 leaves the fields of
 //          the second step (and of the odd row) where they are: worth a power of two more, undone at the end.
 //   Bf16   128 + u in the mantissa; 8-bit codes are converted.
-//   Byte   the quad itself, unsigned.
-enum Act { ACT_F16 = 0, ACT_BF16 = 1, ACT_S8 = 2 };
+//   Byte   the quad itself, unsigned, or the entries of a table.
+enum Act { ACT_F16 = 0, ACT_BF16 = 1, ACT_S8 = 2, ACT_E4M3 = 3 };
 
 // What a code is worth.
 //   LINE   mul*u - sub
 //   PAIRS  an entry of a table of 16; a pair of codes is looked up at once
 //   FLOAT  sign, exponent, mantissa: moved to where the 16-bit type has them, worth a power of two less
 //   TABLE  an entry of any table
-enum Worth { LINE = 0, PAIRS = 1, FLOAT = 2, TABLE = 3 };
+//   SMALL  of products of bytes: an entry of a table of 16 in registers, codes lying as those of LINE
+enum Worth { LINE = 0, PAIRS = 1, FLOAT = 2, TABLE = 3, SMALL = 4 };
 
 // Set on the command line: how scales are stored, and of FLOAT the bits of the mantissa and of the exponent.
 #ifndef NB_WORTH
@@ -118,12 +119,6 @@ template <int ACT, int BITS> DEVICE constexpr int excess(int row, int step) {
     return Sets<ACT, BITS>::value == 1 ? 0 : BITS == 4 ? 4 * step : BITS == 2 ? 4 * step + 2 * row : 2 * step + row;
 }
 
-DEVICE u32 permute(u32 a, u32 b, u32 selector) {
-    u32 r;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(selector));
-    return r;
-}
-
 DEVICE u32 bf16_pair(u32 low, u32 high) {
     // Integers below 256 are exact in bfloat16: the upper halves of their float32.
     return permute(__float_as_uint(__uint2float_rn(low)), __float_as_uint(__uint2float_rn(high)), 0x7632);
@@ -134,17 +129,18 @@ template <int BY> DEVICE u32 shifted(u32 v) { return BY >= 0 ? v << (BY & 31) : 
 
 // A table of values, ready to be looked up by every lane of a block.
 template <int ACT> struct Book {
-    static constexpr bool INT = ACT == ACT_S8;
+    static constexpr bool INT = ACT == ACT_S8 || ACT == ACT_E4M3; // entries are bytes
+    static constexpr bool IN_REGISTERS = INT && (NB_WORTH == PAIRS || NB_WORTH == SMALL);
     // PAIRS: every pair of values once per lane, so that no two lanes share a bank. TABLE: eight copies.
     static constexpr int BYTES = NB_WORTH == PAIRS && !INT ? 32768 : NB_WORTH == TABLE ? 8192 : 0;
     const char *at; // the table, in shared memory
     u32 lane;       // offset of this lane's copy
-    u32 bytes[4];   // PAIRS of int8: the table itself
+    u32 bytes[4];   // PAIRS and SMALL of bytes: the table itself
 
     // `values` are 16 or 256 of the type that the products are computed in. A barrier must follow.
     DEVICE void load(char *shared, const void *values, int tid, int threads) {
         at = shared;
-        if (NB_WORTH == PAIRS && INT) {
+        if (IN_REGISTERS) {
 #pragma unroll
             for (int i = 0; i < 4; i++) bytes[i] = ((const u32 *)values)[i];
         } else if (NB_WORTH == PAIRS) {
@@ -171,6 +167,11 @@ template <int ACT> struct Book {
         const u32 place = (word & 0x77777777u) >> (16 * HALF), upper = ((word >> 1 & 0x44444444u) | 0x32103210u) >> (16 * HALF);
         const u32 found = permute(permute(bytes[0], bytes[1], place), permute(bytes[2], bytes[3], place), upper);
         return permute(found, found, 0x3120);
+    }
+    // The bytes of the four codes of a quad.
+    DEVICE u32 each(u32 quad) const {
+        const u32 twos = quad | quad >> 4, place = permute(twos, 0, 0x4420), upper = (place >> 1 & 0x4444u) | 0x3210u;
+        return permute(permute(bytes[0], bytes[1], place & 0x7777u), permute(bytes[2], bytes[3], place & 0x7777u), upper);
     }
 };
 
@@ -245,7 +246,7 @@ template <int ACT, int BITS> DEVICE u32 integers(const Book<ACT> &book, const Wo
         return step ? book.template four<1>(w) : book.template four<0>(w);
     }
     const u32 q = quad<BITS>(x, block, row, step);
-    if (NB_WORTH != TABLE) return q;
+    if (NB_WORTH != TABLE) return NB_WORTH == SMALL ? book.each(q) : q;
     const u32 low = permute(book.template value<0>(q), book.template value<1>(q), 0x0040);
     const u32 high = permute(book.template value<2>(q), book.template value<3>(q), 0x0040);
     return permute(low, high, 0x5410);

@@ -7,13 +7,15 @@ DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING> DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 // Keeps the compiler from moving uses of an accumulator across a wait.
+DEVICE void pin(float &c) { asm volatile("" : "+f"(c)::"memory"); }
+DEVICE void pin(int &c) { asm volatile("" : "+r"(c)::"memory"); }
 template <int N> DEVICE void pin(float (&c)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+    for (int i = 0; i < N; i++) pin(c[i]);
 }
 template <int N> DEVICE void pin(int (&c)[N]) {
 #pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+r"(c[i])::"memory");
+    for (int i = 0; i < N; i++) pin(c[i]);
 }
 
 // A K-major operand in rows of 128 bytes, 16-byte pieces exchanged by piece ^ (row % 8); 1024-byte aligned. Along K one
@@ -71,7 +73,8 @@ template <int ACT, int T> struct Wgmma;
 #define NB_WGMMAS(T, C)                                                                                                     \
     NB_WGMMA(0, T, C, float, "+f", "k16.f32.f16.f16", ", 1, 1, 0")                                                          \
     NB_WGMMA(1, T, C, float, "+f", "k16.f32.bf16.bf16", ", 1, 1, 0")                                                        \
-    NB_WGMMA(2, T, C, int, "+r", "k32.s32.s8.s8", "")
+    NB_WGMMA(2, T, C, int, "+r", "k32.s32.s8.s8", "")                                                                       \
+    NB_WGMMA(3, T, C, float, "+f", "k32.f32.e4m3.e4m3", ", 1, 1")
 NB_WGMMAS(32, 16)
 NB_WGMMAS(64, 32)
 NB_WGMMAS(128, 64)
@@ -93,3 +96,10 @@ NB_BIT_WGMMA(32, 16)
 NB_BIT_WGMMA(64, 32)
 NB_BIT_WGMMA(128, 64)
 NB_BIT_WGMMA(256, 128)
+
+// Four 8 by 8 matrices of 16 bits, transposed; lane l names where column l % 8 of matrix l / 8 goes.
+DEVICE void store_transposed(u32 address, const u32 r[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r[0]), "r"(r[1]),
+                 "r"(r[2]), "r"(r[3])
+                 : "memory");
+}

@@ -5,7 +5,8 @@ Imported when a CuPy array or a ``cuda`` device is first met; importing nibblas 
 
 from __future__ import annotations
 
-from . import _arithmetic, _graph, _intops, _panels, _product, _quantize
+from . import _activations, _arithmetic, _graph, _intops, _panels, _product, _quantize
+from ._activations import *  # noqa: F403
 from ._arithmetic import *  # noqa: F403
 from ._graph import *  # noqa: F403
 from ._intops import *  # noqa: F403
@@ -14,6 +15,7 @@ from ._product import *  # noqa: F403
 from ._quantize import *  # noqa: F403
 
 __all__ = [
+    *_activations.__all__,
     *_arithmetic.__all__,
     *_graph.__all__,
     *_intops.__all__,

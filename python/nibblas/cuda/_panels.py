@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from ..formats import Format
 from ..qtensor import _E4M3, _powers, _Storage
 from ._launch import arch, kernel, tensor_map
-from ._plan import CHUNK, Plan, padded_group, plan
-from ._worth import Worth, integers, known, line, worth
+from ._plan import CHUNK, S8, Plan, padded_group, plan
+from ._worth import Worth, integers, is_paired, known, line, worth
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -73,28 +73,37 @@ class _PackArgs(ctypes.Structure):
 
 
 class BitPlanes:
-    """The bits of the codes, plane after plane, with the sums of the codes of each row."""
+    """The bits of bipolar codes, plane after plane, with the sums of the codes of each row."""
 
-    def __init__(self, host: _Storage, device: int) -> None:
+    def __init__(self, bits: int, rows: int, cols: int, device: int) -> None:
         import cupy
 
-        self.bits = host.format.bits
-        self.chunks = max(-(-host.cols // 1024), 1)
-        self.rows = -(-max(host.rows, 1) // 256) * 256
+        self.bits, self.rows, self.cols, self.device = bits, rows, cols, device
+        self.chunks = max(-(-cols // 1024), 1)
+        self.planes = cupy.empty(bits * rows * self.chunks * 128, cupy.uint8)
+        self.sums = cupy.empty(rows, cupy.int32)
+        self.scales = cupy.empty(rows, cupy.float32)
+
+    @classmethod
+    def of(cls, host: _Storage, device: int) -> BitPlanes:
+        """Make those of a matrix; its rows are padded, so that every tile is there."""
+        import cupy
+
         with cupy.cuda.Device(device):
+            rows = -(-max(host.rows, 1) // 256) * 256
+            made = cls(host.format.bits, rows, host.cols, device)
             codes = cupy.asarray(host.codes)
-            size = self.bits * self.rows * self.chunks * 128
-            self.planes = cupy.empty(size, cupy.uint8)
-            self.sums = cupy.empty(self.rows, cupy.int32)
-            self.scales = cupy.asarray(np.resize(row_scales(host), self.rows))
+            size = made.planes.size
+            made.scales.set(np.resize(row_scales(host), rows))
             stream = int(cupy.cuda.get_current_stream().ptr)
-            args = _PackArgs(codes.data.ptr, self.planes.data.ptr, size, host.codes.shape[1])
-            args.n, args.k, args.bits = host.rows, host.cols, self.bits
-            args.padded, args.chunks = self.rows, self.chunks
+            args = _PackArgs(codes.data.ptr, made.planes.data.ptr, size, host.codes.shape[1])
+            args.n, args.k, args.bits = host.rows, host.cols, made.bits
+            args.padded, args.chunks = rows, made.chunks
             kernel(device, "pack.cu", "planes").launch((-(-size // 256), 1), 256, 0, stream, args)
-            args.codes, args.out = self.planes.data.ptr, self.sums.data.ptr
-            kernel(device, "pack.cu", "code_sums").launch((self.rows, 1), 128, 0, stream, args)
+            args.codes, args.out = made.planes.data.ptr, made.sums.data.ptr
+            kernel(device, "pack.cu", "code_sums").launch((rows, 1), 128, 0, stream, args)
             cupy.cuda.get_current_stream().synchronize()
+        return made
 
     def boxes(self, box_rows: int) -> Any:
         """Return the tensor map of the planes."""
@@ -144,7 +153,7 @@ class Panels:
         if self.chunks * max(CHUNK * 8, self.n_padded // 16) >= 1 << 31:
             raise ValueError(f"a matrix of shape {(self.rows, self.cols)} is too large for CUDA")
         # A pair of codes of up to four bits is a byte where a table says what they are worth.
-        self.paired = not element.linear and element.bits <= 4
+        self.paired = is_paired(element)
         self.bits = 4 if self.paired else element.bits
         self.tensor = float(np.float32(host.tensor))
         unit = 1.0
@@ -154,6 +163,10 @@ class Panels:
         else:
             self.mul, self.sub = 1, 0
             most = int(np.abs(integers(element)[0].astype(np.int32)).max())
+        # Codes whose offset is the top bit of their field; scales that a power of two divides.
+        tops = element.linear and (self.mul, self.sub) == (1, 1 << (element.bits - 1))
+        self.lift = tops and element.bits in (2, 4) and host.zeros is None
+        self.lift &= "row_scales" not in host.arrays()
         zeros = host.zeros
         self.zero = 0 if zeros is None else 2 if zeros.dtype.kind == "f" else 1
         whole = zeros is not None and self.zero == 1 and zeros.size > 0
@@ -161,6 +174,10 @@ class Panels:
         span = 255 if zeros is not None else most
         self.longest = span * 127 * (self.padded if self.grouped_rows else self.chunks * CHUNK)
         scales, self.scale = _device_scales(host, unit)
+        if self.scale == 0 and scales.size:
+            sizes = np.abs(scales)
+            self.lift &= not bool(((sizes > 0) & (sizes < 2.0**-110)).any())
+        self.lift &= 128 * 127 * self.chunks * CHUNK < 1 << 31
         with cupy.cuda.Device(device):
             self.scales = self._per_group(cupy, scales, groups)
             # Of two levels, for products in int8: bytes of groups, scales of rows.
@@ -222,6 +239,11 @@ class Panels:
         """Return how products in a class of arithmetic decode the codes."""
         return worth(self.element, act, self.finite)
 
+    def row_step(self, act: int = S8) -> np.float32:
+        """Return what 1 of a weight is worth beside its scales, in products of bytes."""
+        worth = self.worth(act)
+        return np.float32(worth.unit if worth.kind else 1.0) * np.float32(self.tensor)
+
     def segments(self, length: int | None) -> Segments:
         """Return the stretches of K with one scale of the weights, and one of the activations.
 
@@ -256,7 +278,7 @@ class Panels:
     def bit_planes(self) -> BitPlanes:
         """Return the bit planes, made on first use."""
         if self.held_planes is None:
-            self.held_planes = BitPlanes(self.host, self.device)
+            self.held_planes = BitPlanes.of(self.host, self.device)
         return self.held_planes
 
     def plan(self, m: int, compute: str, kind: int) -> Plan:

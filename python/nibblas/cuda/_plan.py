@@ -7,11 +7,13 @@ from typing import NamedTuple
 __all__ = [
     "BF16",
     "CHUNK",
+    "E4M3",
     "F16",
     "FLOAT",
     "LINE",
     "PAIRS",
     "S8",
+    "SMALL",
     "TABLE",
     "Cut",
     "HopperCut",
@@ -27,9 +29,9 @@ __all__ = [
     "plan_bits",
 ]
 
-F16, BF16, S8 = 0, 1, 2
+F16, BF16, S8, E4M3 = 0, 1, 2, 3
 # What a code is worth; see decode.cuh.
-LINE, PAIRS, FLOAT, TABLE = 0, 1, 2, 3
+LINE, PAIRS, FLOAT, TABLE, SMALL = 0, 1, 2, 3, 4
 SCALE_BYTES = (4, 2, 1, 1)
 CHUNK = 128
 
@@ -85,7 +87,7 @@ class Problem(NamedTuple):
     groups: int
     """Scales of a row."""
     act: int
-    """0 float16, 1 bfloat16, 2 int8."""
+    """0 float16, 1 bfloat16, 2 int8, 3 e4m3."""
     bits: int
     """Of a code."""
     grouped: int
@@ -103,18 +105,27 @@ class Problem(NamedTuple):
     wgmma: bool = False
     """Whether the device has wgmma."""
     worth: int = LINE
-    """What a code is worth: LINE, PAIRS, FLOAT or TABLE."""
+    """What a code is worth: LINE, PAIRS, FLOAT, TABLE or SMALL."""
     mantissa: int = 0
     """Mantissa bits of FLOAT."""
     act_scales: bool = False
     """Whether int8 activations have one scale per group."""
+    lift: bool = False
+    """Whether int8 products may take codes as they lie at the top of a byte."""
+    lines: bool = False
+    """Whether results have 16 bits and aligned rows, so that the copy engine can write them."""
 
     @property
     def book(self) -> int:
         """Bytes of shared memory that a table of values takes."""
         if self.worth == TABLE:
             return 8192
-        return 32768 if self.worth == PAIRS and self.act != S8 else 0
+        return 32768 if self.worth == PAIRS and self.width == 2 else 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.act in (F16, BF16) else 1
 
     @property
     def decode(self) -> tuple[tuple[str, int], ...]:
@@ -168,7 +179,14 @@ def choose(p: Problem) -> Cut:
         wn = 2 if nt <= 2 else 1
         if p.zero != 2 and nt <= 2 and p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024:
             return Cut(nt, wn, 1, 4, park=1)
-        return Cut(nt, 2 if nt == 8 else 1, 4 if nt <= 2 else 8, 1)
+        if nt <= 2:
+            # A block walks all of K alone: what it has asked for must last.
+            most, n = p.multiprocessors, p.n_padded
+            if n < 96 * most:
+                return Cut(nt, 1, 1, 1, resident=2, stages=24)
+            wr = 7 if n >= 192 * most and -(-n // 112) <= 2 * most else 4
+            return Cut(nt, 1, wr, 1, resident=2 if wr == 7 else 4, stages=12 if nt == 1 else 8)
+        return Cut(nt, 2 if nt == 8 else 1, 8, 1)
     if nt <= 2:
         # All of K in a block saves the meeting of its parts, worth 3 us, where the rows alone keep
         # the device busy; the wider a block, the less often activations are read. Tables take
@@ -176,8 +194,12 @@ def choose(p: Problem) -> Cut:
         sets = 2 if p.act == F16 else 1
         most, n = p.multiprocessors, p.n_padded
         if n >= 192 * most:
+            if nt == 1 and p.bits <= 2 and not p.book:
+                return Cut(nt, 4, 4, 4, sets=sets, stages=4, whole=True)
             if p.book > 8192:
                 return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=p.grouped < 2)
+            if p.worth == FLOAT and nt == 2 and 0.9 * most <= -(-n // 224) <= most:
+                return Cut(nt, 2, 7, 2, whole=True)
             wk = (4, 3)[nt - 1] if p.worth == LINE else (3, 2)[nt - 1]
             return Cut(nt, 4, 2, wk, sets=sets, resident=2, stages=3, whole=True)
         if n >= 96 * most:
@@ -193,7 +215,7 @@ def build(p: Problem, cut: Cut) -> Plan:
     nt, wn, wr, wk = cut.nt, cut.wn, cut.wr, cut.wk
     rows, tokens, threads = 16 * wn * wr, 8 * nt, 32 * wr * wk
     row_blocks = -(-p.n_padded // rows)
-    width = 1 if p.act == S8 else 2
+    width = p.width
     scale_bytes = SCALE_BYTES[p.scale] + (0, 1, 4)[p.zero]
     stage = wr * wk * (wn * 256 * p.bits + p.grouped * wn * 16 * scale_bytes)
     stage += wk * tokens * CHUNK * width
@@ -245,13 +267,15 @@ class HopperCut(NamedTuple):
     """Whether a block takes all of K."""
     cluster: int = 1
     """Blocks that share the activations they fetch, where they take all of K."""
+    side: int = 0
+    """Blocks side by side along the activations, a divisor of all there are; 0: as many as fit."""
 
 
 def has_hopper(p: Problem) -> bool:
     """Whether ``hopper.cu`` can decode the format to signed numbers of the activations' type."""
     if not p.wgmma or p.zero == 2 or p.act_scales:
         return False
-    if p.worth != LINE:
+    if p.worth != LINE or p.act == E4M3:
         return True
     if p.act == S8:
         return p.zero_top < 128 and not (p.bits == 8 and (p.zero or p.mul == 2))
@@ -265,22 +289,41 @@ def choose_hopper(p: Problem) -> HopperCut:
     if p.m <= 64:
         if p.m > 32 and p.n_padded >= 192 * p.multiprocessors and not p.ordered:
             return HopperCut(64, 4, whole=True)
-        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3, whole=whole)
+        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3 if p.m <= 32 else 2, whole=whole)
     if p.m <= 128 and not wide:
         return HopperCut(128, 1, 4, resident=2, whole=whole)
-    if p.act == S8 and not p.ordered and (wide or (whole and p.m >= 2048)):
+    scaled = p.grouped > 0 and p.scale != 3
+    if p.width == 1 and not scaled and (wide or (whole and p.m >= 2048)):
         # Without totals beside them a thread has the registers for twice the sums.
-        return HopperCut(256, 2, 4, whole=True, cluster=2)
-    return HopperCut(128, 2, whole=wide)
+        return HopperCut(256, 2, 4, whole=True, cluster=2 if p.scale != 3 else 1)
+    # Sums of groups become floats meanwhile: that takes warps.
+    return HopperCut(128, 3 if p.ordered and wide and p.m >= 512 else 2, whole=wide)
+
+
+def _side(p: Problem, t: int, row_blocks: int, slots: int) -> int:
+    """Return how many tiles of activations are multiplied at a time.
+
+    What they read should stay in the cache, and no block should have more to do than others.
+    """
+    tiles = -(-p.m // t)
+    nbytes = t * p.chunks * CHUNK * p.width
+
+    def rounds(side: int) -> int:
+        return -(-row_blocks * (tiles // side) // max(slots // side, 1))
+
+    some = [s for s in range(1, min(tiles, slots) + 1) if tiles % s == 0]
+    some = [s for s in some if s * nbytes <= 18 << 20] or [1]
+    best = min(some, key=lambda s: (rounds(s), -s))
+    return best if rounds(best) < rounds(tiles) or tiles * nbytes > 18 << 20 else tiles
 
 
 def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     """Return the launch of a cut."""
     t, wg = cut.t, cut.wg
-    handed = wg == 4 or (wg == 2 and t >= 128)
+    handed = wg == 4 or (wg > 1 and t >= 128)
     rows, threads = 64 * wg, 128 * wg + (128 if handed else 32)
     row_blocks = -(-p.n_padded // rows)
-    width = 1 if p.act == S8 else 2
+    width = p.width
     scale_bytes = SCALE_BYTES[p.scale] + (1 if p.zero else 0)
     stage = t * CHUNK * width + rows * (16 * p.bits + p.grouped * scale_bytes)
     stage = -(-stage // 1024) * 1024
@@ -294,8 +337,12 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     whole = cut.whole or p.ordered
     cluster = cut.cluster if whole and row_blocks > 1 else 1
     row_blocks = -(-row_blocks // cluster)
-    units = row_blocks if whole else row_blocks * p.chunks
-    blocks = min(units, max(1, p.multiprocessors * resident // (m_blocks * cluster)))
+    slots = p.multiprocessors * resident // cluster
+    side = cut.side or (_side(p, t, row_blocks, slots) if whole else m_blocks)
+    units = row_blocks * (m_blocks // side if whole else p.chunks)
+    blocks = min(units, max(1, slots // side))
+    # Pays where conversions of sums take longer than products; two sets of 64 and totals fit.
+    ping = p.act == S8 and p.ordered and p.groups == p.chunks and (t, wg) == (128, 2)
     defines = (
         *p.decode,
         ("T", t),
@@ -303,8 +350,13 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         ("CL", cluster),
         ("STAGES", stages),
         ("MUL", p.mul),
+        ("PING", int(ping)),
+        ("LIFT", int(p.lift)),
+        ("OUT", int(p.lines)),
+        ("WHOLE", int(whole)),
+        ("RESIDENT", resident),
     )
-    size = (blocks * cluster, m_blocks)
+    size = (blocks * cluster, side)
     return Plan(
         "hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, cluster
     )
@@ -315,7 +367,7 @@ def plan(p: Problem) -> Plan:
     # Up to 32 rows the narrow nest reads a small matrix twice in less time.
     small = 24 * p.multiprocessors <= p.n_padded < 96 * p.multiprocessors
     few = 32 if small and not p.ordered else 16
-    if p.m > few and has_hopper(p):
+    if (p.m > few or p.act == E4M3) and has_hopper(p):
         return build_hopper(p, choose_hopper(p))
     cut = choose(p)
     made = build(p, cut)
@@ -333,21 +385,28 @@ def plan(p: Problem) -> Plan:
     return made
 
 
-def plan_bits(m: int, n: int, steps: int = 8) -> Plan:
-    """Return the launch of ``bits.cu`` for `m` rows of activations and `n` of weights.
+def plan_bits(m: int, n: int, p: int, q: int, chunks: int) -> Plan:
+    """Return the launch for bit planes of `m` rows of activations and `n` of weights.
 
-    `steps` is how many pairs of planes, 1024 bits long, a sum has. The grid holds the blocks of a
-    multiprocessor; `rows` are those of the activations, `tokens` of the weights.
+    `p` and `q` are the planes of weights and activations, `chunks` their runs of 1024 k. `rows` are
+    those of the activations that a block takes, `tokens` of the weights; the grid is made of them.
     """
+    if m <= 64 and p + q <= 4:
+        groups, t = min(chunks, 4), 32
+        slot = (64 * q + t * p) * 128
+        rest = (groups - 1) * 64 * t * 4 + 1024
+        stages = max(2, min(2 * groups, (220 * 1024 - rest) // slot))
+        few = (("P", p), ("Q", q), ("T", t), ("KG", groups), ("STAGES", stages))
+        shared = stages * slot + rest
+        return Plan("bits_few", few, (1, 1), 128 * groups + 32, shared, 0, 64, t, 0, True)
     if m <= 64:
-        wg, t, stages, resident = 1, 32, 12, 1
-    elif steps <= 4:
+        wg, t, stages = 1, 32, 12
+    elif p * q * chunks <= 4:
         # Most of the time results leave: narrow tiles have less to write at once.
-        wg, t, stages, resident = 4, 64, 5, 1
+        wg, t, stages = 4, 64, 5
     else:
-        wg, t, stages, resident = 4, 128, 4, 1
+        wg, t, stages = 4, 128, 4
     rows = 64 * wg
-    defines = (("T", t), ("WG", wg), ("STAGES", stages))
     shared = stages * (rows + t) * 128 + 1024
-    threads = 128 * wg + 32
-    return Plan("bits", defines, (resident, 1), threads, shared, 0, rows, t, 0, True)
+    defines = (("T", t), ("WG", wg), ("STAGES", stages))
+    return Plan("bits", defines, (1, 1), 128 * wg + 32, shared, 0, rows, t, 0, True)

@@ -14,13 +14,13 @@ from numpy.typing import DTypeLike
 
 from .._api import _check_inner, _float_dtype, _kind, _raise_cast
 from ..qtensor import QTensor
-from ._launch import device_properties, has_wgmma, kernel, tensor_map, workspace
-from ._panels import Panels, Storage, panels_on, row_scales
-from ._plan import BF16, CHUNK, F16, S8, Plan, Problem, plan, plan_bits
+from ._launch import Kernel, device_properties, has_wgmma, kernel, tensor_map, workspace
+from ._panels import BitPlanes, Panels, Storage, panels_on, row_scales
+from ._plan import BF16, CHUNK, E4M3, F16, S8, Plan, Problem, plan, plan_bits
 
 __all__ = ["explain", "is_device_array", "product", "product_both"]
 
-_COMPUTES = ("f32", "bf16", "int8", "int8_g32", "int8_g128")
+_COMPUTES = ("f32", "bf16", "int8", "int8_g32", "int8_g128", "fp8")
 # Length of the activations' groups.
 _LENGTHS = {"int8_g32": 32, "int8_g128": 128}
 _F32 = np.dtype(np.float32)
@@ -70,7 +70,9 @@ class _ActArgs(ctypes.Structure):
         *((name, ctypes.c_int) for name in ("m", "n", "k", "places", "group", "padded")),
         *((name, ctypes.c_int) for name in ("kind", "out_kind", "y_kind", "plain", "tables")),
         ("step", ctypes.c_float),
-        *((name, ctypes.c_int) for name in ("length", "segment", "segments")),
+        *((name, ctypes.c_int) for name in ("length", "segment", "segments", "gain_kind")),
+        ("gain", ctypes.c_void_p),
+        ("eps", ctypes.c_float),
     ]
 
 
@@ -133,10 +135,11 @@ def product(
     storage = q._storage
     if not is_device_array(other):
         storage.pack(0)  # raises: the operands are in different places
-    if compute not in _COMPUTES or compute not in storage.format.computes:
+    there = [c for c in _COMPUTES if c in storage.format.computes or c == "fp8"]
+    if compute not in there:
         raise ValueError(
             f"compute={compute!r} is not available for {storage.format} on CUDA: expected one of "
-            f"{', '.join(c for c in _COMPUTES if c in storage.format.computes)}"
+            f"{', '.join(there)}"
         )
     if compute in _LENGTHS and storage.array("row_scales") is not None:
         raise ValueError(f"compute={compute!r} is not available for {storage.format} on CUDA")
@@ -168,7 +171,7 @@ def product(
         x2 = _matrix(x, x.shape[-1])
         if x2 is None:
             x2 = cupy.ascontiguousarray(x).reshape(-1, x.shape[-1])
-        _run(panels, x2, y2, compute, b, cupy)
+        _run(panels, x2, y2, compute, b)
         if temporary is not None:
             view = y.swapaxes(-1, -2) if swapped else y
             view[...] = temporary.reshape(view.shape)
@@ -222,7 +225,7 @@ def product_both(
         if 0 in shape or x.cols == 0:
             y[...] = 0 if vector is None else vector
         elif planes and (raw or x.bits * w.bits < 8):
-            _run_bits(x, w, y, vector, cupy)
+            _run_bits(x.bit_planes(), x.rows, w.bit_planes(), w.rows, y, vector)
         elif raw:
             raise ValueError(
                 f"raw sums of {left.format} and {right.format} are not available on CUDA: "
@@ -236,7 +239,7 @@ def product_both(
             if w.worth(S8).kind:
                 raise ValueError(f"products of {right.format} are not available on CUDA")
             scales = cupy.asarray(row_scales(left))
-            _run(w, codes, y, "int8", vector, cupy, scales)
+            _run(w, codes, y, "int8", vector, scales)
         if final is None:
             return y if y.dtype == result else y.astype(result)
         if final is not y:
@@ -244,30 +247,32 @@ def product_both(
         return out[0] if isinstance(out, tuple) else out
 
 
-def _run_bits(x: Panels, w: Panels, y: Any, bias: Any, cupy: Any) -> None:
-    top_x, top_w = (1 << x.bits) - 1, (1 << w.bits) - 1
-    if x.cols * top_x * top_w >= 1 << 31:
+def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -> None:
+    """Multiply planes of `m` and `n` rows; `y` of int32 takes the sums themselves."""
+    import cupy
+
+    k = wp.cols
+    if k * ((1 << xp.bits) - 1) * ((1 << wp.bits) - 1) >= 1 << 31:
         raise ValueError("integer sums of this length could overflow int32")
-    xp, wp = x.bit_planes(), w.bit_planes()
-    pl = plan_bits(x.rows, w.rows, x.bits * w.bits * xp.chunks)
+    pl = plan_bits(m, n, wp.bits, xp.bits, xp.chunks)
     args = _BitArgs(wp.sums.data.ptr, xp.sums.data.ptr, wp.scales.data.ptr, xp.scales.data.ptr)
     args.bias = None if bias is None else bias.data.ptr
     args.y = y.data.ptr
     args.y_row, args.y_col = _strides(y)
-    args.m, args.n, args.k, args.chunks = x.rows, w.rows, x.cols, xp.chunks
+    args.m, args.n, args.k, args.chunks = m, n, k, xp.chunks
     args.w_rows, args.x_rows = wp.rows, xp.rows
-    args.p, args.q = w.bits, x.bits
+    args.p, args.q = wp.bits, xp.bits
     args.y_kind = -1 if y.dtype.kind == "i" else _kind_of(y.dtype)
     args.wide = (
         args.y_col == 1
         and args.y_row % 2 == 0
-        and w.rows % 2 == 0
+        and n % 2 == 0
         and y.data.ptr % (2 * y.itemsize) == 0
     )
-    args.x_box = min(pl.rows, -(-x.rows // 8) * 8)
-    args.m_blocks, args.n_blocks = -(-x.rows // pl.rows), -(-w.rows // pl.tokens)
-    blocks = min(args.m_blocks * args.n_blocks, device_properties(w.device)[0] * pl.grid[0])
-    kernel(w.device, "bits.cu", "bits", pl.defines).launch(
+    args.x_box = min(pl.rows, -(-m // 8) * 8)
+    args.m_blocks, args.n_blocks = -(-m // pl.rows), -(-n // pl.tokens)
+    blocks = min(args.m_blocks * args.n_blocks, device_properties(wp.device)[0])
+    kernel(wp.device, f"{pl.nest}.cu", pl.nest, pl.defines).launch(
         (blocks, 1),
         pl.threads,
         pl.shared,
@@ -345,12 +350,33 @@ def _strides(a: Any) -> tuple[int, int]:
     return a.strides[0] // size, a.strides[1] // size
 
 
-def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]:
-    """Return what the plan depends on, and whether rows are split in three of bfloat16."""
+def _has_lines(y: Any, split: bool) -> bool:
+    """Whether the copy engine can write the rows of a result."""
+    row, col = y.strides
+    return (
+        not split
+        and y.itemsize == 2
+        and col == 2
+        and row % 16 == 0
+        and row >= 2 * y.shape[1]
+        and y.data.ptr % 16 == 0
+    )
+
+
+def _problem(p: Panels, m: int, compute: str, kind: int, y: Any = None) -> tuple[Problem, bool]:
+    """Return what the plan depends on, and whether rows are split in three of bfloat16.
+
+    Without `y` the result is a new array of the activations' type.
+    """
     split = False
     length = _LENGTHS.get(compute)
     if compute == "int8" or length:
         act = S8
+    elif compute == "fp8":
+        if not has_wgmma(p.device) or p.zero:
+            why = "it has zero points" if p.zero else "the device has no wgmma"
+            raise ValueError(f"compute='fp8' is not available for {p.host.format}: {why}")
+        act = E4M3
     elif compute == "bf16" or kind == 1:
         act = BF16
     elif kind == 0:
@@ -383,6 +409,8 @@ def _problem(p: Panels, m: int, compute: str, kind: int) -> tuple[Problem, bool]
         worth.kind,
         worth.mantissa,
         length is not None,
+        act == S8 and length is None and p.lift,
+        kind < 2 and p.rows % 8 == 0 if y is None else _has_lines(y, split),
     )
     return problem, split
 
@@ -398,6 +426,23 @@ def explain(x: Any, q: QTensor, compute: str) -> Plan:
     return panels.plan(m, compute, 2 if kind is None else kind)
 
 
+def quantiser(device: int, m: int, k: int, lines: bool) -> tuple[Kernel, int, int]:
+    """Return what makes rows int8, its blocks, and their threads.
+
+    `lines` says that the rows are of 16 bits, and runs of 16 can be read at once.
+    """
+    threads = row_threads(k)
+    if not lines or k > 16 * threads:
+        return kernel(device, "activations.cu", "quantise"), m, threads
+    blocks = device_properties(device)[0] * max(1024 // threads, 1)
+    return kernel(device, "activations.cu", "quantise_rows"), min(m, blocks), threads
+
+
+def row_threads(k: int) -> int:
+    """Return the threads of a block that quantises a row: one for every 16 numbers."""
+    return min(max(-(-k // 512) * 32, 128), 1024)
+
+
 # Memory that captured graphs use: nobody else may have it.
 _captured: list[Any] = []
 
@@ -410,9 +455,17 @@ def _scratch(shape: Any, dtype: Any, stream: int, cupy: Any) -> Any:
     return a
 
 
-def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: Any = None) -> None:
-    """Compute y = x W^T for matrices; every argument is checked."""
-    m, k = x.shape
+def _run(
+    p: Panels, x: Any, y: Any, compute: str, bias: Any, given: Any = None, placed: bool = False
+) -> None:
+    """Compute y = x W^T for matrices; every argument is checked.
+
+    `given` are scales of the rows of int8 codes; `placed` says that these lie as the kernels read
+    them.
+    """
+    import cupy
+
+    m, k = x.shape[0], p.cols if placed else x.shape[1]
     if m == 0 or p.rows == 0:
         return
     if k == 0:
@@ -424,24 +477,30 @@ def _run(p: Panels, x: Any, y: Any, compute: str, bias: Any, cupy: Any, given: A
         raise ValueError("integer sums of this length could overflow int32")
     stream = int(cupy.cuda.get_current_stream().ptr)
     at, to = x.data.ptr, y.data.ptr
-    key = (m, x.strides, y.strides, x.dtype, y.dtype, compute, at % 16, to % 32, stream)
+    key = (m, x.strides, y.strides, x.dtype, y.dtype, compute, at % 16, to % 32, stream, placed)
     call = p.calls.get(key)
     if call is None:
         if len(p.calls) >= 64:
             p.calls.clear()
-        call = p.calls[key] = p.call(x, y, compute, stream)
+        made = _Call(p, x, y, compute, stream, True) if placed else p.call(x, y, compute, stream)
+        call = p.calls[key] = made
     call(at, to, 0 if bias is None else bias.data.ptr, given, cupy)
 
 
 class _Call:
     """Everything about a product but where the operands are."""
 
-    def __init__(self, p: Panels, x: Any, y: Any, compute: str, stream: int) -> None:
+    blocks = 0
+    """Of what prepares activations; 0: one for each row."""
+
+    def __init__(
+        self, p: Panels, x: Any, y: Any, compute: str, stream: int, placed: bool = False
+    ) -> None:
         m, k = x.shape
         kind, y_kind = _kind_of(x.dtype), _kind_of(y.dtype)
         assert kind is not None
         assert y_kind is not None
-        problem, self.split = _problem(p, m, compute, kind)
+        problem, self.split = _problem(p, m, compute, kind, y)
         self.plan = pl = plan(problem)
         self.panels, self.stream, self.m = p, stream, m
         self.act, self.rows = problem.act, problem.m
@@ -450,15 +509,15 @@ class _Call:
         self.tables = worth.tables if self.split else worth.tables[:1]
         self.books = [p.table(t) for t in self.tables] or [0]
         places = p.chunks * CHUNK
-        self.width = 1 if self.act == S8 else 2
+        self.width = problem.width
         plain = (
             (not p.grouped_rows or p.group == p.padded)
             and x.strides[1] == x.itemsize
             and x.strides[0] % 16 == 0
             and x.data.ptr % 16 == 0
         )
-        self.direct = (
-            plain and self.act != S8 and not self.split and kind == self.act and k % 8 == 0
+        self.direct = placed or (
+            plain and self.width == 2 and not self.split and kind == self.act and k % 8 == 0
         )
         self.x_step, self.y_step = x.strides[0], y.strides[0]
         self.places = places
@@ -468,20 +527,19 @@ class _Call:
         a.m, a.n, a.k, a.places = m, p.rows, k, places
         a.group, a.padded = p.group, p.padded
         a.kind, a.y_kind = kind, y_kind
-        a.out_kind = 2 if self.split else self.act
+        a.out_kind = 2 if self.split else 5 if self.act == E4M3 else self.act
         a.plain = plain and kind in (0, 1, 2) and k % 16 == 0
         a.tables = len(self.books)
         # What the integer 1 is worth goes into the scale of the row.
-        a.step = np.float32(worth.unit if worth.kind else 1.0) * np.float32(p.tensor)
-        self.threads = 256 if k > 1024 else 128
+        if self.width == 1:
+            a.step = p.row_step(self.act)
         length = _LENGTHS.get(compute)
         segments = p.segments(length)
         self.scales = m * (segments.number if length else 1)
         if length:
             a.length, a.segment, a.segments = length, segments.places, segments.number
-            self.threads = 256
         self.row_bytes = x.strides[0] if self.direct else places * self.width
-        k_bytes = 2 * k if self.direct else self.row_bytes
+        k_bytes = self.width * k if self.direct else self.row_bytes
         g = self.args = _GemmArgs()
         for i, plane in enumerate(p.planes):
             g.planes[i] = plane.data.ptr
@@ -508,15 +566,20 @@ class _Call:
         g.row_blocks, g.y_kind, g.mul, g.sub = pl.row_blocks, y_kind, p.mul, p.sub
         if self.split:
             g.y_kind = 2
-        g.unit = a.step if self.act == S8 else (worth.unit if worth.kind else 1.0) * p.tensor
+        g.unit = a.step if self.width == 1 else (worth.unit if worth.kind else 1.0) * p.tensor
         g.per, g.rest = divmod(pl.units, pl.grid[0] // pl.cluster)
         g.whole = pl.whole
+        self.lines = problem.lines and pl.nest == "hopper"
         self.box = None
         if has_wgmma(p.device):
             self.box = self.rows, k_bytes, self.row_bytes, pl.tokens // pl.cluster, self.width
         self.kernel = kernel(p.device, f"{pl.nest}.cu", pl.nest, pl.defines)
-        if not self.direct:
-            name = "quantise_groups" if length else "quantise" if self.act == S8 else "place"
+        if self.width == 1 and not length:
+            self.prepare, self.blocks, self.threads = quantiser(
+                p.device, m, k, bool(a.plain) and kind < 2
+            )
+        elif not self.direct:
+            name, self.blocks, self.threads = "quantise_groups" if length else "place", m, 256
             self.prepare = kernel(p.device, "activations.cu", name)
         if self.split:
             self.combine = kernel(p.device, "activations.cu", "combine")
@@ -525,10 +588,10 @@ class _Call:
         """Launch on operands at these addresses."""
         # Launching copies the arguments, so a copy per call is enough for threads to share this.
         args = _GemmArgs.from_buffer_copy(self.args)
-        scale = None
+        scale = given
         if not self.direct:
             held = _scratch(self.rows * self.places * self.width, np.uint8, self.stream, cupy)
-            if self.act == S8:
+            if self.width == 1:
                 scale = _scratch(self.scales, np.float32, self.stream, cupy)
             self._prepare(x, held.data.ptr, scale)
             x = held.data.ptr
@@ -536,7 +599,9 @@ class _Call:
                 scale = given
         args.x = x
         args.row_scale = None if scale is None else scale.data.ptr
-        boxes = () if self.box is None else (tensor_map(x, *self.box),)
+        boxes = [] if self.box is None else [tensor_map(x, *self.box)]
+        if self.lines:
+            boxes.append(tensor_map(y, self.m, 2 * self.panels.rows, self.y_step, 32, 2))
         if not self.split:
             args.bias, args.y = bias, y
             args.book = self.books[0]
@@ -556,9 +621,9 @@ class _Call:
     def _prepare(self, x: int, out: int, scale: Any) -> None:
         a = _ActArgs.from_buffer_copy(self.act_args)
         a.x, a.out = x, out
-        if self.act == S8:
+        if self.width == 1:
             a.scale = scale.data.ptr
-            self.prepare.launch((self.m, 1), self.threads, 0, self.stream, a)
+            self.prepare.launch((self.blocks or self.m, 1), self.threads, 0, self.stream, a)
             return
         blocks, row = min(-(-self.places // 256), 64), self.places * 2 * (3 if self.split else 1)
         for first in range(0, self.m, 65535):

@@ -91,6 +91,8 @@ def _rule(fmt: Format, element: Element) -> dict[str, Any] | None:
         return None
     if name in ("ternary", "bipolar1"):
         return None  # a mean in double precision, in an order of its own
+    if element.shared:
+        return None  # one scale for the whole tensor
     top = float(np.abs(values[np.isfinite(values)]).max())
     rule: dict[str, Any] = {"unit": 1.0, "top": top, "divisor": 1.0, "fit": 0}
     rule |= {"highest": element.levels - 1, "lowest": 0, "zero": 0, "nan": element.nan}

@@ -10,20 +10,21 @@ from numpy.typing import NDArray
 
 from ..formats import Element
 from ..qtensor import _to_bf16_bits
-from ._plan import BF16, F16, FLOAT, LINE, PAIRS, S8, TABLE
+from ._plan import BF16, E4M3, F16, FLOAT, LINE, PAIRS, S8, SMALL, TABLE
 
-__all__ = ["Worth", "integers", "known", "line", "worth"]
+__all__ = ["Worth", "integers", "is_paired", "known", "line", "worth"]
 
 
 class Worth(NamedTuple):
     """How one class of arithmetic decodes an element."""
 
     kind: int
-    """LINE, PAIRS, FLOAT or TABLE."""
+    """LINE, PAIRS, FLOAT, TABLE or SMALL."""
     mantissa: int
     """Mantissa bits of FLOAT."""
     tables: tuple[NDArray[Any], ...]
-    """Entries of PAIRS (16) or TABLE (256) in the class's type; then what they leave over."""
+    """Entries of PAIRS and SMALL (16) or TABLE (256) in the class's type; then what they leave
+    over."""
     unit: float
     """What 1 in a register is worth."""
 
@@ -53,6 +54,37 @@ def integers(element: Element) -> tuple[NDArray[np.int8], float]:
     return np.where(finite, nearest, 0).astype(np.int8), float(unit)
 
 
+@functools.cache
+def _e4m3() -> dict[float, int]:
+    from ..formats import Format
+
+    values = Format("e4m3").element.values
+    return {float(v): int(u) for u, v in enumerate(values) if np.isfinite(v) and u != 128}
+
+
+def eighths(element: Element) -> tuple[NDArray[np.uint8], float] | None:
+    """Return the bytes of e4m3 that stand for the values of an element, and what 1 is worth.
+
+    None where some value is no number of e4m3.
+    """
+    if element.linear:
+        mul, sub, _ = line(element)
+        return _bytes_of(mul * np.arange(1 << element.bits) - sub, 1.0)
+    values = element.values.astype(np.float64)
+    for power in sorted(range(-10, 11), key=abs):
+        found = _bytes_of(values * 2.0**power, 2.0**-power)
+        if found is not None:
+            return found
+    return None
+
+
+def _bytes_of(values: NDArray[Any], unit: float) -> tuple[NDArray[np.uint8], float] | None:
+    codes = _e4m3()
+    if any(np.isfinite(v) and float(v) not in codes for v in values):
+        return None
+    return np.array([codes.get(float(v), 0x7F) for v in values], np.uint8), unit
+
+
 def _halves(v: NDArray[np.float32], act: int) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
     """Return the nearest numbers of a 16-bit type as bits, and what they are."""
     if act == F16:
@@ -72,6 +104,8 @@ def _small_float(element: Element, act: int, finite: bool) -> tuple[int, float] 
     u = np.arange(1 << bits, dtype=np.uint32)
     sign = (u >> (bits - 1)) << 15
     usable = np.isfinite(values) & (values != 0)
+    if not usable.any():
+        return None
     for mantissa in range(bits - 2):
         up = (10 if act == F16 else 7) - mantissa
         pattern = sign | ((u & ((1 << (bits - 1)) - 1)) << up & 0x7FFF)
@@ -94,16 +128,35 @@ def _small_float(element: Element, act: int, finite: bool) -> tuple[int, float] 
     return None
 
 
+def is_paired(element: Element) -> bool:
+    """Whether codes lie in pairs, for tables of pairs of values.
+
+    Those of up to four bits, unless their bits can be moved to where a 16-bit float has them.
+    """
+    if element.linear or element.bits > 4:
+        return False
+    return any(_small_float(element, act, True) is None for act in (F16, BF16))
+
+
 @functools.cache
 def _worth(name: str, act: int, finite: bool) -> Worth:
     from ..formats import Format
 
     element = Format(name).element
+    if act == E4M3:
+        bytes_of = eighths(element)
+        if bytes_of is None or (element.linear and element.bits > 4):
+            raise ValueError(f"compute='fp8' is not available for {name}: e4m3 lacks its values")
+        kind = PAIRS if is_paired(element) else SMALL if element.bits <= 4 else TABLE
+        entries = np.resize(bytes_of[0], 256 if kind == TABLE else 16)
+        return Worth(kind, 0, (entries,), bytes_of[1])
     if element.linear:
         return Worth(LINE, 0, (), line(element)[2])
-    kind, size = (PAIRS, 16) if element.bits <= 4 else (TABLE, 256)
+    kind, size = (PAIRS, 16) if is_paired(element) else (TABLE, 256)
     if act == S8:
         codes, step = integers(element)
+        if kind == TABLE and element.bits <= 4:
+            kind, size = SMALL, 16
         return Worth(kind, 0, (np.resize(codes, size),), step)
     if kind == TABLE:
         found = _small_float(element, act, finite)
