@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import nibblas as nb
-from nibblas.quantizers import cluster, ksort
+from nibblas.quantizers import ChannelOrder, MixedLinear, cluster, ksort
 
 HEADS, SHARE, WIDTH, WIDE = 3, 2, 64, 48
 
@@ -134,4 +134,105 @@ def test_bad_orders_are_refused() -> None:
         (lambda: cluster([[1, np.inf]]), "finite"),
     ]:
         with pytest.raises(ValueError, match=kind):
+            bad()
+
+
+def loud(rng: np.random.Generator, rows: int, cols: int, count: int) -> np.ndarray:
+    """Activations of which some channels are forty times as large."""
+    x = rng.standard_normal((rows, cols)).astype(np.float32)
+    x[:, rng.choice(cols, count, replace=False)] *= 40
+    return x
+
+
+def test_blocks_have_the_format_of_their_tag(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((30, 500)).astype(np.float32)
+    x = loud(rng, 9, 500, 20)
+    order = cluster(x, block=64)
+    bias = rng.standard_normal(30).astype(np.float32)
+    layer = MixedLinear(w, order, bias=bias)
+    assert [(str(p.format), p.shape[1]) for p in layer.parts] == [
+        ("int8_g128", 64),
+        ("int4_g128", 436),
+    ]
+    assert layer.nbytes == sum(p.nbytes for p in layer.parts) + 1000
+    # Each channel is worth what quantising its own run makes of it.
+    want = np.empty_like(w)
+    for part, index in zip(layer.parts, np.split(order.index, [64]), strict=True):
+        assert part == nb.quantize(w[:, index], part.format)
+        want[:, index] = part.dequantize()
+    np.testing.assert_array_equal(layer.dequantize(), want)
+    exact = x.astype(np.float64) @ want.T + bias
+    size = np.abs(x).astype(np.float64) @ np.abs(want).T + np.abs(bias)
+    assert (np.abs(layer(x) - exact) <= 1e-6 * size).all()
+    np.testing.assert_allclose(layer(x, compute="bf16"), exact, atol=0.01 * size.max())
+    np.testing.assert_array_equal(layer(x.reshape(3, 3, 500)), layer(x).reshape(3, 3, 30))
+    np.testing.assert_array_equal(layer(x[0]), layer(x[:1])[0])
+    assert layer(x.astype(np.float16)).dtype == np.float16
+    assert layer(np.ones((2, 500), int)).dtype == np.float32
+    assert layer(x, dtype=np.float64).dtype == np.float64
+
+
+def test_outliers_spoil_only_one_another(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((64, 512)).astype(np.float32)
+    x = loud(rng, 32, 512, 12)
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+
+    def error(y: np.ndarray) -> float:
+        return float(np.square(y - exact).sum() / np.square(exact).sum())
+
+    plain = error(nb.matmul(x, nb.quantize(w, "int4_g128").T, compute="int8"))
+    layer = MixedLinear(w, cluster(x, block=64))
+    assert error(layer(x, compute="int8")) < 0.2 * plain
+    # Codes of the activations too have a scale for each run: the quiet ones keep theirs.
+    order = cluster(x, block=64)
+    wide = MixedLinear(w, order, {"int8": "int8_g128", "int4": "int8_g128"})
+    whole = nb.matmul(x, nb.quantize(w, "int8_g128").T, compute="int8")
+    assert error(wide(x, compute="int8")) < 0.5 * error(whole)
+
+
+def test_important_channels_have_a_codebook_of_their_own(rng: np.random.Generator) -> None:
+    # Outlier columns of vector quantisation (VPTQ): few columns carry most of the error.
+    w = rng.standard_normal((64, 512)).astype(np.float32)
+    h = np.ones(512)
+    h[rng.choice(512, 48, replace=False)] = 100
+    order = cluster(np.sqrt(h)[None], block=64)
+    formats = {"int8": "vq4", "int4": "vq2"}
+    layer = MixedLinear(w, order, formats, importance=h)
+    assert [p.format.element.name for p in layer.parts] == ["vq4", "vq2"]
+
+    def error(decoded: np.ndarray) -> float:
+        return float((np.square(decoded - w) * h).sum() / (np.square(w) * h).sum())
+
+    # An eighth of the channels has twice the bits.
+    assert error(layer.dequantize()) < 0.8 * error(nb.quantize(w, "vq2", importance=h).dequantize())
+    x = rng.standard_normal((3, 512)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), x @ layer.dequantize().T, atol=1e-3)
+
+
+def test_mixed_layers_of_odd_shapes(rng: np.random.Generator) -> None:
+    w = rng.standard_normal((3, 70)).astype(np.float32)
+    tags = ("int8", "int4", "int4", "int8", "int8")
+    layer = MixedLinear(w, ChannelOrder(rng.permutation(70), tags, 16))
+    assert [p.shape for p in layer.parts] == [(3, 16), (3, 32), (3, 22)]
+    x = rng.standard_normal((2, 70)).astype(np.float32)
+    np.testing.assert_allclose(layer(x), x @ layer.dequantize().T, rtol=1e-4, atol=1e-4)
+    assert layer(x[:0]).shape == (0, 3)
+    none = MixedLinear(np.zeros((3, 0)), ChannelOrder(np.arange(0), (), 16), bias=[1, 2, 3])
+    assert none(np.zeros((2, 0))).tolist() == [[1, 2, 3]] * 2
+    order = ChannelOrder(np.arange(70), tags, 16)
+    for bad, says in [
+        (lambda: MixedLinear(w[:, 1:], order), "order of 70"),
+        (lambda: MixedLinear(w, ChannelOrder(np.arange(70), tags[1:], 16)), "4 tags"),
+        (lambda: MixedLinear(w, order, {"int8": "int8"}), "'int4'"),
+        (lambda: MixedLinear(w, order, bias=np.ones(4)), "bias"),
+        (lambda: MixedLinear(w, order, importance=np.ones(4)), "importance"),
+        (lambda: MixedLinear(w, order, {"int8": "int8", "int4": "nonesuch"}), "nonesuch"),
+        (lambda: layer(x[:, 1:]), "expected an input"),
+        (lambda: layer(np.float32(1)), "expected an input"),
+        (
+            lambda: MixedLinear(w, order, {"int8": "e4m3", "int4": "int4"})(x, compute="int8"),
+            "e4m3",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=says):
             bad()

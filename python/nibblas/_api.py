@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from . import _core, _threads
+from ._methods import METHODS
 from .formats import Format
 from .qtensor import _PART_DTYPE, QTensor, _Storage
-from .quantizers import METHODS
 
 __all__ = ["explain", "matmul", "quantize"]
 

@@ -6,15 +6,15 @@
     Scale search: a grid of scales below the ``"rtn"`` one, the smallest squared error wins.
 
 Each name is accepted as ``method=`` by :func:`nibblas.quantize`. :func:`ksort` and :func:`cluster`
-reorder channels first, so that outliers share blocks.
+reorder channels first, so that outliers share blocks; :class:`MixedLinear` gives blocks formats of
+their own.
 """
 
 from __future__ import annotations
 
 from ._ksort import ChannelOrder, HeadOrder, cluster, ksort
+from ._methods import METHODS
+from ._mixed import MixedLinear
 from ._obs import obs_scores
 
-__all__ = ["METHODS", "ChannelOrder", "HeadOrder", "cluster", "ksort", "obs_scores"]
-
-METHODS: tuple[str, ...] = ("rtn", "mse")
-"""Names accepted as ``method=``."""
+__all__ = ["METHODS", "ChannelOrder", "HeadOrder", "MixedLinear", "cluster", "ksort", "obs_scores"]
