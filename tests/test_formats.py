@@ -26,7 +26,8 @@ def test_the_table_holds_what_it_should() -> None:
     want |= {f"{n}_{b}" for n in ("log2", "logsqrt2") for b in range(3, 7)}
     want |= {f"lut{b}" for b in range(2, 9)} | {f"bfp{b}" for b in range(9, 17)}
     want |= {"dfp8", "dfp16"} | {f"trellis{b}" for b in range(1, 9)}
-    want |= {f"vq{b}" for b in range(1, 5)} | {"vq2_v6"}
+    want |= {f"lut{b}_row" for b in (2, 3, 4)}
+    want |= {f"vq{b}" for b in range(1, 5)} | {"vq2_v6", "vq2_r8", "vq3_r4"}
     assert want <= set(NAMES)
     assert len(NAMES) == len(set(NAMES))
     for e in ELEMENTS:
@@ -105,6 +106,7 @@ def test_every_code_round_trips(f: nb.Format) -> None:
             shape = further["table"].shape
             further["table"] = rng.uniform(-1, 1, shape).astype(np.float32)
             worth = dict(enumerate(further["table"].ravel()))
+            table = further["table"].reshape(-1, e.levels) if e.span == 1 else None
             q = nb.QTensor.from_parts(f, codes, scales, zeros, **further)
         assert q.codes().dtype == (
             np.uint8 if e.minimum >= 0 else np.int8 if e.maximum <= 127 else np.int16
@@ -113,6 +115,9 @@ def test_every_code_round_trips(f: nb.Format) -> None:
         wide = np.repeat(scales, length, 1)[:, :k]
         shift = 0 if zeros is None else np.repeat(zeros, length, 1)[:, :k]
         numbers = np.vectorize(worth.get, otypes=[np.float32])(codes)
+        if "table" in further and e.span == 1:
+            # One for all rows, or one for each.
+            numbers = np.take_along_axis(np.resize(table, (4, e.levels)), codes, 1)
         if e.span == 1:
             numbers = (numbers - shift).astype(np.float32)
             np.testing.assert_array_equal(q.dequantize(), numbers * wide)
@@ -519,6 +524,68 @@ def test_tables_follow_importance(rng: np.random.Generator) -> None:
             nb.quantize(w, "lut3", importance=bad)
     with pytest.raises(ValueError, match="no table"):
         nb.quantize(w, "nf4", importance=h)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rows_have_tables_of_their_own(bits: int, rng: np.random.Generator, tmp_path: Path) -> None:
+    w = rng.standard_normal((21, 320)).astype(np.float32)
+    w[::2] = np.sign(w[::2]) * np.abs(w[::2]) ** 0.1  # two heaps
+    w[1] = 0
+    name = f"lut{bits}_row_g64"
+    q = nb.quantize(w, name)
+    assert q.parts["table"].shape == (21, 2**bits)
+    # Each row is what it would be as a matrix of its own.
+    for n in range(21):
+        alone = nb.quantize(w[n : n + 1], f"lut{bits}_g64")
+        np.testing.assert_array_equal(q.parts["table"][n], alone.parts["table"])
+        np.testing.assert_array_equal(q[n : n + 1].dequantize(), alone.dequantize())
+        np.testing.assert_array_equal(q.codes()[n], alone.codes()[0])
+    shared = nb.quantize(w, f"lut{bits}_g64")
+    errors = [float(np.square(t.dequantize() - w).sum()) for t in (q, shared)]
+    assert errors[0] < 0.9 * errors[1]
+    assert q.bits_per_weight == pytest.approx(bits + 16 / 64 + 32 * 2**bits / 320)
+    x = rng.standard_normal((70, 320)).astype(np.float32)
+    for m in (1, 3, 70):
+        np.testing.assert_allclose(x[:m] @ q.T, x[:m] @ q.dequantize().T, rtol=2e-4, atol=2e-4)
+    # Tables go with their rows.
+    np.testing.assert_array_equal(x @ q[3:20:5].T, (x @ q.T)[:, 3:20:5])
+    np.testing.assert_array_equal(q[:, 64:192].dequantize(), q.dequantize()[:, 64:192])
+    nb.save(tmp_path / "f", {"w": q})
+    assert nb.load(tmp_path / "f")["w"] == q
+    assert pickle.loads(pickle.dumps(q)) == q
+    h = np.where(np.arange(320) < 100, 100.0, 1)
+    weighed = nb.quantize(w, name, importance=h)
+    cost = [float((np.square(t.dequantize() - w) * h).sum()) for t in (weighed, q)]
+    assert cost[0] < cost[1]
+    with pytest.raises(ValueError, match="table must have shape"):
+        nb.QTensor.from_parts(name, q.codes(), q.scales, table=q.parts["table"][:20])
+    assert nb.quantize(w[:, :0], name).dequantize().shape == (21, 0)
+    assert nb.quantize(w[:0], name).dequantize().shape == (0, 320)
+    with pytest.raises(ValueError, match="row 4"):
+        nb.quantize(np.where(np.arange(21)[:, None] == 4, np.nan, w), name)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_tables_of_other_quantisers_fit(bits: int, rng: np.random.Generator) -> None:
+    codes = rng.integers(0, 2**bits, (24, 256)).astype(np.uint8)
+    x = rng.standard_normal((5, 256)).astype(np.float32)
+    # FLUTE: any float16 table of the tensor, a float16 scale for each group. NFL is the same with
+    # learned scales.
+    table = rng.standard_normal(2**bits).astype(np.float16)
+    for group in (32, 64, 128, 256):
+        scales = rng.uniform(0.5, 2, (24, 256 // group)).astype(np.float16)
+        q = nb.QTensor.from_parts(f"lut{bits}_g{group}", codes, scales, table=table)
+        want = table.astype(np.float32)[codes] * scales.astype(np.float32).repeat(group, 1)
+        np.testing.assert_array_equal(q.dequantize(), want)
+        np.testing.assert_allclose(x @ q.T, x @ want.T, rtol=1e-4, atol=1e-4)
+    # eDKM: centroids of the weights themselves, in any order and of any size, and no scale.
+    table = (3.7 * rng.permutation(np.linspace(-1, 1, 2**bits))).astype(np.float32)
+    q = nb.QTensor.from_parts(f"lut{bits}", codes, np.ones(24, np.float32), table=table)
+    np.testing.assert_array_equal(q.dequantize(), table[codes])
+    y = nb.matmul(x, q.T, compute="int8")
+    a = np.abs(x).max(1, keepdims=True) / 127
+    far = 3.7 / 254 * np.abs(x).sum(1, keepdims=True) + a / 2 * np.abs(table[codes]).sum(1)
+    assert (np.abs(y - x @ table[codes].T) <= 1.01 * far + 256 * a * 3.7 / 254).all()
 
 
 def test_bad_tables_are_refused() -> None:

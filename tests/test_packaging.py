@@ -19,6 +19,8 @@ MIB = 1 << 20
 UNSAFE_FILES = {
     "rust/core/src/activation.rs",
     "rust/core/src/buf.rs",
+    "rust/core/src/dense/trellis.rs",
+    "rust/core/src/dense/wide.rs",
     "rust/core/src/format/lanes.rs",
     "rust/core/src/gemm.rs",
     "rust/core/src/isa.rs",

@@ -19,7 +19,11 @@ def indices(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 #: Of the variance of normal numbers that a codebook of them leaves.
-LIMITS = {"vq1": 0.32, "vq2": 0.105, "vq4": 0.0092}
+LIMITS = {"vq1": 0.32, "vq2": 0.105, "vq2_r8": 0.095, "vq3_r4": 0.031, "vq4": 0.0092}
+
+
+#: Bits of an index that are the place in a second codebook.
+SECOND = {"vq2_r8": 8, "vq3_r4": 4}
 
 
 def decode(q: nb.QTensor) -> np.ndarray:
@@ -28,11 +32,16 @@ def decode(q: nb.QTensor) -> np.ndarray:
     rows, cols = codes.shape
     out = np.full((rows, cols), np.nan, np.float32)
     length = q.format.group or cols
+    second = SECOND.get(q.format.element.name, 0)
+    first = len(table) - 2**second if second else len(table)
     for n in range(rows):
         for g, k0 in enumerate(range(0, cols, length)):
             for k in range(k0, min(k0 + length, cols), v):
                 end = min(k + v, k0 + length, cols)
-                entry = table[indices(codes[n, k:end], q.format.bits)]
+                index = indices(codes[n, k:end], q.format.bits)
+                entry = table[index % first]
+                if second:
+                    entry = entry + table[first + index // first]
                 out[n, k:end] = entry[: end - k] * np.float32(q.scales[n, g])
     return out
 
@@ -50,8 +59,10 @@ def test_names() -> None:
         "vq3": (4096, 4),
         "vq4": (256, 2),
         "vq2_v6": (4096, 6),
+        "vq2_r8": (512, 8),
+        "vq3_r4": (272, 4),
     }
-    for bad in ("vq5", "vq2_v8", "vq2_g4", "vq2_se4m3", "vq2_bitmap"):
+    for bad in ("vq5", "vq2_v8", "vq2_r4", "vq2_g4", "vq2_se4m3", "vq2_bitmap"):
         with pytest.raises(ValueError, match=bad.partition("_")[0]):
             nb.Format(bad)
 
@@ -128,7 +139,7 @@ def test_vector_codes_are_good(rng: np.random.Generator) -> None:
     w = rng.standard_normal((256, 512)).astype(np.float32)
     # What the best scalar of as many bits leaves of the variance of normal numbers (Max, 1960).
     scalar = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
-    for name in ("vq1", "vq2", "vq4"):
+    for name in LIMITS:
         q = nb.quantize(w, name)
         assert relative(q, w) < LIMITS[name] < scalar[q.format.bits], name
         table = q.parts["table"]

@@ -2,16 +2,14 @@
 //! operands are in `pair.rs`.
 use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
-use crate::dense;
 use crate::error::{Error, Result};
 use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Geometry, Inner, Packed, PanelScales, PanelZeros, Shared, TrellisPanels, BLOCK, PANEL};
+use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::qtensor::{QTensor, QView};
 use crate::sparse::Patch;
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -115,7 +113,6 @@ pub(crate) struct Scratch {
     pub wide: Option<Buf<i64>>,
     pub floats: Option<Buf<f32>>,
     pub weights: Option<Buf<f32>>,
-    pub rows: Option<Buf<f32>>,
     pub bias: Option<Buf<f32>>,
 }
 
@@ -294,8 +291,8 @@ pub(crate) fn int8(
     given: Option<&[f32]>,
 ) -> Result<()> {
     w.check_integers(group)?;
-    if let Some(trellis) = &w.trellis {
-        return hashed(x, w, trellis, y, o, given);
+    if let Some(trellis) = w.trellis() {
+        return trellis.int8(x, w, y, o, given);
     }
     let t = kernel::table(o.isa);
     let segs = w.segments(group)?;
@@ -380,44 +377,6 @@ pub(crate) fn int8(
                 finish_floats(t, row, act.scale[m0 + m], bias);
                 store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
             }
-        }
-        Ok(())
-    })
-}
-
-/// The integer product with trellis codes: numbers are sums of four bytes less 510, which the sums of the activations take
-/// away.
-fn hashed(
-    x: &MatRef,
-    w: &Packed,
-    trellis: &TrellisPanels,
-    y: &mut MatMut,
-    o: &Options,
-    given: Option<&[f32]>,
-) -> Result<()> {
-    let t = kernel::table(o.isa);
-    let segs = w.segments(None)?;
-    let b = plan::int8(x.rows, w, &segs, false, o.isa, o.threads);
-    let (f, mr) = (t.trellis)(trellis.quick(w.bits), x.rows);
-    let act = Act::quantise(x, &trellis.geometry, &segs, None, mr, 510, given, true, t, b.threads)?;
-    let y = &*y;
-    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
-        let ldc = np * PANEL;
-        let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
-        let c = grown(&mut s.floats, rows.next_multiple_of(mr) * ldc)?;
-        c[..rows.next_multiple_of(mr) * ldc].fill(0.0);
-        for p in 0..np {
-            let a = trellis.groups(w.bits, p0 + p, 0, trellis.geometry.groups);
-            for m in (0..rows).step_by(mr) {
-                let c = c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL);
-                // SAFETY: whole groups of an existing panel, activations of blocks of `mr` rows, padded sums.
-                unsafe { f(&a, &act.rows((m0 + m) / mr, 0), c, ldc) };
-            }
-        }
-        for m in 0..rows {
-            let row = &mut c[m * ldc..][..ldc];
-            finish_floats(t, row, act.scale[m0 + m], bias);
-            store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
         }
         Ok(())
     })
@@ -997,11 +956,12 @@ struct LateScales {
 impl LateScales {
     fn new(w: &Packed) -> Option<Self> {
         let g = &w.geometry;
-        if w.portable.is_some() || matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP || w.tensor != 1.0 {
+        if w.dense.is_some() || matches!(w.zeros, PanelZeros::Float(_)) || g.padded < LATE_GROUP || w.tensor != 1.0 {
             return None;
         }
         let small = if w.has_zeros() { w.bits <= 4 && w.zero_max <= 16 } else { w.bits <= 5 };
-        if w.is_table() && !(small && w.values.iter().all(|v| v.to_bits() << 16 == 0)) {
+        // Longer tables are looked up in bf16: their values are rounded, as scaled ones would be.
+        if w.is_table() && w.bits <= 6 && !(small && exact_in_bf16(w)) {
             return None;
         }
         let per = g.padded.div_ceil(BLOCK);
@@ -1017,16 +977,26 @@ impl LateScales {
     }
 }
 
+/// Whether bf16 has the values of a table.
+#[cfg(target_arch = "x86_64")]
+fn exact_in_bf16(w: &Packed) -> bool {
+    w.values.iter().all(|v| v.to_bits() << 16 == 0)
+}
+
 #[cfg(target_arch = "x86_64")]
 fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking) -> Result<()> {
-    use crate::kernel::x86::amx;
+    use crate::kernel::x86::{amx, words};
     let t = kernel::table(o.isa);
     let a = bf16_blocks(x, w, t, b.threads)?;
     let (a, y) = (&a, &*y);
     let g = &w.geometry;
-    let portable = w.portable.as_ref().map(QTensor::view);
     let late = LateScales::new(w);
+    let long = w.is_table() && w.bits > 6 && (late.is_some() || exact_in_bf16(w));
     let (decode, window) = match &late {
+        _ if long => {
+            let decode = words::decoder(words::is_symmetric(&w.values, w.bits), late.is_some());
+            (decode, late.as_ref().map_or(BF16_WINDOW, |l| l.window))
+        }
         Some(l) => (amx::bf16_unit_decoder(weight_mode(w), l.small), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
     };
@@ -1054,10 +1024,9 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                 unsafe {
                     for i in 0..count {
                         let panel = p0 + p + i;
-                        if let Some(q) = &portable {
-                            let (rows, floats) =
-                                grown(&mut s.weights, 2 * n * 1024)?[..2 * n * 1024].split_at_mut(n * 1024);
-                            float_window(t, w, q, panel, k, window, rows, floats);
+                        if let Some(panels) = &w.dense {
+                            let floats = &mut grown(&mut s.weights, n * 1024)?[..n * 1024];
+                            panels.decode(t, panel, k * BLOCK, floats);
                             amx::bf16_tiles(floats, tiles.wrapping_add(i * window * 2048));
                             continue;
                         }
@@ -1138,31 +1107,6 @@ pub(crate) fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: 
     unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
 }
 
-/// Decodes a panel of a matrix that kernels meet as floats, `[k][16]`, from block `block0` on, which begins a window of
-/// `window` blocks. `scratch` has as many floats as `out`.
-fn float_window(
-    t: &Kernels,
-    w: &Packed,
-    q: &QView,
-    panel: usize,
-    block0: usize,
-    window: usize,
-    scratch: &mut [f32],
-    out: &mut [f32],
-) {
-    // A window is a group where groups fill their places.
-    let whole = |g: &Geometry| g.padded == window * BLOCK && (g.group == g.padded || g.groups == 1);
-    match &w.trellis {
-        Some(tr) if whole(&tr.geometry) => {
-            let a = tr.groups(w.bits, panel, block0 / window, 1);
-            out[a.last * PANEL..].fill(0.0);
-            // SAFETY: a group of an existing panel, and room for its values.
-            unsafe { (t.trellis_expand)(tr.quick(w.bits))(&a, out.as_mut_ptr()) };
-        }
-        _ => dense::window(q, panel, block0 * BLOCK, scratch, out),
-    }
-}
-
 /// What the float kernels need to decode panel `panel` from block `block0` on; the caller adds codes, activations, sums.
 fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Args {
     let (zeros, fzeros) = zero_ptrs(&w.zeros, w.geometry.groups, panel);
@@ -1201,7 +1145,6 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
     let mode = weight_mode(w);
     let g = &w.geometry;
-    let portable = w.portable.as_ref().map(QTensor::view);
     let (xs, stride) = (&xs, xs.stride);
     let y = &*y;
     tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
@@ -1254,7 +1197,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 let wide = np - p >= b.np;
                 let count = if wide { b.np } else { 1 };
                 let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
-                let coded = if portable.is_some() { 0 } else { count };
+                let coded = if w.dense.is_some() { 0 } else { count };
                 for i in 0..coded {
                     // SAFETY: see above.
                     unsafe { w.unpack(t, p0 + p + i, k, n, 0, 0, bytes.as_mut_ptr().add(i * b.window * 1024)) };
@@ -1280,11 +1223,10 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 } else {
                     let span = b.window * 1024;
                     let weights = grown(&mut s.weights, b.np * span)?;
-                    if let Some(q) = &portable {
-                        let rows = grown(&mut s.rows, span)?;
+                    if let Some(panels) = &w.dense {
                         for (i, out) in weights.chunks_exact_mut(span).take(count).enumerate() {
                             let out = &mut out[..n * 1024];
-                            float_window(t, w, q, p0 + p + i, k, b.window, &mut rows[..n * 1024], out);
+                            panels.decode(t, p0 + p + i, k * BLOCK, out);
                             if bf16 {
                                 // SAFETY: a multiple of 16 floats.
                                 unsafe { (t.round_bf16)(out.as_mut_ptr(), out.len()) };

@@ -23,9 +23,9 @@
 use crate::activation::Segments;
 use crate::bits;
 use crate::buf::{Buf, Taken};
+use crate::dense::{DensePanels, TrellisPanels};
 use crate::error::{Error, Result};
 use crate::format::{e4m3_byte, e8m0_byte, Book, Format, ScaleType, ValueMap, Zero};
-use crate::kernel::trellis::Trellis;
 use crate::kernel::{Kernels, ScalePtr};
 use crate::pool;
 use crate::qtensor::{QTensor, QView, Scales, ScalesRef, ZerosRef};
@@ -33,7 +33,6 @@ use crate::quantize::ScalesMut;
 use crate::sparse::floats::FloatPanels;
 use crate::sparse::kernel::Fill;
 use crate::sparse::Panels;
-use crate::trellis::{Code, TILE};
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use std::borrow::Cow;
@@ -137,7 +136,7 @@ impl PanelScales {
         }
     }
 
-    fn nbytes(&self) -> usize {
+    pub(crate) fn nbytes(&self) -> usize {
         match self {
             Self::F32(b) => b.len() * 4,
             Self::F16(b) | Self::BF16(b) => b.len() * 2,
@@ -215,10 +214,10 @@ pub struct Packed {
     pub sparse: Option<Panels>,
     /// Numbers that are not quantised, in the place of `codes`.
     pub floats: Option<FloatPanels>,
-    /// The matrix itself, where kernels meet the decoded floats only; there are no panels of codes then.
+    /// The matrix itself, where `dense` has its panels.
     pub portable: Option<QTensor>,
-    /// Its bits as words, where they are trellis codes that kernels hash.
-    pub trellis: Option<TrellisPanels>,
+    /// Panels in the place of `codes`, of codes that are longer than a byte or read together.
+    pub dense: Option<DensePanels>,
     /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
     /// up instead of making them.
     segments: [Option<Segments>; 3],
@@ -233,7 +232,7 @@ impl Packed {
     }
 
     fn cut(&self, act: Option<usize>) -> Result<Segments> {
-        let geometry = self.trellis.as_ref().map_or(&self.geometry, |t| &t.geometry);
+        let geometry = self.trellis().map_or(&self.geometry, |t| &t.geometry);
         integer_segments(geometry, self.inner.is_some(), act)
     }
 
@@ -242,10 +241,18 @@ impl Packed {
         if !self.format.element.has_integers() {
             return Err(Error::Unsupported(format!("{} has no integer products", self.format)));
         }
-        if let (Some(g), true) = (group, self.trellis.is_some()) {
+        if let (Some(g), true) = (group, self.trellis().is_some()) {
             return Err(Error::Unsupported(format!("{} has no products with activation groups of {g}", self.format)));
         }
         Ok(())
+    }
+
+    /// Its panels, where its codes are trellis codes.
+    pub(crate) fn trellis(&self) -> Option<&TrellisPanels> {
+        match &self.dense {
+            Some(DensePanels::Trellis(t)) => Some(t),
+            _ => None,
+        }
     }
 
     /// Groups whose scales integer products apply one by one.
@@ -480,7 +487,7 @@ impl Packed {
         let inner = self.inner.as_ref().map_or(0, |i| i.mul.len() + i.add.len() + i.rows.nbytes());
         let kept = self.sparse.as_ref().map_or(0, Panels::nbytes) + self.floats.as_ref().map_or(0, FloatPanels::nbytes);
         let whole = self.portable.as_ref().map_or(0, |q| q.codes.len() + q.scales.nbytes());
-        let words = self.trellis.as_ref().map_or(0, |t| 4 * t.words.len() + t.scales.nbytes());
+        let words = self.dense.as_ref().map_or(0, DensePanels::nbytes);
         self.codes.len() + kept + self.scales.nbytes() + z + inner + whole + words
     }
 }
@@ -499,93 +506,8 @@ impl<T> Shared<T> {
     }
 }
 
-/// Trellis codes in the order of `kernel::trellis`.
-#[derive(Debug)]
-pub struct TrellisPanels {
-    /// The layout of the activations.
-    pub geometry: Geometry,
-    /// `[panel][group][stride][16]`.
-    pub words: Buf<u32>,
-    /// Words of a group and row, the one in front included.
-    pub stride: usize,
-    /// Scales `[panel][group][16]`.
-    pub scales: PanelScales,
-    /// Factor and addend of the hash.
-    pub hash: (i32, i32),
-}
-
-impl TrellisPanels {
-    /// The groups from `first` on of a panel, `count` of them.
-    pub(crate) fn groups(&self, bits: usize, panel: usize, first: usize, count: usize) -> Trellis {
-        let g = &self.geometry;
-        let at = panel * g.groups + first;
-        let last = if first + count == g.groups { g.k - (g.groups - 1) * g.group } else { g.group };
-        Trellis {
-            words: self.words.as_ptr().wrapping_add(at * self.stride * PANEL),
-            stride: self.stride,
-            bits,
-            hash: self.hash,
-            groups: count,
-            len: g.group,
-            last,
-            padded: g.padded,
-            scales: self.scales.ptr().offset(at * PANEL),
-        }
-    }
-
-    /// The bits by which kernels are looked up.
-    pub(crate) fn quick(&self, bits: usize) -> usize {
-        if self.hash.1 == 0 {
-            bits
-        } else {
-            0
-        }
-    }
-
-    fn new(q: &QView, code: Code) -> Result<Option<Self>> {
-        let hash = match code {
-            Code::Mul1 => (0x83DC_D12D_u32 as i32, 0),
-            Code::Mad1 => (34_038_481, 76_625_530),
-            Code::Inst3 => return Ok(None),
-        };
-        let bits = usize::from(q.format.element.bits);
-        let geometry = Geometry::new(q.cols, q.format.group.map(|g| g as usize));
-        let stride = 1 + (geometry.group * bits).div_ceil(32);
-        let panels = q.rows.div_ceil(PANEL);
-        let mut words = Buf::<u32>::zeroed(panels * geometry.groups * stride * PANEL)?;
-        let mut codes = [0u8; TILE];
-        for n in 0..q.rows {
-            for g in 0..geometry.groups {
-                let k0 = g * geometry.group;
-                let codes = &mut codes[..geometry.group.min(q.cols - k0)];
-                q.unpack_row(n, k0, codes);
-                let at = ((n / PANEL) * geometry.groups + g) * stride * PANEL + n % PANEL;
-                let mut state = 0;
-                crate::trellis::states(bits as u32, codes, |_, s| state = s);
-                words[at] = u32::from(state);
-                for (t, &u) in codes.iter().enumerate() {
-                    // Bits `t*bits` on of the string, the first on top; a code may lie in two words.
-                    let over = 64 - (t * bits) % 32 - bits;
-                    let both = u64::from(u) << over;
-                    let word = at + (1 + t * bits / 32) * PANEL;
-                    words[word] |= (both >> 32) as u32;
-                    if both as u32 != 0 {
-                        words[word + PANEL] |= both as u32;
-                    }
-                }
-            }
-        }
-        let scales = panel_scales(q, geometry.groups)?;
-        Ok(Some(Self { geometry, words, stride, scales, hash }))
-    }
-}
-
-/// Keeps a matrix whose panels are decoded when they are needed.
-fn keep(q: &QView) -> Result<Packed> {
-    let trellis = match q.format.element.map {
-        ValueMap::Trellis(code) => TrellisPanels::new(q, code)?,
-        _ => None,
-    };
+/// Packs a matrix that kernels of bytes do not know, and keeps it: panels do not give its arrays back.
+fn keep(q: &QView, threads: usize) -> Result<Packed> {
     // Groups meet their scales before the kernels do.
     let geometry = Geometry::new(q.cols, None);
     Ok(Packed {
@@ -608,7 +530,7 @@ fn keep(q: &QView) -> Result<Packed> {
         sparse: None,
         floats: None,
         portable: Some(q.to_owned()?),
-        trellis,
+        dense: Some(DensePanels::new(q, threads)?),
         segments: [const { None }; 3],
     })
 }
@@ -619,7 +541,7 @@ fn keep(q: &QView) -> Result<Packed> {
 /// [`crate::Error::OutOfMemory`].
 pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     if q.format.element.is_dense() {
-        return keep(q);
+        return keep(q, threads);
     }
     let bits = usize::from(q.format.element.bits);
     let book = q.book();
@@ -667,7 +589,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         }
         _ => (1, 0, None, 255),
     };
-    let mut values = Buf::<f32>::zeroed(if plain.is_some() { 0 } else { 64.max(1 << bits) })?;
+    let entries = if bits > 6 { 256 } else { 64 };
+    let mut values = Buf::<f32>::zeroed(if plain.is_some() { 0 } else { entries })?;
     for (u, v) in values.iter_mut().enumerate() {
         let u = u & ((1 << bits) - 1);
         *v = book.as_ref().map_or_else(|| e.number(u as u32), |b| b.of_bytes()[u]);
@@ -723,7 +646,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         sparse,
         floats,
         portable: None,
-        trellis: None,
+        dense: None,
         segments,
     })
 }
@@ -776,7 +699,7 @@ fn fill_padding(q: &QView, book: Option<&Book>, n: usize, geometry: &Geometry, r
 }
 
 /// Scales in panel order, in a type that kernels read.
-fn panel_scales(q: &QView, groups: usize) -> Result<PanelScales> {
+pub(crate) fn panel_scales(q: &QView, groups: usize) -> Result<PanelScales> {
     Ok(match q.scales {
         ScalesRef::F32(s) => PanelScales::F32(panelise(s, q.rows, groups)?),
         ScalesRef::F16(s) => PanelScales::F16(panelise(s, q.rows, groups)?),

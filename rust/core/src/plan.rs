@@ -105,8 +105,8 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     let raw = w.sum_groups() <= 1 && !act;
     let panels = w.panels();
     let (n, k) = (w.n, w.geometry.k);
-    if let Some(trellis) = &w.trellis {
-        let (_, mr) = (t.trellis)(trellis.quick(w.bits), m);
+    if let Some(trellis) = w.trellis() {
+        let (_, mr) = (t.trellis)(w.bits, trellis.hash, m);
         let b = Blocking { path: Path::Fused, mr, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
         return b.cut(m, panels, n, k, threads, 1);
     }
@@ -150,7 +150,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     let (n, k) = (w.n, w.geometry.k);
     let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     // Whole tiles of codes that are read together.
-    let dense = w.portable.is_some();
+    let dense = w.dense.is_some();
     let base = if dense { Blocking { window: 4, ..base } } else { base };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b = Blocking {
@@ -189,13 +189,13 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
             let raw = w.sum_groups() <= 1 && group.is_none();
             let b = int8(m, w, &segs, group.is_some(), isa, threads);
             let unit = match b.path {
-                Path::Fused if w.trellis.is_some() => format!("h{}", w.bits),
+                Path::Fused if w.trellis().is_some() => format!("h{}", w.bits),
                 Path::Fused if w.is_table() => format!("t{}", w.bits),
                 Path::Fused => format!("u{}", w.bits),
                 _ => "u8".to_owned(),
             };
             let unit = if w.inner.is_some() { unit + "x2" } else { unit };
-            let raw = raw && w.trellis.is_none();
+            let raw = raw && w.trellis().is_none();
             let class = format!("{}_s8_{unit}{}", if raw { "i32" } else { "f32" }, if raw { "" } else { "g" });
             (b, class, if raw { w.geometry.kp } else { segs.len })
         }

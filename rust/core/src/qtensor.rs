@@ -326,7 +326,7 @@ impl<'a> QView<'a> {
     /// # Errors
     /// [`Error::Shape`] for a table of another length, [`Error::Value`] for a value that is not finite.
     pub fn with_table(self, table: &'a [f32]) -> Result<Self> {
-        let want = self.format.element.learned();
+        let want = self.format.table_len(self.rows);
         if table.len() != want {
             return Err(Error::Shape(format!("{} has a table of {want} values, not {}", self.format, table.len())));
         }
@@ -334,6 +334,15 @@ impl<'a> QView<'a> {
             return Err(Error::Value(format!("value {} of the table, {}, is not finite", i, table[i])));
         }
         Ok(Self { table, ..self })
+    }
+
+    /// The table of a row, of formats whose matrices or rows bring one.
+    pub fn row_table(&self, n: usize) -> &'a [f32] {
+        if self.format.element.tables_of_rows() {
+            let len = self.format.element.learned();
+            return &self.table[n * len..(n + 1) * len];
+        }
+        self.table
     }
 
     /// The table of values with what integer products need, of formats that have one.
@@ -616,7 +625,7 @@ impl<'a> QView<'a> {
             return self.dequantize_tiles(level, n, k0, out);
         }
         let size = e.code_bytes();
-        let values: [f32; 256] = match self.table {
+        let values: [f32; 256] = match self.row_table(n) {
             [] => [0.0; 256],
             t => std::array::from_fn(|u| t[u % t.len()]),
         };
@@ -655,7 +664,7 @@ impl<'a> QView<'a> {
             self.unpack(level, n, start, codes);
             let s = self.full_scale(n, k / g);
             match e.map {
-                ValueMap::Vectors(len) => vq::decode(level, e.bits.into(), len, self.table, codes, s, values),
+                ValueMap::Vectors(shape) => vq::decode(level, shape, self.table, codes, s, values),
                 _ => e.codec.decode(e, level, codes, s, self.zero(n, k / g), values),
             }
             let here = stop.min(end) - k;
@@ -826,7 +835,8 @@ impl QTensor {
         QView::new(format, rows, cols, &codes, scales.view(), zeros.view())?;
         let outer = vec![1.0; format.outer_len(rows)];
         let levels = format.element.learned();
-        let table = (0..levels).map(|u| (2 * u + 1) as f32 / levels as f32 - 1.0).collect();
+        let even = |u: usize| (2 * (u % levels) + 1) as f32 / levels as f32 - 1.0;
+        let table = (0..format.table_len(rows)).map(even).collect();
         Ok(Self { format, rows, cols, codes, scales, zeros, outer, mask: None, table })
     }
 

@@ -141,7 +141,7 @@ impl Dest<'_> {
             && self.zeros.len() == zeros
             && (self.bounds.is_empty() || self.bounds.len() == count)
             && self.outer.len() == format.outer_len(rows)
-            && self.table.len() == format.element.learned();
+            && self.table.len() == format.table_len(rows);
         if fits {
             return Ok(());
         }
@@ -156,7 +156,7 @@ impl Dest<'_> {
     }
 
     /// The first `rows` rows and the rest.
-    fn split(self, rows: usize, row_bytes: usize, groups: usize, outer: usize) -> (Self, Self) {
+    fn split(self, rows: usize, row_bytes: usize, groups: usize, outer: usize, table: usize) -> (Self, Self) {
         fn cut<T>(v: &mut [T], at: usize) -> (&mut [T], &mut [T]) {
             let at = at.min(v.len());
             v.split_at_mut(at)
@@ -166,9 +166,10 @@ impl Dest<'_> {
         let (zeros, zeros2) = cut(self.zeros, rows * groups);
         let (bounds, bounds2) = cut(self.bounds, rows * groups);
         let (outer, outer2) = cut(self.outer, outer);
+        let (table, table2) = cut(self.table, table);
         let rest =
-            Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: outer2, table: &mut [] };
-        (Self { codes, scales, zeros, bounds, outer, table: &mut [] }, rest)
+            Self { codes: codes2, scales: scales2, zeros: zeros2, bounds: bounds2, outer: outer2, table: table2 };
+        (Self { codes, scales, zeros, bounds, outer, table }, rest)
     }
 }
 
@@ -186,7 +187,7 @@ pub fn quantize(x: &MatRef, format: &Format, method: Method, threads: usize) -> 
     let mut zeros = zeros_vec(if format.element.zero == ZeroKind::PerGroup { count } else { 0 })?;
     let mut bounds = zeros_vec(count)?;
     let mut outer = zeros_vec(format.outer_len(rows))?;
-    let mut table = zeros_vec(format.element.learned())?;
+    let mut table = zeros_vec(format.table_len(rows))?;
     let dest = Dest {
         codes: &mut codes,
         scales: match &mut scales {
@@ -261,20 +262,23 @@ pub fn quantize_at(
     let (book, codebook, weights);
     let worth = match e.map {
         ValueMap::Learned => {
-            dest.table.copy_from_slice(&lut::learn(level, x, format, tensor, importance)?);
+            dest.table.copy_from_slice(&lut::learn(level, x, 0..rows, format, tensor, importance)?);
             book = Book::new(dest.table, Tie::Down);
             Worth::Table(&book)
         }
-        ValueMap::Vectors(len) => {
+        ValueMap::Vectors(shape) => {
             weights = column_weights(importance, cols)?;
-            dest.table.copy_from_slice(&vq::learn(level, x, format, len, &weights, threads, poll)?);
-            codebook = Codebook::new(e, len, dest.table)?;
+            dest.table.copy_from_slice(&vq::learn(level, x, format, shape, &weights, threads, poll)?);
+            codebook = Codebook::new(shape, dest.table)?;
             Worth::Vectors(&codebook, &weights)
         }
         _ => Worth::Element,
     };
     let common = Common { tensor, top: e.shared.then_some(top), worth };
     dest.outer.fill(tensor);
+    if e.tables_of_rows() {
+        dest.table.fill(0.0);
+    }
     if rows == 0 || cols == 0 {
         return Ok(());
     }
@@ -285,7 +289,8 @@ pub fn quantize_at(
     for row0 in (0..rows).step_by(step) {
         let n = step.min(rows - row0);
         let outer = if format.is_two_level() { n } else { 0 };
-        let (part, tail) = rest.split(n, row_bytes, groups, outer);
+        let table = if e.tables_of_rows() { format.table_len(n) } else { 0 };
+        let (part, tail) = rest.split(n, row_bytes, groups, outer, table);
         parts.push((row0, part));
         rest = tail;
     }
@@ -296,7 +301,12 @@ pub fn quantize_at(
         if lock().as_ref().is_some_and(|(t, _)| *t < task) {
             return;
         }
-        if let Err(e) = rows_of(level, x, format, method, common, row0, part) {
+        let done = if e.tables_of_rows() {
+            rows_with_tables(level, x, format, method, importance, common, row0, part)
+        } else {
+            rows_of(level, x, format, method, common, row0, part)
+        };
+        if let Err(e) = done {
             let mut slot = lock();
             if slot.as_ref().is_none_or(|(t, _)| task < *t) {
                 *slot = Some((task, e));
@@ -422,6 +432,28 @@ fn tensor_scale(top: f32, format: &Format) -> f32 {
     } else {
         1.0
     }
+}
+
+/// As [`rows_of`], of rows that have a table each.
+fn rows_with_tables(
+    level: Level,
+    x: &MatRef,
+    format: &Format,
+    method: Method,
+    importance: Option<&[f32]>,
+    common: Common,
+    row0: usize,
+    mut part: Dest,
+) -> Result<()> {
+    let (row_bytes, groups) = (format.row_bytes(x.cols), format.groups(x.cols));
+    for n in row0..row0 + part.codes.len() / row_bytes {
+        let (own, rest) = part.split(1, row_bytes, groups, 0, format.table_len(1));
+        own.table.copy_from_slice(&lut::learn(level, x, n..n + 1, format, common.tensor, importance)?);
+        let book = Book::new(own.table, Tie::Down);
+        rows_of(level, x, format, method, Common { worth: Worth::Table(&book), ..common }, n, own)?;
+        part = rest;
+    }
+    Ok(())
 }
 
 fn rows_of(

@@ -315,7 +315,8 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
     let len = f.group_len(cols);
     for n in 0..rows {
         for (g, w) in x[n * cols..(n + 1) * cols].chunks(len).enumerate() {
-            let (s, z, want) = rule(&v, top, w);
+            let table = v.row_table(n);
+            let (s, z, want) = rule(&QView { table, ..v }, top, w);
             assert_eq!(v.scale(n, g), s, "{f} row {n} group {g}");
             if let Zero::Int(got) = v.zero(n, g) {
                 assert_eq!(i32::from(got), z, "{f} row {n} group {g}");
@@ -326,7 +327,7 @@ fn check_rule(f: Format, x: &[f32], rows: usize, cols: usize) {
             let bound = f64::from(q.bounds[n * f.groups(cols) + g]);
             let mut worst = 0.0f64;
             for (i, (&w, &d)) in w.iter().zip(&decoded[at..]).enumerate() {
-                let number = match (f.element.is_linear(), v.table) {
+                let number = match (f.element.is_linear(), table) {
                     (true, _) => (want[i] - z) as f32,
                     (_, []) => f.element.number(want[i] as u8),
                     (_, table) => table[want[i] as usize],

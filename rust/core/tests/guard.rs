@@ -700,7 +700,7 @@ fn quantising_stays_inside_its_buffers() {
         let mut zeros = Guarded::new(zeros, rng.place());
         let mut bounds = Guarded::new(count * 4, rng.aligned());
         let mut outer = Guarded::new(f.outer_len(n) * 4, rng.aligned());
-        let mut table = Guarded::new(f.element.learned() * 4, rng.aligned());
+        let mut table = Guarded::new(f.table_len(n) * 4, rng.aligned());
         let dest = Dest {
             codes: codes.bytes_mut(),
             scales: match f.scale {

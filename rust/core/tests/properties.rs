@@ -250,7 +250,11 @@ fn rows(q: &QTensor, from: usize, to: usize) -> QTensor {
         },
         outer: if q.format.is_two_level() { q.outer[from..to].to_vec() } else { q.outer.clone() },
         mask: None,
-        table: q.table.clone(),
+        table: if q.format.element.tables_of_rows() {
+            (from..to).flat_map(|n| q.view().row_table(n).to_vec()).collect()
+        } else {
+            q.table.clone()
+        },
     }
 }
 

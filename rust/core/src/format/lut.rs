@@ -1,6 +1,6 @@
-//! `lut2` to `lut8`: tables that are learned, one for each matrix.
+//! `lut2` to `lut8`: tables that are learned, one for each matrix; `lut2_row` to `lut4_row`: one for each row.
 //!
-//! The table is a part of the matrix: `2^b` floats, by code. A quantiser finds it by weighted k-means over the weights in
+//! Tables are a part of the matrix: `2^b` floats, by code. A quantiser finds it by weighted k-means over the weights in
 //! steps of their scales: the squared error that counts is that of the weights, so a value counts as the square of its
 //! scale, times the importance of its column where one is given. In one dimension that is sorting: the values are counted
 //! in 65536 bins, and the mean of all values between two borders is a difference of two running sums.
@@ -11,6 +11,7 @@ use super::lanes::absmax_bits;
 use super::{Codec, Element, Fit, Format, Level, ScaleType, ValueMap, FLOAT, INTEGER};
 use crate::qtensor::zeros_vec;
 use crate::{MatRef, Result};
+use std::ops::Range;
 
 #[derive(Debug)]
 struct Lut;
@@ -50,6 +51,13 @@ pub static ROWS: [Element; 7] = [
     row("lut8", 8, FLOAT),
 ];
 
+const fn by_row(name: &'static str, bits: u8) -> Element {
+    Element { map: ValueMap::RowLearned, ..row(name, bits, FLOAT) }
+}
+
+/// `lut2_row` to `lut4_row`.
+pub static BY_ROW: [Element; 3] = [by_row("lut2_row", 2), by_row("lut3_row", 3), by_row("lut4_row", 4)];
+
 /// Bins of the values from -1 to 1.
 const BINS: usize = 1 << 16;
 
@@ -60,11 +68,12 @@ fn bin(v: f64) -> usize {
     ((v + 1.0) * (0.5 * BINS as f64)).clamp(0.0, BINS as f64 - 1.0) as usize
 }
 
-/// Learns a table for a matrix, ascending; `outer` multiplies its scales, `importance` weighs its columns. Values that are not finite are left out, to be
-/// found later.
+/// Learns a table for some rows of a matrix, ascending; `outer` multiplies its scales, `importance` weighs its columns.
+/// Values that are not finite are left out, to be found later.
 pub(crate) fn learn(
     level: Level,
     x: &MatRef,
+    rows: Range<usize>,
     format: &Format,
     outer: f32,
     importance: Option<&[f32]>,
@@ -72,7 +81,7 @@ pub(crate) fn learn(
     let len = format.group_len(x.cols);
     let (mut weight, mut moment) = (zeros_vec::<f64>(BINS + 1)?, zeros_vec::<f64>(BINS + 1)?);
     let mut row = zeros_vec::<f32>(x.cols)?;
-    for n in 0..x.rows {
+    for n in rows {
         x.read_row(n, 0, &mut row);
         for (g, part) in row.chunks(len).enumerate() {
             let bits = absmax_bits(level, part);
@@ -145,7 +154,7 @@ mod tests {
 
     fn learned(values: &[f32], bits: u8) -> Vec<f32> {
         let format = Format::parse(&format!("lut{bits}")).unwrap();
-        learn(Level::detect(), &MatRef::from_f32(values, 1, values.len()), &format, 1.0, None).unwrap()
+        learn(Level::detect(), &MatRef::from_f32(values, 1, values.len()), 0..1, &format, 1.0, None).unwrap()
     }
 
     #[test]

@@ -41,6 +41,7 @@ static FAMILIES: &[&[Element]] = &[
     &log::ROWS,
     &codebook::ROWS,
     &lut::ROWS,
+    &lut::BY_ROW,
     &block::BFP,
     &block::DFP,
     &block::MX,
@@ -168,10 +169,12 @@ pub enum ValueMap {
     Table(&'static LazyLock<Book>),
     /// A table that each matrix brings.
     Learned,
+    /// A table that each row of a matrix brings.
+    RowLearned,
     /// A hash of the last 16 bits of the codes of a tile.
     Trellis(Code),
-    /// Codes of that many weights together are an entry of the codebook that each matrix brings.
-    Vectors(usize),
+    /// Codes of several weights together are an entry of the codebook that each matrix brings, or a sum of two.
+    Vectors(vq::Shape),
 }
 
 /// Whether groups carry a zero point.
@@ -240,7 +243,7 @@ pub trait Codec: fmt::Debug + Sync {
             (ValueMap::Affine { mul, sub }, Zero::None) => lanes::affine(level, u, mul, sub, s, out),
             (ValueMap::Affine { mul, .. }, Zero::Int(z)) => lanes::affine(level, u, mul, i32::from(z), s, out),
             (ValueMap::Affine { .. }, Zero::Float(z)) => lanes::affine_float(level, u, s, -(s * z), out),
-            (ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_), _) => {}
+            (ValueMap::Learned | ValueMap::RowLearned | ValueMap::Trellis(_) | ValueMap::Vectors(_), _) => {}
         }
     }
 }
@@ -329,13 +332,18 @@ impl Element {
         table().chain(plain_elements()).find(|e| e.name == name)
     }
 
-    /// Values of the table that each matrix brings; 0 where none does.
+    /// Values of the table that each matrix, or each of its rows, brings; 0 where none does.
     pub fn learned(&self) -> usize {
         match self.map {
-            ValueMap::Learned => self.levels as usize,
-            ValueMap::Vectors(len) => len << (len * usize::from(self.bits)),
+            ValueMap::Learned | ValueMap::RowLearned => self.levels as usize,
+            ValueMap::Vectors(shape) => shape.len * shape.entries(),
             _ => 0,
         }
+    }
+
+    /// Whether each row of a matrix brings a table of its own.
+    pub fn tables_of_rows(&self) -> bool {
+        matches!(self.map, ValueMap::RowLearned)
     }
 
     /// The table of values, of elements that have one and the same.
@@ -369,7 +377,7 @@ impl Element {
         match self.map {
             ValueMap::Affine { .. } => self.value(u) as f32,
             ValueMap::Table(book) => book.of_bytes()[u as usize & 255],
-            ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_) => f32::NAN,
+            _ => f32::NAN,
         }
     }
 
@@ -407,14 +415,14 @@ impl Element {
 
     /// Whether products meet the decoded floats only: no kernel knows the codes.
     pub fn is_dense(&self) -> bool {
-        self.plain.is_none() && (self.bits > 8 || self.span() > 1)
+        self.plain.is_none() && (self.bits > 8 || self.span() > 1 || self.tables_of_rows())
     }
 
     /// How many codes at most are made and read together, from the start of a group on.
     pub fn span(&self) -> usize {
         match self.map {
             ValueMap::Trellis(_) => TILE,
-            ValueMap::Vectors(len) => len,
+            ValueMap::Vectors(shape) => shape.len,
             _ => 1,
         }
     }
@@ -434,7 +442,7 @@ impl Element {
         match self.map {
             ValueMap::Affine { .. } => self.number(self.levels - 1).abs(),
             ValueMap::Table(book) => book.top(),
-            ValueMap::Learned => 1.0,
+            ValueMap::Learned | ValueMap::RowLearned => 1.0,
             ValueMap::Trellis(code) => code.numbers().iter().fold(0.0, |m, v| m.max(v.abs())),
             ValueMap::Vectors(_) => vq::REACH,
         }
@@ -445,7 +453,7 @@ impl Element {
         match self.map {
             ValueMap::Affine { sub, .. } => sub.clamp(0, 255) as u8,
             ValueMap::Table(book) => book.zero().unwrap_or(0),
-            ValueMap::Learned | ValueMap::Trellis(_) | ValueMap::Vectors(_) => 0,
+            _ => 0,
         }
     }
 
@@ -668,6 +676,11 @@ impl Format {
             None => usize::from(cols > 0),
             Some(g) => cols.div_ceil(g as usize),
         }
+    }
+
+    /// Values of the tables that a matrix of so many rows brings.
+    pub fn table_len(&self, rows: usize) -> usize {
+        self.element.learned() * if self.element.tables_of_rows() { rows } else { 1 }
     }
 
     /// Length of the groups of a row of `cols` elements (the last may be shorter); at least 1.

@@ -108,11 +108,12 @@ impl Format {
         }
         if self.element.learned() > 0 {
             let count = self.element.learned();
-            let shape = match self.element.map {
-                ValueMap::Vectors(len) => vec![count / len, len],
-                _ => vec![count],
+            let (shape, along) = match self.element.map {
+                ValueMap::Vectors(shape) => (vec![shape.entries(), shape.len], Along::Whole),
+                ValueMap::RowLearned => (vec![rows, count], Along::Rows),
+                _ => (vec![count], Along::Whole),
             };
-            parts.push(Part { name: "table", types: &["f32"], shape, along: Along::Whole });
+            parts.push(Part { name: "table", types: &["f32"], shape, along });
         }
         Ok(parts)
     }

@@ -4,6 +4,7 @@ pub mod generic;
 pub mod scalar;
 pub mod simd;
 pub mod trellis;
+pub mod wide;
 #[cfg(target_arch = "x86_64")]
 pub mod x86;
 
@@ -201,7 +202,11 @@ pub type GemvFn = unsafe fn(&F32Args);
 pub type GemmFn = unsafe fn(&GemmArgs);
 
 /// A product with trellis codes: groups, activations, sums, row stride of the sums.
-pub type TrellisFn = unsafe fn(&trellis::Trellis, &ActRows, *mut f32, usize);
+pub type TrellisFn = unsafe fn(&trellis::Trellis, &trellis::Pairs, *mut f32, usize);
+/// Trellis codes as floats.
+pub type TrellisFloatsFn = unsafe fn(&trellis::Trellis, *mut f32);
+/// Words of 16 bits as floats.
+pub type WideFn = unsafe fn(&wide::Wide, *mut f32);
 
 /// Everything one ISA offers. Look-ups answer `None` where a combination has no fused kernel; the byte kernels, which
 /// read unpacked codes, serve every format.
@@ -256,10 +261,16 @@ pub struct Kernels {
     pub finish_f32: unsafe fn(*mut f32, &Finish),
     /// Rounds floats to bfloat16 precision in place.
     pub round_bf16: unsafe fn(*mut f32, usize),
-    /// Product with trellis codes by (bits of `mul1` codes, else 0; rows): kernel and rows.
-    pub trellis: fn(usize, usize) -> (TrellisFn, usize),
-    /// Trellis codes as floats by bits of `mul1` codes, else 0.
-    pub trellis_expand: fn(usize) -> unsafe fn(&trellis::Trellis, *mut f32),
+    /// Product with trellis codes by (bits, hash, rows): kernel and rows.
+    pub trellis: fn(usize, u8, usize) -> (TrellisFn, usize),
+    /// Trellis codes as floats by (bits, hash).
+    pub trellis_expand: fn(usize, u8) -> TrellisFloatsFn,
+    /// Codes of 9 to 16 bits as floats.
+    pub wide: WideFn,
+    /// Values of tables of rows as floats.
+    pub row_tables: WideFn,
+    /// Vectors as floats by (length, whether entries are sums of two).
+    pub vectors: fn(usize, bool) -> WideFn,
 }
 
 /// The kernels of a level. AMX shares the vector kernels of AVX-512 VNNI and adds tiles (`x86::amx`).
@@ -383,25 +394,68 @@ macro_rules! instantiate {
                 unsafe { generic::round_rows::<$v>(x, n) }
             }
             $(#[$feature])*
-            unsafe fn trellis_product<const B: usize, const MR: usize>(a: &trellis::Trellis, x: &ActRows, c: *mut f32, ldc: usize) {
+            unsafe fn trellis_product<const B: usize, const HASH: u8, const MR: usize>(a: &trellis::Trellis, x: &trellis::Pairs, c: *mut f32, ldc: usize) {
                 // SAFETY: as above.
-                unsafe { trellis::product::<$v, B, MR>(a, x, c, ldc) }
+                unsafe { trellis::product::<$v, B, HASH, MR>(a, x, c, ldc) }
             }
             $(#[$feature])*
-            unsafe fn trellis_floats<const B: usize>(a: &trellis::Trellis, out: *mut f32) {
+            unsafe fn trellis_floats<const B: usize, const HASH: u8>(a: &trellis::Trellis, out: *mut f32) {
                 // SAFETY: as above.
-                unsafe { trellis::expand::<$v, B>(a, out) }
+                unsafe { trellis::expand::<$v, B, HASH>(a, out) }
             }
-            fn trellis_pick(bits: usize, rows: usize) -> (TrellisFn, usize) {
-                match (bits, rows) {
-                    (2, 1) => (trellis_product::<2, 1>, 1),
-                    (2, _) => (trellis_product::<2, 4>, 4),
-                    (_, 1) => (trellis_product::<0, 1>, 1),
-                    _ => (trellis_product::<0, 4>, 4),
+            $(#[$feature])*
+            unsafe fn wide_codes(a: &wide::Wide, out: *mut f32) {
+                // SAFETY: as above.
+                unsafe { wide::codes::<$v>(a, out) }
+            }
+            $(#[$feature])*
+            unsafe fn row_tables(a: &wide::Wide, out: *mut f32) {
+                // SAFETY: as above.
+                unsafe { wide::row_tables::<$v>(a, out) }
+            }
+            $(#[$feature])*
+            unsafe fn wide_vectors<const V: usize, const TWO: bool>(a: &wide::Wide, out: *mut f32) {
+                // SAFETY: as above.
+                unsafe { wide::vectors::<$v, V, TWO>(a, out) }
+            }
+            fn vectors(len: usize, two: bool) -> WideFn {
+                match (len, two) {
+                    (2, _) => wide_vectors::<2, false>,
+                    (4, false) => wide_vectors::<4, false>,
+                    (4, true) => wide_vectors::<4, true>,
+                    (6, _) => wide_vectors::<6, false>,
+                    (_, false) => wide_vectors::<8, false>,
+                    _ => wide_vectors::<8, true>,
                 }
             }
-            fn trellis_expand(bits: usize) -> unsafe fn(&trellis::Trellis, *mut f32) {
-                if bits == 2 { trellis_floats::<2> } else { trellis_floats::<0> }
+            fn trellis_pick(bits: usize, hash: u8, rows: usize) -> (TrellisFn, usize) {
+                use trellis::{MAD1, MUL1};
+                macro_rules! rows { ($b:literal, $hash:ident) => {
+                    if rows == 1 { (trellis_product::<$b, $hash, 1> as TrellisFn, 1) } else { (trellis_product::<$b, $hash, 4>, 4) }
+                } }
+                match (hash, bits) {
+                    (MUL1, 1) => rows!(1, MUL1),
+                    (MUL1, 2) => rows!(2, MUL1),
+                    (MUL1, 3) => rows!(3, MUL1),
+                    (MUL1, 4) => rows!(4, MUL1),
+                    (MUL1, _) => rows!(0, MUL1),
+                    (_, 2) => rows!(2, MAD1),
+                    _ => rows!(0, MAD1),
+                }
+            }
+            fn trellis_expand(bits: usize, hash: u8) -> TrellisFloatsFn {
+                use trellis::{INST3, MAD1, MUL1};
+                match (hash, bits) {
+                    (MUL1, 1) => trellis_floats::<1, MUL1>,
+                    (MUL1, 2) => trellis_floats::<2, MUL1>,
+                    (MUL1, 3) => trellis_floats::<3, MUL1>,
+                    (MUL1, 4) => trellis_floats::<4, MUL1>,
+                    (MUL1, _) => trellis_floats::<0, MUL1>,
+                    (MAD1, 2) => trellis_floats::<2, MAD1>,
+                    (MAD1, _) => trellis_floats::<0, MAD1>,
+                    (_, 2) => trellis_floats::<2, INST3>,
+                    _ => trellis_floats::<0, INST3>,
+                }
             }
             #[allow(unused_variables)]
             fn grouped_fused(bits: usize, zeros: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
@@ -584,6 +638,9 @@ macro_rules! instantiate {
                 round_bf16,
                 trellis: trellis_pick,
                 trellis_expand,
+                wide: wide_codes,
+                row_tables,
+                vectors,
             }
         };
     };

@@ -64,6 +64,18 @@ unsafe impl Simd for Scalar {
             let high = ((x >> 16) as u16).wrapping_mul((y >> 16) as u16);
             (u32::from(low) | (u32::from(high) << 16)) as i32
         });
+        mulhi16(a: I, b: I) -> I = zip(a, b, |x, y| {
+            let high = |x: i32, y: i32| ((x as u32 & 0xffff) * (y as u32 & 0xffff)) >> 16;
+            (high(x, y) | (high((x as u32 >> 16) as i32, (y as u32 >> 16) as i32) << 16)) as i32
+        });
+        add16(a: I, b: I) -> I = zip(a, b, |x, y| {
+            let low = (x as u16).wrapping_add(y as u16);
+            let high = ((x >> 16) as u16).wrapping_add((y >> 16) as u16);
+            (u32::from(low) | (u32::from(high) << 16)) as i32
+        });
+        shl16(a: I, n: usize) -> I = a.map(|v| halves(v, |h| h << n));
+        shr16(a: I, n: usize) -> I = a.map(|v| halves(v, |h| h >> n));
+        xor(a: I, b: I) -> I = zip(a, b, |x, y| x ^ y);
         maxu(a: I, b: I) -> I = zip(a, b, |x, y| (x as u32).max(y as u32) as i32);
         top(a: I) -> u32 = a.into_iter().fold(0, |t, v| t.max(v as u32));
         dot(acc: I, u: I, s: I) -> I = dot(acc, u, s);
@@ -89,10 +101,19 @@ unsafe impl Simd for Scalar {
         fma(a: F, b: F, c: F) -> F = std::array::from_fn(|i| a[i].mul_add(b[i], c[i]));
         shr32_16(a: I) -> I = a.map(|v| (v as u32 >> 16) as i32);
         shr32(a: I, n: usize) -> I = a.map(|v| (v as u32 >> n) as i32);
+        shl32(a: I, n: usize) -> I = a.map(|v| v << n);
         sar(a: I, n: usize) -> I = a.map(|v| v >> n);
         lut16(table: F, lane: I) -> F = lane.map(|v| table[(v & 15) as usize]);
         lut64(table: *const f32, lane: I) -> F = lane.map(|v| *table.add((v & 63) as usize));
         gather(table: *const f32, lane: I) -> F = lane.map(|v| *table.add(v as usize));
+        pairs(table: *const f32, at: *const u16) -> [F; 2] = {
+            let at = at.cast::<[u16; 16]>().read_unaligned();
+            std::array::from_fn(|j| at.map(|i| *table.add(usize::from(i) + j)))
+        };
+        quads(table: *const f32, at: *const u16) -> [F; 4] = {
+            let at = at.cast::<[u16; 16]>().read_unaligned();
+            std::array::from_fn(|j| at.map(|i| *table.add(usize::from(i) + j)))
+        };
         repeat16(p: *const u8) -> I = {
             let b = p.cast::<[u8; 16]>().read_unaligned();
             lanes(std::array::from_fn(|i| b[i % 16]))

@@ -37,6 +37,14 @@ pub unsafe trait Simd: 'static {
     unsafe fn mul(a: Self::I, b: Self::I) -> Self::I;
     /// Low halves of the products of 16-bit lanes.
     unsafe fn mul16(a: Self::I, b: Self::I) -> Self::I;
+    /// High halves of the unsigned products of 16-bit lanes.
+    unsafe fn mulhi16(a: Self::I, b: Self::I) -> Self::I;
+    unsafe fn add16(a: Self::I, b: Self::I) -> Self::I;
+    /// Left shift of 16-bit lanes, `n < 16`, a constant after inlining where it matters.
+    unsafe fn shl16(a: Self::I, n: usize) -> Self::I;
+    /// Logical right shift of 16-bit lanes, likewise.
+    unsafe fn shr16(a: Self::I, n: usize) -> Self::I;
+    unsafe fn xor(a: Self::I, b: Self::I) -> Self::I;
     /// Unsigned maximum of 32-bit lanes.
     unsafe fn maxu(a: Self::I, b: Self::I) -> Self::I;
     /// The largest lane, unsigned.
@@ -89,6 +97,8 @@ pub unsafe trait Simd: 'static {
     unsafe fn shr32_16(a: Self::I) -> Self::I;
     /// 32-bit logical right shift, `n < 32` and constant after inlining.
     unsafe fn shr32(a: Self::I, n: usize) -> Self::I;
+    /// 32-bit left shift, `n < 32` and constant after inlining.
+    unsafe fn shl32(a: Self::I, n: usize) -> Self::I;
     /// 32-bit arithmetic right shift, `n < 32` and constant after inlining.
     unsafe fn sar(a: Self::I, n: usize) -> Self::I;
     /// `table[lane & 15]` for every lane.
@@ -97,6 +107,10 @@ pub unsafe trait Simd: 'static {
     unsafe fn lut64(table: *const f32, lane: Self::I) -> Self::F;
     /// `table[lane]` for every lane, each within the table.
     unsafe fn gather(table: *const f32, lane: Self::I) -> Self::F;
+    /// Two numbers in a row from `table[at[lane]]` on for every lane; each vector has one of them.
+    unsafe fn pairs(table: *const f32, at: *const u16) -> [Self::F; 2];
+    /// Four numbers in a row from `table[at[lane]]` on for every lane; each vector has one of them.
+    unsafe fn quads(table: *const f32, at: *const u16) -> [Self::F; 4];
     /// 16 bytes, four times.
     unsafe fn repeat16(p: *const u8) -> Self::I;
     /// `table[u]` for every byte below 16 of `u`, within each 16 bytes.

@@ -1,78 +1,166 @@
 //! Trellis codes in kernels: the states of 16 rows at a time are hashed in registers (see `crate::trellis`).
 //!
-//! A panel holds, for each group, the circles of bits of its 16 rows as words of 32 bits, first bits first, and in front the
-//! word that comes before on the circle: `[group][1 + words][16]`.
+//! A group is decoded from its start and from its middle at once: a lane of 32 bits is a row, its low half belongs to the
+//! first half of the group and its high half to the second, so that one multiplication of 16-bit lanes serves two weights.
+//! A panel holds, for each group, the bits of both halves as *chunks* of 16, first bits on top, and in front the 16 bits that
+//! come before on the circle: `[group][1 + chunks][16 rows]`. The state of weight `j` of a half is the 16 bits from bit
+//! `(j + 1)*b` of its chunks on.
 use super::generic::scales;
 use super::simd::Simd;
-use super::{ActRows, ScalePtr};
+use super::ScalePtr;
+use crate::trellis::Code;
 
 /// Some groups of one panel.
 #[derive(Debug, Clone, Copy)]
 pub struct Trellis {
-    /// Words of the first group.
-    pub words: *const u32,
-    /// Words of a group and row, the one in front included.
+    /// Chunks of the first group.
+    pub chunks: *const u32,
+    /// Chunks of a group and row, the one in front included.
     pub stride: usize,
     /// Bits of a code.
     pub bits: usize,
-    /// Factor and addend of the hash.
-    pub hash: (i32, i32),
     /// Groups, and values of a group and of the last of these.
     pub groups: usize,
     /// Values of a group.
     pub len: usize,
     /// Values of the last of the groups.
     pub last: usize,
-    /// Places of a group in the activations.
-    pub padded: usize,
     /// Scales `[group][16]`.
     pub scales: ScalePtr,
 }
 
-/// The window that ends `over` bits before the end of word `now`; `across` has the lower half of the word before on top.
-#[inline(always)]
-unsafe fn window<S: Simd>(now: S::I, across: S::I, over: usize) -> S::I {
-    // SAFETY: the caller's features.
-    unsafe {
-        let v = if over <= 16 { S::shr32(now, over) } else { S::shr32(across, over - 16) };
-        S::and(v, S::splat(0xffff))
+impl Trellis {
+    /// The values of group `g`, and those of them in its first half.
+    #[inline(always)]
+    fn lens(&self, g: usize) -> (usize, usize) {
+        let len = if g + 1 == self.groups { self.last } else { self.len };
+        (len, len.div_ceil(2))
     }
 }
 
-/// Runs `$body` for the hashes `$h` of one group, four bytes a row, at places `$first + $j`, after `$start` at each new
-/// `$first`. `B` of 2 stands for `mul1` at 2 bits, 16 places at a time whose shifts are constants; 0 for any other code.
-/// A macro: a closure would be compiled without the features.
-macro_rules! each_hash {
-    ($s:ident, $b:ident, $a:ident, $words:expr, $len:ident, |$first:ident, $j:ident, $h:ident| $start:block $body:block) => {{
-        let words: *const u32 = $words;
-        let (mul, add) = ($s::splat($a.hash.0), $s::splat($a.hash.1));
-        let high = $s::splat(1 << 16);
-        let mut before = $s::load(words.cast());
-        let mut $first = 0;
-        for i in 1..$a.stride {
-            let now = $s::load(words.add(16 * i).cast());
-            let across = $s::or($s::mul(before, high), $s::shr32_16(now));
-            before = now;
-            if $b == 2 && $first + 16 <= $len {
-                $start
-                each_hash!(@ now, across, mul, $s, |$j, $h| $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-                $first += 16;
-                continue;
-            }
-            while $first < $len && ($first + 1) * $a.bits <= 32 * i {
-                $start
-                {
-                    const $j: usize = 0;
-                    let $h = $s::add($s::mul(window::<$s>(now, across, 32 * i - ($first + 1) * $a.bits), mul), add);
-                    $body
-                }
-                $first += 1;
-            }
+/// Activations of some rows, in the order of the weights.
+#[derive(Debug, Clone, Copy)]
+pub struct Pairs {
+    /// `[group][place in a half][dwords of a place][rows]`: the codes `a` of the first and `b` of the second half as the bytes
+    /// `a a b b`, or as the dwords `a a a a` and `b b b b` (see [`dwords`]).
+    pub codes: *const i32,
+    /// 510 times the sums of the groups, `[group][rows]`.
+    pub sums: *const i32,
+    /// Rows that sums lie apart.
+    pub rows: usize,
+}
+
+/// Hashes of [`Code`] as constants.
+pub const MUL1: u8 = 0;
+/// See [`MUL1`].
+pub const MAD1: u8 = 1;
+/// See [`MUL1`].
+pub const INST3: u8 = 2;
+
+/// The constant of a hash.
+pub const fn hash(code: Code) -> u8 {
+    match code {
+        Code::Mul1 => MUL1,
+        Code::Mad1 => MAD1,
+        Code::Inst3 => INST3,
+    }
+}
+
+/// Dwords of activations that two weights meet.
+pub const fn dwords(hash: u8) -> usize {
+    if hash == MUL1 {
+        1
+    } else {
+        2
+    }
+}
+
+/// The 16 bits from bit `at` of the chunks on, for both halves.
+#[inline(always)]
+unsafe fn window<S: Simd>(chunks: *const u32, at: usize) -> S::I {
+    // SAFETY: the caller's chunks reach that far.
+    unsafe {
+        let (chunk, over) = (chunks.add(at / 16 * 16), at % 16);
+        let now = S::load(chunk.cast());
+        if over == 0 {
+            return now;
+        }
+        S::or(S::shl16(now, over), S::shr16(S::load(chunk.add(16).cast()), 16 - over))
+    }
+}
+
+/// The hashes of two states in each lane. `mul1`, without an addend, in lanes of 16 bits: the low halves of both products,
+/// then the high ones; else the product of the low state, then that of the high one.
+#[inline(always)]
+unsafe fn hashes<S: Simd, const HASH: u8>(states: S::I) -> [S::I; 2] {
+    // SAFETY: the caller's features.
+    unsafe {
+        let (mul, add) = match HASH {
+            MUL1 => (0x83DC_D12D_u32, 0),
+            MAD1 => (34_038_481, 76_625_530),
+            _ => (89_226_354, 64_248_484),
+        };
+        if HASH == MUL1 {
+            let (low, high) = (S::splat(((mul & 0xffff) * 0x1_0001) as i32), S::splat(((mul >> 16) * 0x1_0001) as i32));
+            return [S::mul16(states, low), S::add16(S::mulhi16(states, low), S::mul16(states, high))];
+        }
+        let (mul, add) = (S::splat(mul as i32), S::splat(add));
+        let (low, high) = (S::and(states, S::splat(0xffff)), S::shr32_16(states));
+        [S::add(S::mul(low, mul), add), S::add(S::mul(high, mul), add)]
+    }
+}
+
+/// The bytes of hashes that belong to the low and to the high state, as factors 1.
+#[inline(always)]
+unsafe fn own<S: Simd, const HASH: u8>() -> [S::I; 2] {
+    // SAFETY: the caller's features.
+    unsafe {
+        if HASH == MUL1 {
+            [S::splat(0x0101), S::splat(0x0101_0000)]
+        } else {
+            [S::splat8(1); 2]
+        }
+    }
+}
+
+/// The number of `3inst`: of both halves of its hash sign, mantissa and two bits of the exponent are kept, some of them
+/// flipped, and make numbers of binary16 from 1/8 to 2, which are added and rounded in binary16.
+#[inline(always)]
+unsafe fn inst3<S: Simd>(hash: S::I) -> S::F {
+    // SAFETY: the caller's features.
+    unsafe {
+        // The flips of 0x3B60 where binary32 has these bits, under the upper bits of an exponent from -3 to 0.
+        let (own, flips) = (S::splat(0x81ff_e000_u32 as i32), S::splat((0x3B60 & 0x0fff) << 13 | (127 - 3) << 23));
+        let (high, low) = (S::sar(hash, 3), S::sar(S::shl32(hash, 16), 3));
+        let (high, low) = (S::xor(S::and(high, own), flips), S::xor(S::and(low, own), flips));
+        // Both are multiples of 2^-13 below 2: their sum is exact, and 0 or a normal number of binary16.
+        let sum = S::bits(S::addf(S::from_bits(high), S::from_bits(low)));
+        let odd = S::and(S::shr32(sum, 13), S::splat(1));
+        let even = S::add(sum, S::add(odd, S::splat(0xfff)));
+        S::from_bits(S::and(even, S::splat(!0x1fff)))
+    }
+}
+
+/// Runs `$body` for each place `$j` of a half of `$half` weights with the two states of each row. Of codes of `B` bits, if
+/// that is not 0, 16 at a time have constant shifts; they are `B` chunks. A macro: a closure would be compiled without the
+/// features.
+macro_rules! each_pair {
+    ($s:ident, $b:ident, $chunks:expr, $bits:expr, $half:expr, |$j:ident, $states:ident| $body:block) => {{
+        let (mut chunks, mut first): (*const u32, usize) = ($chunks, 0);
+        while $b > 0 && first + 16 <= $half {
+            each_pair!(@ $s, $b, chunks, first, |$j, $states| $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            chunks = chunks.add(16 * $b);
+            first += 16;
+        }
+        for i in 0..$half - first {
+            let $j = first + i;
+            let $states = window::<$s>(chunks, (i + 1) * $bits);
+            $body
         }
     }};
-    (@ $now:ident, $across:ident, $mul:ident, $s:ident, |$j:ident, $h:ident| $body:block, $($i:literal),*) => { $( {
-        const $j: usize = $i;
-        let $h = $s::mul(window::<$s>($now, $across, 30 - 2 * $i), $mul);
+    (@ $s:ident, $b:ident, $chunks:ident, $first:ident, |$j:ident, $states:ident| $body:block, $($i:literal),*) => { $( {
+        let $j = $first + $i;
+        let $states = window::<$s>($chunks, ($i + 1) * $b);
         $body
     } )* };
 }
@@ -84,26 +172,34 @@ macro_rules! each_hash {
 /// The pointers hold what their structures say, from the first of the groups on; `c` has `MR` rows of 16 floats; the CPU has
 /// the features of `S`.
 #[inline(always)]
-pub unsafe fn product<S: Simd, const B: usize, const MR: usize>(a: &Trellis, x: &ActRows, c: *mut f32, ldc: usize) {
+pub unsafe fn product<S: Simd, const B: usize, const HASH: u8, const MR: usize>(
+    a: &Trellis,
+    x: &Pairs,
+    c: *mut f32,
+    ldc: usize,
+) {
     // SAFETY: as the contract says.
     unsafe {
+        let each = const { dwords(HASH) };
+        let mut codes = x.codes;
         for g in 0..a.groups {
-            let len = if g + 1 == a.groups { a.last } else { a.len };
-            let mut sum = [[S::splat(0); 2]; MR];
-            let mut q;
-            each_hash!(S, B, a, a.words.add(g * a.stride * 16), len, |first, J, h| {
-                // Groups of 16 places or more do not cross a block of 64 within 16.
-                let k = g * a.padded + first;
-                q = x.codes.add(k / 64 * x.block_stride + k % 64);
-            } {
+            let (_, half) = a.lens(g);
+            // More chains of sums than one row needs to hide the latency of the dot product.
+            let mut sum = [[S::splat(0); 4]; MR];
+            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, states| {
+                let h = hashes::<S, HASH>(states);
                 for m in 0..MR {
-                    let q = S::splat8(*q.add(64 * m + J) as u8);
-                    sum[m][J & 1] = S::dot(sum[m][J & 1], h, q);
+                    let q = codes.add(j * each * MR + m);
+                    let chain = 2 * (j % 2);
+                    sum[m][chain] = S::dot(sum[m][chain], h[0], S::splat(*q));
+                    sum[m][chain + 1] = S::dot(sum[m][chain + 1], h[1], S::splat(*q.add((each - 1) * MR)));
                 }
             });
+            codes = codes.add(a.len.div_ceil(2) * each * MR);
             let s = scales::<S>(a.scales, g * 16);
             for m in 0..MR {
-                let d = S::sub(S::add(sum[m][0], sum[m][1]), S::splat(*x.sums.add(g * x.rows + m)));
+                let d = S::add(S::add(sum[m][0], sum[m][1]), S::add(sum[m][2], sum[m][3]));
+                let d = S::sub(d, S::splat(*x.sums.add(g * x.rows + m)));
                 let c = c.add(m * ldc);
                 S::storef(c, S::fma(S::cvt(d), s, S::loadf(c)));
             }
@@ -116,19 +212,28 @@ pub unsafe fn product<S: Simd, const B: usize, const MR: usize>(a: &Trellis, x: 
 /// # Safety
 /// As [`product`]; `out` has 16 floats for each value.
 #[inline(always)]
-pub unsafe fn expand<S: Simd, const B: usize>(a: &Trellis, out: *mut f32) {
+pub unsafe fn expand<S: Simd, const B: usize, const HASH: u8>(a: &Trellis, out: *mut f32) {
     // SAFETY: as the contract says.
     unsafe {
-        let (ones, zero) = (S::splat8(1), S::splat(-510));
+        let (own, zero) = (own::<S, HASH>(), S::splat(-510));
         for g in 0..a.groups {
-            let len = if g + 1 == a.groups { a.last } else { a.len };
+            let (len, half) = a.lens(g);
             let s = scales::<S>(a.scales, g * 16);
-            let out = out.add(g * a.len * 16);
-            let mut to;
-            each_hash!(S, B, a, a.words.add(g * a.stride * 16), len, |first, J, h| {
-                to = out.add(first * 16);
-            } {
-                S::storef(to.add(J * 16), S::mulf(S::cvt(S::dot(zero, h, ones)), s));
+            let to = [out.add(g * a.len * 16), out.add((g * a.len + half) * 16)];
+            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, states| {
+                let h = hashes::<S, HASH>(states);
+                for i in 0..2 {
+                    // The second half of an odd number is shorter.
+                    if i == 1 && half + j == len {
+                        break;
+                    }
+                    let v = match HASH {
+                        MUL1 => S::cvt(S::dot(S::dot(zero, h[0], own[i]), h[1], own[i])),
+                        MAD1 => S::cvt(S::dot(zero, h[i], own[i])),
+                        _ => inst3::<S>(h[i]),
+                    };
+                    S::storef(to[i].add(j * 16), S::mulf(v, s));
+                }
             });
         }
     }

@@ -2,16 +2,19 @@
 //!
 //! The error that counts is that of the weights: a value counts as the square of its scale, times the importance of its
 //! column. Seeds are drawn by the error that those before leave (k-means++), from a fixed sequence instead of a random one;
-//! then every entry becomes the mean of the vectors that are nearest to it, until that hardly helps. Nothing depends
+//! then every entry becomes the mean of the vectors that are nearest to it, until that hardly helps. A second codebook is
+//! found in the same way, from what the first leaves of the vectors, and then both move in turn. Nothing depends
 //! on threads or levels: the nearest entries are found side by side, sums are made in the order of the sample.
-use super::{nearest, Codebook, LONGEST, REACH};
+use super::{nearest, nearest_pair, Codebook, Shape, LONGEST, REACH};
 use crate::format::lanes::{per_level, tree, LANES};
-use crate::format::{lanes, Element, Format, Level};
+use crate::format::{lanes, Format, Level};
 use crate::qtensor::{parallel, zeros_vec};
 use crate::{Error, MatRef, Result};
 
 /// Vectors of the sample for each entry, at most: one in so many is what an entry loses by knowing only those.
 const PER_ENTRY: usize = 64;
+/// Vectors that seeds are drawn from, at most: each draw looks at all of them.
+const SEEDED: usize = 1 << 15;
 /// Vectors of the sample whose errors are summed together.
 const BLOCK: usize = 256;
 /// Rounds at most.
@@ -91,6 +94,57 @@ impl Sample {
         s.mass.iter_mut().for_each(|m| *m /= top);
         Ok(s)
     }
+
+    /// Values, how much they count, and how many they are.
+    #[inline(always)]
+    fn vector(&self, i: usize) -> ([f32; LONGEST], [f32; LONGEST], usize) {
+        let (mut x, mut w, n) = ([0.0; LONGEST], [0.0; LONGEST], usize::from(self.lens[i]));
+        for j in 0..n {
+            (x[j], w[j]) = (self.values[j * self.count + i], self.weights[j * self.count + i]);
+        }
+        (x, w, n)
+    }
+
+    /// Moves entries to the weighted means of the values of the vectors that chose them; an entry that none chose stays.
+    fn means(
+        &self,
+        book: &mut [f32],
+        len: usize,
+        entry: impl Fn(usize) -> usize,
+        value: impl Fn(usize, usize) -> f32,
+    ) -> Result<()> {
+        let (mut sums, mut shares) = (zeros_vec::<f64>(book.len())?, zeros_vec::<f64>(book.len())?);
+        for (i, mass) in self.mass.iter().enumerate() {
+            for j in 0..usize::from(self.lens[i]) {
+                let (at, share) = (entry(i) * len + j, mass * f64::from(self.weights[j * self.count + i]));
+                sums[at] += share * f64::from(value(i, j));
+                shares[at] += share;
+            }
+        }
+        for (v, (sum, share)) in book.iter_mut().zip(sums.iter().zip(&shares)) {
+            if *share > 0.0 {
+                *v = ((sum / share) as f32).clamp(-REACH, REACH);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A codebook of one or two.
+#[derive(Clone, Copy)]
+pub(super) enum Which {
+    First,
+    Second,
+}
+
+impl Which {
+    /// Its first entry in the table, and how many of its entries `n` weights of a vector may have.
+    fn range(self, shape: Shape, n: usize) -> (usize, usize) {
+        match self {
+            Self::First => (0, shape.limits(n).0),
+            Self::Second => (1 << shape.first(), shape.limits(n).1),
+        }
+    }
 }
 
 /// Learns the codebook of a matrix, `[entries][len]`; `weights` is how much each column counts, at most 1.
@@ -98,74 +152,125 @@ pub(crate) fn learn(
     level: Level,
     x: &MatRef,
     format: &Format,
-    len: usize,
+    shape: Shape,
     weights: &[f32],
     threads: usize,
     poll: Poll,
 ) -> Result<Vec<f32>> {
-    let e: &Element = format.element;
-    let entries = e.learned() / len;
-    let sample = Sample::draw(level, x, format, len, weights, PER_ENTRY * entries)?;
-    let mut table = seeds(level, &sample, len, entries, poll)?;
-    let mut found = zeros_vec::<(u16, f32)>(sample.count)?;
-    let (mut sums, mut shares) = (zeros_vec::<f64>(table.len())?, zeros_vec::<f64>(table.len())?);
-    let mut before = f64::INFINITY;
-    for _ in 0..ROUNDS {
-        let book = Codebook::new(e, len, &table)?;
-        parallel(threads, found.chunks_mut(BLOCK).collect(), poll, |b, found: &mut [(u16, f32)]| {
-            assign(level, &book, &sample, b * BLOCK, found);
-        })?;
-        sums.fill(0.0);
-        shares.fill(0.0);
-        let mut error = 0.0;
-        for (i, &(entry, distance)) in found.iter().enumerate() {
-            error += sample.mass[i] * f64::from(distance);
+    let len = shape.len;
+    let draw = |most: usize| Sample::draw(level, x, format, len, weights, most);
+    let mut sample = draw(PER_ENTRY * shape.entries())?;
+    let mut table = zeros_vec(shape.entries() * len)?;
+    let first = &mut table[..len << shape.first()];
+    if sample.count > SEEDED {
+        seeds(level, &draw(SEEDED)?, first, len, poll)?;
+    } else {
+        seeds(level, &sample, first, len, poll)?;
+    }
+    let nearest = refine(level, &sample, shape, Which::First, &mut table, threads, poll)?;
+    if shape.second > 0 {
+        let mut values = zeros_vec(sample.values.len())?;
+        values.copy_from_slice(&sample.values);
+        for (i, (entry, _)) in nearest.into_iter().enumerate() {
             for j in 0..usize::from(sample.lens[i]) {
-                let (at, share) =
-                    (usize::from(entry) * len + j, sample.mass[i] * f64::from(sample.weights[j * sample.count + i]));
-                sums[at] += share * f64::from(sample.values[j * sample.count + i]);
-                shares[at] += share;
+                sample.values[j * sample.count + i] -= table[usize::from(entry) * len + j];
             }
         }
-        // The means of what is nearest; an entry that is nearest to nothing stays.
-        for (v, (sum, share)) in table.iter_mut().zip(sums.iter().zip(&shares)) {
-            if *share > 0.0 {
-                *v = ((sum / share) as f32).clamp(-REACH, REACH);
-            }
-        }
-        if error >= before * (1.0 - LITTLE) {
-            break;
-        }
-        before = error;
+        seeds(level, &sample, &mut table[len << shape.first()..], len, poll)?;
+        refine(level, &sample, shape, Which::Second, &mut table, threads, poll)?;
+        sample.values = values;
+        together(level, &sample, shape, &mut table, threads, poll)?;
     }
     Ok(table)
 }
 
+/// Refines one of the codebooks in a table; returns the nearest entries of all vectors by number in it.
+fn refine(
+    level: Level,
+    sample: &Sample,
+    shape: Shape,
+    which: Which,
+    table: &mut [f32],
+    threads: usize,
+    poll: Poll,
+) -> Result<Vec<(u16, f32)>> {
+    let len = shape.len;
+    let (from, entries) = which.range(shape, len);
+    let mut found = zeros_vec::<(u16, f32)>(sample.count)?;
+    let mut before = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let book = Codebook::new(shape, table)?;
+        let find = |found: &mut [(u16, f32)], b: usize| assign(level, &book, which, sample, b * BLOCK, found);
+        parallel(threads, found.chunks_mut(BLOCK).collect(), poll, |b, part| find(part, b))?;
+        let error = found.iter().zip(&sample.mass).map(|((_, d), mass)| mass * f64::from(*d)).sum::<f64>();
+        if error >= before * (1.0 - LITTLE) {
+            break;
+        }
+        before = error;
+        let own = &mut table[from * len..(from + entries) * len];
+        sample.means(own, len, |i| found[i].0.into(), |i, j| sample.values[j * sample.count + i])?;
+    }
+    Ok(found)
+}
+
+/// Refines both codebooks of a table for the sums that vectors choose.
+fn together(level: Level, sample: &Sample, shape: Shape, table: &mut [f32], threads: usize, poll: Poll) -> Result<()> {
+    let len = shape.len;
+    let mut found = zeros_vec::<(u16, u16, f32)>(sample.count)?;
+    let mut before = f64::INFINITY;
+    for _ in 0..ROUNDS {
+        let book = Codebook::new(shape, table)?;
+        let find = |found: &mut [(u16, u16, f32)], b: usize| assign_pairs(level, &book, sample, b * BLOCK, found);
+        parallel(threads, found.chunks_mut(BLOCK).collect(), poll, |b, part| find(part, b))?;
+        let error = found.iter().zip(&sample.mass).map(|((.., d), mass)| mass * f64::from(*d)).sum::<f64>();
+        if error >= before * (1.0 - LITTLE) {
+            break;
+        }
+        before = error;
+        let (first, second) = table.split_at_mut(len << shape.first());
+        let value = |i: usize, j: usize| sample.values[j * sample.count + i];
+        let of = |book: &[f32], i: u16, j: usize| book[usize::from(i) * len + j];
+        sample.means(first, len, |i| found[i].0.into(), |i, j| value(i, j) - of(second, found[i].1, j))?;
+        sample.means(second, len, |i| found[i].1.into(), |i, j| value(i, j) - of(first, found[i].0, j))?;
+    }
+    Ok(())
+}
+
+/// The best pairs of entries for some vectors of the sample, and the distances.
+#[inline(always)]
+fn assign_pairs_body(book: &Codebook, sample: &Sample, first: usize, found: &mut [(u16, u16, f32)]) {
+    for (i, found) in found.iter_mut().enumerate() {
+        let (x, w, n) = sample.vector(first + i);
+        let (a, b, distance) = nearest_pair(book, &x[..n], &w[..n]);
+        *found = (a as u16, b as u16, distance);
+    }
+}
+per_level! {
+    /// See [`assign_pairs_body`].
+    assign_pairs = assign_pairs_body(book: &Codebook, sample: &Sample, first: usize, found: &mut [(u16, u16, f32)]) -> ()
+}
+
 /// The nearest entries of some vectors of the sample, and the distances.
 #[inline(always)]
-fn assign_body(book: &Codebook, sample: &Sample, first: usize, found: &mut [(u16, f32)]) {
+fn assign_body(book: &Codebook, which: Which, sample: &Sample, first: usize, found: &mut [(u16, f32)]) {
     for (i, found) in found.iter_mut().enumerate() {
-        let (n, at) = (usize::from(sample.lens[first + i]), first + i);
-        let (mut x, mut w) = ([0.0; LONGEST], [0.0; LONGEST]);
-        for j in 0..n {
-            (x[j], w[j]) = (sample.values[j * sample.count + at], sample.weights[j * sample.count + at]);
-        }
-        let (entry, distance) = nearest(book, &x[..n], &w[..n]);
+        let (x, w, n) = sample.vector(first + i);
+        let (from, limit) = which.range(book.shape, n);
+        let (entry, distance) = nearest(book, from, limit, &x[..n], &w[..n]);
         *found = (entry as u16, distance);
     }
 }
 per_level! {
     /// See [`assign_body`].
-    assign = assign_body(book: &Codebook, sample: &Sample, first: usize, found: &mut [(u16, f32)]) -> ()
+    assign = assign_body(book: &Codebook, which: Which, sample: &Sample, first: usize, found: &mut [(u16, f32)]) -> ()
 }
 
 /// The first codebook: 0, and vectors of the sample, each drawn by the error that those before leave.
-fn seeds(level: Level, sample: &Sample, len: usize, entries: usize, poll: Poll) -> Result<Vec<f32>> {
-    let mut table = zeros_vec::<f32>(entries * len)?;
+fn seeds(level: Level, sample: &Sample, table: &mut [f32], len: usize, poll: Poll) -> Result<()> {
     let mut near = zeros_vec::<f32>(sample.count)?;
     near.fill(f32::INFINITY);
     let mut sums = zeros_vec::<f64>(sample.count / BLOCK)?;
-    for i in 1..entries {
+    for i in 1..table.len() / len {
         approach(level, sample, &table[(i - 1) * len..i * len], &mut near, &mut sums);
         let total: f64 = sums.iter().sum();
         if i % 64 == 0 && poll.is_some_and(|stop| stop()) {
@@ -197,7 +302,7 @@ fn seeds(level: Level, sample: &Sample, len: usize, entries: usize, poll: Poll) 
             table[i * len + j] = sample.values[j * sample.count + at];
         }
     }
-    Ok(table)
+    Ok(())
 }
 
 /// Lowers the squares of distances to those from one more entry, and sums them in blocks, each as much as it counts.
@@ -234,15 +339,16 @@ per_level! {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::format::ValueMap;
 
     fn learned(name: &str, x: &[f32], rows: usize, weights: Option<&[f32]>) -> Vec<f32> {
         let format = Format::parse(name).unwrap();
         let cols = x.len() / rows;
         let ones = vec![1.0; cols];
-        let len = format.element.span();
+        let ValueMap::Vectors(shape) = format.element.map else { panic!("{name}") };
         let learn = |level, threads| {
             let m = MatRef::from_f32(x, rows, cols);
-            learn(level, &m, &format, len, weights.unwrap_or(&ones), threads, None).unwrap()
+            learn(level, &m, &format, shape, weights.unwrap_or(&ones), threads, None).unwrap()
         };
         let table = learn(Level::detect(), 1);
         for level in Level::available() {

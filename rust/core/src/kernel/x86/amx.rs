@@ -5,9 +5,7 @@
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{
-    self, group, round_bf16, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64,
-};
+use crate::kernel::generic::{self, group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -342,6 +340,18 @@ pub fn grouped_bf16() -> [TileFn; 2] {
     [grouped_entry::<1, FLOAT>, grouped_entry::<2, FLOAT>]
 }
 
+/// Rounds two rows of floats to bf16, ties to even, and pairs them, the even one in the low halves. Subnormal numbers become
+/// 0, as the tiles would have them.
+#[inline(always)]
+pub(super) unsafe fn round_pairs(even: __m512, odd: __m512) -> __m512i {
+    // SAFETY: the caller has AVX-512 BF16, as every CPU with bf16 tiles.
+    unsafe {
+        let both: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
+        let order: [u32; 16] = std::array::from_fn(|n| n as u32 | (n as u32 + 16) << 16);
+        _mm512_permutexvar_epi16(_mm512_loadu_si512(order.as_ptr().cast()), both)
+    }
+}
+
 /// Decodes unpacked bytes of one panel to bf16 tiles: 2 KiB a block, row r of a tile holds k = 2r, 2r+1 of 16 rows.
 /// `UNIT`: the values without their scales.
 #[inline(always)]
@@ -349,7 +359,6 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
     // SAFETY: as the caller says.
     unsafe {
         let step = a.padded.min(64) / 4;
-        let high = V::splat(-65536);
         for b in 0..a.blocks {
             let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
@@ -359,19 +368,9 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
                 for r in r0..r0 + step {
                     let w = V::load(a.bytes.add(b * 1024 + 64 * r));
                     for half in 0..2 {
-                        // Integers of up to eight bits need no rounding.
-                        let lo = V::bits(if UNIT {
-                            weight::<V, W, false>(w, 2 * half, z, s, a.values)
-                        } else {
-                            weight::<V, W, true>(w, 2 * half, z, s, a.values)
-                        });
-                        let hi = V::bits(if UNIT {
-                            weight::<V, W, false>(w, 2 * half + 1, z, s, a.values)
-                        } else {
-                            weight::<V, W, true>(w, 2 * half + 1, z, s, a.values)
-                        });
-                        let pair = V::or(V::shr32_16(lo), V::and(hi, high));
-                        V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
+                        let even = weight::<V, W, false>(w, 2 * half, z, s, a.values);
+                        let odd = weight::<V, W, false>(w, 2 * half + 1, z, s, a.values);
+                        V::store(out.add(b * 2048 + (2 * r + half) * 64), round_pairs(even, odd));
                     }
                 }
             }
@@ -382,21 +381,19 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
 /// Rounds floats `[k][16]`, an even number of k, to bf16 tiles.
 ///
 /// # Safety
-/// `out` has two bytes for each float; the CPU has AVX-512.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+/// `out` has two bytes for each float; the CPU has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
 pub unsafe fn bf16_tiles(floats: &[f32], out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe {
-        let high = V::splat(-65536);
         for (r, two) in floats.chunks_exact(32).enumerate() {
-            let lo = V::bits(round_bf16::<V>(V::loadf(two.as_ptr())));
-            let hi = V::bits(round_bf16::<V>(V::loadf(two.as_ptr().add(16))));
-            V::store(out.add(64 * r), V::or(V::shr32_16(lo), V::and(hi, high)));
+            let pairs = round_pairs(V::loadf(two.as_ptr()), V::loadf(two.as_ptr().add(16)));
+            V::store(out.add(64 * r), pairs);
         }
     }
 }
 
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
 unsafe fn decode_entry<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe { decode_bf16::<W, UNIT>(a, out) }

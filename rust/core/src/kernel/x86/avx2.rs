@@ -71,6 +71,44 @@ unsafe fn lut(table: F, lane: __m256i) -> __m256 {
     }
 }
 
+/// Four entries of two numbers in one register, then even and odd numbers of eight apart.
+#[inline(always)]
+unsafe fn pairs(table: *const f32, at: *const u16) -> [__m256; 2] {
+    // SAFETY: the caller has AVX2, and two floats from every place on.
+    unsafe {
+        let at = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
+        let low = _mm256_castpd_ps(_mm256_i32gather_pd::<4>(table.cast(), _mm256_castsi256_si128(at)));
+        let high = _mm256_castpd_ps(_mm256_i32gather_pd::<4>(table.cast(), _mm256_extracti128_si256::<1>(at)));
+        let even = _mm256_castps_pd(_mm256_shuffle_ps::<0x88>(low, high));
+        let odd = _mm256_castps_pd(_mm256_shuffle_ps::<0xDD>(low, high));
+        [_mm256_castpd_ps(_mm256_permute4x64_pd::<0xD8>(even)), _mm256_castpd_ps(_mm256_permute4x64_pd::<0xD8>(odd))]
+    }
+}
+
+/// Rows `i` and `i + 4` of a matrix of 8 by 4 in one register, then two transpositions of 4 by 4.
+#[inline(always)]
+unsafe fn quads(table: *const f32, at: *const u16) -> [__m256; 4] {
+    // SAFETY: the caller has AVX2, and four floats from every place on.
+    unsafe {
+        macro_rules! rows {
+            ($a:literal, $b:literal) => {{
+                let low = _mm_loadu_ps(table.add(usize::from(*at.add($a))));
+                let high = _mm_loadu_ps(table.add(usize::from(*at.add($b))));
+                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
+            }};
+        }
+        let (a, b, c, d) = (rows!(0, 4), rows!(1, 5), rows!(2, 6), rows!(3, 7));
+        let (ab, cd) = (_mm256_castps_pd(_mm256_unpacklo_ps(a, b)), _mm256_castps_pd(_mm256_unpacklo_ps(c, d)));
+        let (ef, gh) = (_mm256_castps_pd(_mm256_unpackhi_ps(a, b)), _mm256_castps_pd(_mm256_unpackhi_ps(c, d)));
+        [
+            _mm256_castpd_ps(_mm256_unpacklo_pd(ab, cd)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(ab, cd)),
+            _mm256_castpd_ps(_mm256_unpacklo_pd(ef, gh)),
+            _mm256_castpd_ps(_mm256_unpackhi_pd(ef, gh)),
+        ]
+    }
+}
+
 /// Sixteen lanes within i8, narrowed.
 #[inline(always)]
 unsafe fn narrow(v: I) -> __m128i {
@@ -115,6 +153,17 @@ macro_rules! common {
             sub(a: I, b: I) -> I = both!(_mm256_sub_epi32, a, b);
             mul(a: I, b: I) -> I = both!(_mm256_mullo_epi32, a, b);
             mul16(a: I, b: I) -> I = both!(_mm256_mullo_epi16, a, b);
+            mulhi16(a: I, b: I) -> I = both!(_mm256_mulhi_epu16, a, b);
+            add16(a: I, b: I) -> I = both!(_mm256_add_epi16, a, b);
+            shl16(a: I, n: usize) -> I = {
+                let n = _mm_cvtsi32_si128(n as i32);
+                [_mm256_sll_epi16(a[0], n), _mm256_sll_epi16(a[1], n)]
+            };
+            shr16(a: I, n: usize) -> I = {
+                let n = _mm_cvtsi32_si128(n as i32);
+                [_mm256_srl_epi16(a[0], n), _mm256_srl_epi16(a[1], n)]
+            };
+            xor(a: I, b: I) -> I = both!(_mm256_xor_si256, a, b);
             maxu(a: I, b: I) -> I = both!(_mm256_max_epu32, a, b);
             top(a: I) -> u32 = {
                 let v = _mm256_max_epu32(a[0], a[1]);
@@ -158,6 +207,10 @@ macro_rules! common {
                 let n = _mm_cvtsi32_si128(n as i32);
                 [_mm256_srl_epi32(a[0], n), _mm256_srl_epi32(a[1], n)]
             };
+            shl32(a: I, n: usize) -> I = {
+                let n = _mm_cvtsi32_si128(n as i32);
+                [_mm256_sll_epi32(a[0], n), _mm256_sll_epi32(a[1], n)]
+            };
             sar(a: I, n: usize) -> I = {
                 let n = _mm_cvtsi32_si128(n as i32);
                 [_mm256_sra_epi32(a[0], n), _mm256_sra_epi32(a[1], n)]
@@ -172,6 +225,14 @@ macro_rules! common {
             };
             gather(table: *const f32, lane: I) -> F =
                 [_mm256_i32gather_ps::<4>(table, lane[0]), _mm256_i32gather_ps::<4>(table, lane[1])];
+            pairs(table: *const f32, at: *const u16) -> [F; 2] = {
+                let (a, b) = (pairs(table, at), pairs(table, at.add(8)));
+                [[a[0], b[0]], [a[1], b[1]]]
+            };
+            quads(table: *const f32, at: *const u16) -> [F; 4] = {
+                let (a, b) = (quads(table, at), quads(table, at.add(8)));
+                [[a[0], b[0]], [a[1], b[1]], [a[2], b[2]], [a[3], b[3]]]
+            };
             repeat16(p: *const u8) -> I = [_mm256_broadcastsi128_si256(_mm_loadu_si128(p.cast())); 2];
             shuffle(table: I, u: I) -> I = both!(_mm256_shuffle_epi8, table, u);
             pick(u: I, bit: u8, a: I, b: I) -> I = {

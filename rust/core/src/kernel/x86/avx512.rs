@@ -62,6 +62,37 @@ unsafe fn magic(a: I, j: usize) -> F {
     }
 }
 
+/// Rows `i`, `i + 4`, `i + 8`, `i + 12` of a matrix of 16 by 4 in one register, then four transpositions of 4 by 4.
+#[inline(always)]
+unsafe fn quads(table: *const f32, at: *const u16) -> [F; 4] {
+    // SAFETY: the caller has AVX-512F, and four floats from every place on.
+    unsafe {
+        macro_rules! row {
+            ($i:literal) => {
+                _mm_loadu_ps(table.add(usize::from(*at.add($i))))
+            };
+        }
+        macro_rules! rows {
+            ($a:literal, $b:literal, $c:literal, $d:literal) => {{
+                let v = _mm512_insertf32x4::<1>(_mm512_castps128_ps512(row!($a)), row!($b));
+                _mm512_insertf32x4::<3>(_mm512_insertf32x4::<2>(v, row!($c)), row!($d))
+            }};
+        }
+        let (a, b) = (rows!(0, 4, 8, 12), rows!(1, 5, 9, 13));
+        let (c, d) = (rows!(2, 6, 10, 14), rows!(3, 7, 11, 15));
+        let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
+        let (ef, gh) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
+        let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+        let (ef, gh) = (_mm512_castps_pd(ef), _mm512_castps_pd(gh));
+        [
+            _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd)),
+            _mm512_castpd_ps(_mm512_unpacklo_pd(ef, gh)),
+            _mm512_castpd_ps(_mm512_unpackhi_pd(ef, gh)),
+        ]
+    }
+}
+
 macro_rules! common {
     () => {
         type I = I;
@@ -81,6 +112,11 @@ macro_rules! common {
             sub(a: I, b: I) -> I = _mm512_sub_epi32(a, b);
             mul(a: I, b: I) -> I = _mm512_mullo_epi32(a, b);
             mul16(a: I, b: I) -> I = _mm512_mullo_epi16(a, b);
+            mulhi16(a: I, b: I) -> I = _mm512_mulhi_epu16(a, b);
+            add16(a: I, b: I) -> I = _mm512_add_epi16(a, b);
+            shl16(a: I, n: usize) -> I = _mm512_sll_epi16(a, _mm_cvtsi32_si128(n as i32));
+            shr16(a: I, n: usize) -> I = _mm512_srl_epi16(a, _mm_cvtsi32_si128(n as i32));
+            xor(a: I, b: I) -> I = _mm512_xor_si512(a, b);
             maxu(a: I, b: I) -> I = _mm512_max_epu32(a, b);
             top(a: I) -> u32 = _mm512_reduce_max_epu32(a);
             load_u8(p: *const u8) -> I = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
@@ -105,6 +141,7 @@ macro_rules! common {
             fma(a: F, b: F, c: F) -> F = _mm512_fmadd_ps(a, b, c);
             shr32_16(a: I) -> I = _mm512_srli_epi32::<16>(a);
             shr32(a: I, n: usize) -> I = _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32));
+            shl32(a: I, n: usize) -> I = _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32));
             sar(a: I, n: usize) -> I = _mm512_sra_epi32(a, _mm_cvtsi32_si128(n as i32));
             lut16(table: F, lane: I) -> F = _mm512_permutexvar_ps(lane, table);
             lut64(table: *const f32, lane: I) -> F = {
@@ -114,6 +151,16 @@ macro_rules! common {
                 _mm512_mask_blend_ps(_mm512_test_epi32_mask(lane, _mm512_set1_epi32(32)), a, b)
             };
             gather(table: *const f32, lane: I) -> F = _mm512_i32gather_ps::<4>(lane, table);
+            pairs(table: *const f32, at: *const u16) -> [F; 2] = {
+                let at = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));
+                let low = _mm512_i32gather_pd::<4>(_mm512_castsi512_si256(at), table.cast());
+                let high = _mm512_i32gather_pd::<4>(_mm512_extracti64x4_epi64::<1>(at), table.cast());
+                let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+                let (low, high) = (_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+                [_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)]
+            };
+            quads(table: *const f32, at: *const u16) -> [F; 4] = quads(table, at);
             repeat16(p: *const u8) -> I = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
             shuffle(table: I, u: I) -> I = _mm512_shuffle_epi8(table, u);
             pick(u: I, bit: u8, a: I, b: I) -> I =

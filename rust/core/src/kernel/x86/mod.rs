@@ -4,6 +4,7 @@ mod avx2;
 mod avx512;
 pub mod popcount;
 pub mod viterbi;
+pub mod words;
 
 pub use avx2::{Avx2, AvxVnni};
 pub use avx512::{Avx512, Avx512Vnni};
