@@ -93,30 +93,18 @@ extern "C" __global__ void __launch_bounds__(256) apply_silu(const __grid_consta
 extern "C" __global__ void __launch_bounds__(256) apply_gelu_short(const __grid_constant__ Bend a) {
     each(a.io, [&](i64, int x) { return gelu_short(x, a.brief); });
 }
-// 32 entries each: an entry per bank, so that lanes look up what they like.
-struct Tables {
-    int base[32], slope[32], bend[32];
-};
-DEVICE void fill(Tables &t, const Pieces &p) {
-    for (int i = threadIdx.x; i < 32; i += blockDim.x) {
-        t.base[i] = p.base[i];
-        t.slope[i] = p.slope[i];
-        t.bend[i] = p.bend[i];
-    }
-    __syncthreads();
-}
 extern "C" __global__ void __launch_bounds__(256) apply_gelu(const __grid_constant__ Bend a) {
     __shared__ Tables t;
     fill(t, a.pieces);
     each(a.io, [&](i64, int x) {
-        return gelu_scaled(x, bump_of(x, t.base, t.slope, t.bend, a.pieces), a.pieces.fraction, a.whole);
+        return gelu_scaled(x, bump_of(x, t, a.pieces), a.pieces.fraction, a.whole);
     });
 }
 extern "C" __global__ void __launch_bounds__(256) apply_gelu_direct(const __grid_constant__ Bend a) {
     __shared__ Tables t;
     fill(t, a.pieces);
     each(a.io, [&](i64, int x) {
-        return gelu_direct(x, bump_of(x, t.base, t.slope, t.bend, a.pieces), a.pieces.fraction);
+        return gelu_direct(x, bump_of(x, t, a.pieces), a.pieces.fraction);
     });
 }
 

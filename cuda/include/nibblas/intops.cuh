@@ -234,14 +234,26 @@ struct Pieces {
     u32 coarse, up, last;
     int fraction;
 };
-DEVICE int bump_of(int x, const int *base, const int *slope, const int *bend, const Pieces &p) {
+// The same with the halves of `slope` apart and signed, 32 entries each: an entry per bank, so that lanes look up what they like.
+struct Tables {
+    int base[32], linear[32], square[32], cube[32];
+};
+DEVICE void fill(Tables &t, const Pieces &p) {
+    for (int i = threadIdx.x; i < 32; i += blockDim.x) {
+        t.base[i] = p.base[i];
+        t.linear[i] = (short)p.slope[i];
+        t.square[i] = p.slope[i] >> 16;
+        t.cube[i] = (short)p.bend[i];
+    }
+    __syncthreads();
+}
+DEVICE int bump_of(int x, const Tables &c, const Pieces &p) {
     u32 m = magnitude(x);
     m = m < p.last ? m : p.last;
-    const int i = (int)(m >> p.coarse) & 31;
-    const int t = (short)((u16)((m << p.up) >> 16) ^ 0x8000u);
-    const int high = (t * t) >> 16;
-    const int pair = (short)slope[i] * t + (slope[i] >> 16) * high;
-    const int v = base[i] + ((pair + (short)bend[i] * ((t * high) >> 16)) >> 8);
+    const u32 i = m >> p.coarse;
+    const int t = (int)((m << p.up) ^ 0x80000000u) >> 16, high = (t * t) >> 16;
+    const int sum = c.linear[i] * t + c.square[i] * high + c.cube[i] * ((t * high) >> 16);
+    const int v = c.base[i] + (sum >> 8);
     return v > 0 ? v : 0;
 }
 // The last step of GELU, line - bump: where input and output have one scale the line has no fraction, and 32 bits do.
