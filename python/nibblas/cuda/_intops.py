@@ -18,7 +18,7 @@ from .._api import _check_inner
 from ..qtensor import QTensor
 from . import _fixed as fixed
 from ._launch import device_properties, kernel
-from ._product import _export, _import
+from ._product import _captured, _export, _import, _scratch
 
 __all__ = [
     "device_of",
@@ -181,7 +181,19 @@ def _held(x: Any, values: NDArray[Any] | None) -> int | None:
     """Return the address of parameters on the device of `x`, sent there once."""
     if values is None:
         return None
-    return int(_upload(int(x.device.id), _stream(), values.tobytes()).data.ptr)
+    stream = _stream()
+    there = _upload(int(x.device.id), stream, values.tobytes())
+    if stream:
+        _for_good(there, stream)
+    return int(there.data.ptr)
+
+
+def _for_good(a: Any, stream: int) -> None:
+    """Keep an array whose address a graph is about to hold."""
+    import cupy
+
+    if cupy.cuda.runtime.streamIsCapturing(stream):
+        _captured.append(a)
 
 
 def _stream() -> int:
@@ -522,7 +534,7 @@ def _operand(a: Any, rows: int, batch: int, zero: int) -> _Bytes:
 def _row_sums(a: Any, m: _Bytes, rows: int) -> Any:
     import cupy
 
-    sums = cupy.empty(rows, np.int64)
+    sums = _scratch(rows, np.int64, _stream(), cupy)
     args = _Sums(a.data.ptr, sums.data.ptr, rows, a.shape[-1], m.flip)
     _launch(a, "intops_matmul.cu", "row_sums", -(-rows // 8), 256, args)
     m.sums = sums.data.ptr
