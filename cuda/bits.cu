@@ -6,13 +6,14 @@
 // Here X is the first operand of the tensor cores: a thread's neighbouring accumulators are neighbours in a row of Y, and
 // go there without a detour. Results leave while the copies of the next tile are under way.
 //
-// Set on the command line: T (rows of W of a block), WG (warpgroups, of 64 rows of X each), STAGES.
+// Set on the command line: T (rows of W of a block), WG (warpgroups, of 64 rows of X each), STAGES; OUT: Y has 32 bits and
+// aligned rows, and the copy engine writes it while the next tile is multiplied.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/counts.cuh>
 #include <nibblas/wgmma.cuh>
 
-constexpr int T = NB_T, WG = NB_WG, STAGES = NB_STAGES;
+constexpr int T = NB_T, WG = NB_WG, STAGES = NB_STAGES, OUT = NB_OUT;
 constexpr int R = 64 * WG, THREADS = 128 * WG;
 constexpr int SLOT = (R + T) * 128; // 1024 k
 constexpr int C = T / 2;
@@ -28,7 +29,11 @@ DEVICE void tile_of(int i, const Args &a, int &m0, int &n0) {
 extern __shared__ __align__(1024) char dynamic[];
 
 extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
-    bits(const __grid_constant__ Args a, const __grid_constant__ Map map_w, const __grid_constant__ Map map_x) {
+    bits(const __grid_constant__ Args a, const __grid_constant__ Map map_w, const __grid_constant__ Map map_x
+#if NB_OUT
+         , const __grid_constant__ Map map_y
+#endif
+    ) {
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -99,6 +104,39 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
         // The copies of the next tile need this slot while results leave.
         if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
         held = -1;
+#if NB_OUT
+        // 64 rows by 32 numbers at a time, in two halves of what the warpgroup has.
+        const int wg = warp >> 2, g = lane >> 2, t = lane & 3, top = m0 + wg * 64;
+        const u32 room = shared_address(shared + STAGES * SLOT) + wg * 16384;
+#pragma unroll
+        for (int part = 0; part < C / 16; part++) {
+            const u32 to = room + (part & 1) * 8192;
+            if ((tid & 127) == 0) store_wait_read<1>();
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory");
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                const int at = (warp & 3) * 16 + row * 8 + g, m = min(top + at, a.m - 1);
+                const Sums sums(a, m);
+#pragma unroll
+                for (int j = 4 * part; j < 4 * part + 4; j++) {
+                    const int n = n0 + j * 8 + 2 * t;
+                    int2 v = sums.pair(a, n, acc[4 * j + 2 * row], acc[4 * j + 2 * row + 1]);
+                    if (a.y_kind >= 0) {
+                        const float2 f = numbers_of(a, m, n, v);
+                        v = make_int2(__float_as_int(f.x), __float_as_int(f.y));
+                    }
+                    const u32 piece = (2 * (j & 3) + (t >> 1)) ^ (at & 7);
+                    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to + at * 128 + piece * 16 + (t & 1) * 8), "r"(v.x), "r"(v.y)
+                                 : "memory");
+                }
+            }
+            store_fence();
+            asm volatile("bar.sync %0, 128;" ::"r"(1 + wg) : "memory");
+            if ((tid & 127) == 0 && top < a.m) store_box(&map_y, to, n0 + part * 32, top);
+        }
+#else
         leave(a, m0 + (warp & ~3) * 16, n0, acc);
+#endif
     }
+    if (OUT && (tid & 127) == 0) store_wait();
 }

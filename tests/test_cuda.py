@@ -266,8 +266,9 @@ def test_listed_kernels(m: int, act: int, bits: int, grouped: int, worth: int) -
 @needs_nvrtc
 @pytest.mark.parametrize(("m", "p", "q"), [(16, 1, 1), (16, 2, 2), (16, 3, 3), (640, 2, 2)])
 def test_bit_planes_compile(m: int, p: int, q: int) -> None:
-    plan = _plan.plan_bits(m, 4096, p, q, 4)
-    check(f"{plan.nest}.cu", plan, "BGMMA")
+    for lines in (False, True):
+        plan = _plan.plan_bits(m, 4096, p, q, 4, lines)
+        check(f"{plan.nest}.cu", plan, "BGMMA")
 
 
 @needs_nvrtc

@@ -22,45 +22,55 @@ struct Args {
     int m_blocks, n_blocks;
 };
 
+// What a row of Y needs: the offset of its row of X, and of W's rows n and n + 1 what is taken off.
+struct Sums {
+    int of_row, top_x;
+    DEVICE Sums(const Args &a, int m) : top_x((1 << a.q) - 1) {
+        const int top_w = (1 << a.p) - 1;
+        of_row = a.k * top_w * top_x - 2 * top_w * a.x_sums[m];
+    }
+    DEVICE int2 pair(const Args &a, int n, int uv, int uv_next) const {
+        const int2 w = *(const int2 *)(a.w_sums + n); // padded to whole tiles
+        return make_int2(4 * uv + of_row - 2 * top_x * w.x, 4 * uv_next + of_row - 2 * top_x * w.y);
+    }
+};
+DEVICE float2 numbers_of(const Args &a, int m, int n, int2 v) {
+    const float s = a.x_scales[m];
+    const float2 w = *(const float2 *)(a.w_scales + n);
+    float2 y = make_float2(__fmul_rn(__fmaf_rn((float)v.x, w.x, 0.0f), s), __fmul_rn(__fmaf_rn((float)v.y, w.y, 0.0f), s));
+    if (a.bias) {
+        y.x = __fadd_rn(y.x, a.bias[min(n, a.n - 1)]);
+        y.y = __fadd_rn(y.y, a.bias[min(n + 1, a.n - 1)]);
+    }
+    return y;
+}
+
 // Hands the sums uv of 64 rows of X from m0 on to memory, C/4 times eight rows of W from n0 on; by a warpgroup.
 template <int C> DEVICE void leave(const Args &a, int m0, int n0, const int (&acc)[C]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-    const int top_w = (1 << a.p) - 1, top_x = (1 << a.q) - 1;
     // Calls put(place in Y, row of X, row of W, sums of it and the next) for the pairs of this thread.
     auto pairs = [&](auto put) {
 #pragma unroll
         for (int row = 0; row < 2; row++) {
             const int m = m0 + (warp & 3) * 16 + row * 8 + g;
             if (m >= a.m) continue;
-            const int of_row = a.k * top_w * top_x - 2 * top_w * a.x_sums[m];
+            const Sums sums(a, m);
 #pragma unroll
             for (int j = 0; j < C / 4; j++) {
-                const int n = n0 + j * 8 + 2 * t; // the sums of W are padded to whole tiles
-                const int2 w = *(const int2 *)(a.w_sums + n);
-                if (n < a.n)
-                    put(m * a.y_row + n * a.y_col, m, n, 4 * acc[4 * j + 2 * row] + of_row - 2 * top_x * w.x,
-                        4 * acc[4 * j + 2 * row + 1] + of_row - 2 * top_x * w.y);
+                const int n = n0 + j * 8 + 2 * t;
+                if (n < a.n) put(m * a.y_row + n * a.y_col, m, n, sums.pair(a, n, acc[4 * j + 2 * row], acc[4 * j + 2 * row + 1]));
             }
         }
     };
     auto numbers = [&](auto put) {
-        pairs([&](i64 at, int m, int n, int p, int q) {
-            const float s = a.x_scales[m];
-            const float2 w = *(const float2 *)(a.w_scales + n);
-            float2 v = make_float2(__fmul_rn(__fmaf_rn((float)p, w.x, 0.0f), s), __fmul_rn(__fmaf_rn((float)q, w.y, 0.0f), s));
-            if (a.bias) {
-                v.x = __fadd_rn(v.x, a.bias[n]);
-                v.y = __fadd_rn(v.y, a.bias[min(n + 1, a.n - 1)]);
-            }
-            put(at, n, v);
-        });
+        pairs([&](i64 at, int m, int n, int2 v) { put(at, n, numbers_of(a, m, n, v)); });
     };
     if (a.y_kind < 0 && a.wide)
-        pairs([&](i64 at, int, int, int p, int q) { *(int2 *)((int *)a.y + at) = make_int2(p, q); });
+        pairs([&](i64 at, int, int, int2 v) { *(int2 *)((int *)a.y + at) = v; });
     else if (a.y_kind < 0)
-        pairs([&](i64 at, int, int n, int p, int q) {
-            ((int *)a.y)[at] = p;
-            if (n + 1 < a.n) ((int *)a.y)[at + a.y_col] = q;
+        pairs([&](i64 at, int, int n, int2 v) {
+            ((int *)a.y)[at] = v.x;
+            if (n + 1 < a.n) ((int *)a.y)[at + a.y_col] = v.y;
         });
     else if (a.y_kind == KIND_F32 && a.wide)
         numbers([&](i64 at, int, float2 v) { *(float2 *)((float *)a.y + at) = v; });

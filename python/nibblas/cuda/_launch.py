@@ -75,7 +75,7 @@ class Kernel:
         """Launch on a stream; the parameters are a struct and perhaps tensor maps."""
         from cupy_backends.cuda.api import driver
 
-        pointers = (ctypes.c_void_p * 3)(
+        pointers = (ctypes.c_void_p * 4)(
             ctypes.addressof(args), *(ctypes.addressof(m) for m in maps)
         )
         driver.launchKernel(
@@ -107,7 +107,7 @@ def tensor_map(
     """Describe a matrix to the copy engine.
 
     Boxes are `box_rows` by 128 bytes, in the order that wgmma reads; `item` is the size of an
-    element, 1 or 2.
+    element: 1, 2 or 4.
     """
     room = (ctypes.c_uint64 * 32)()
     # The driver wants 64-byte alignment.
@@ -115,7 +115,7 @@ def tensor_map(
     held = (ctypes.c_uint64 * 16).from_buffer(room, offset)
     status = _encoder()(
         ctypes.byref(held),
-        ctypes.c_int({1: 0, 2: 1}[item]),
+        ctypes.c_int({1: 0, 2: 1, 4: 2}[item]),
         ctypes.c_uint32(2),
         ctypes.c_void_p(pointer),
         (ctypes.c_uint64 * 2)(row_bytes // item, rows),

@@ -385,11 +385,12 @@ def plan(p: Problem) -> Plan:
     return made
 
 
-def plan_bits(m: int, n: int, p: int, q: int, chunks: int) -> Plan:
+def plan_bits(m: int, n: int, p: int, q: int, chunks: int, lines: bool = False) -> Plan:
     """Return the launch for bit planes of `m` rows of activations and `n` of weights.
 
     `p` and `q` are the planes of weights and activations, `chunks` their runs of 1024 k. `rows` are
     those of the activations that a block takes, `tokens` of the weights; the grid is made of them.
+    `lines`: results have 32 bits and aligned rows.
     """
     if m <= 64 and p + q <= 4:
         groups, t = min(chunks, 4), 32
@@ -400,13 +401,13 @@ def plan_bits(m: int, n: int, p: int, q: int, chunks: int) -> Plan:
         shared = stages * slot + rest
         return Plan("bits_few", few, (1, 1), 128 * groups + 32, shared, 0, 64, t, 0, True)
     if m <= 64:
-        wg, t, stages = 1, 32, 12
+        wg, t, stages, lines = 1, 32, 12, False
     elif p * q * chunks <= 4:
         # Most of the time results leave: narrow tiles have less to write at once.
-        wg, t, stages = 4, 64, 5
+        wg, t, stages = 4, 64, 3 if lines else 5
     else:
-        wg, t, stages = 4, 128, 4
+        wg, t, stages, lines = 4, 128, 4, False
     rows = 64 * wg
-    shared = stages * (rows + t) * 128 + 1024
-    defines = (("T", t), ("WG", wg), ("STAGES", stages))
+    shared = stages * (rows + t) * 128 + (wg * 16384 if lines else 0) + 1024
+    defines = (("T", t), ("WG", wg), ("STAGES", stages), ("OUT", int(lines)))
     return Plan("bits", defines, (1, 1), 128 * wg + 32, shared, 0, rows, t, 0, True)

@@ -254,7 +254,7 @@ def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -
     k = wp.cols
     if k * ((1 << xp.bits) - 1) * ((1 << wp.bits) - 1) >= 1 << 31:
         raise ValueError("integer sums of this length could overflow int32")
-    pl = plan_bits(m, n, wp.bits, xp.bits, xp.chunks)
+    pl = plan_bits(m, n, wp.bits, xp.bits, xp.chunks, y.itemsize == 4 and _has_lines(y))
     args = _BitArgs(wp.sums.data.ptr, xp.sums.data.ptr, wp.scales.data.ptr, xp.scales.data.ptr)
     args.bias = None if bias is None else bias.data.ptr
     args.y = y.data.ptr
@@ -272,6 +272,9 @@ def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -
     args.x_box = min(pl.rows, -(-m // 8) * 8)
     args.m_blocks, args.n_blocks = -(-m // pl.rows), -(-n // pl.tokens)
     blocks = min(args.m_blocks * args.n_blocks, device_properties(wp.device)[0])
+    extra = []
+    if ("OUT", 1) in pl.defines:
+        extra.append(tensor_map(y.data.ptr, m, 4 * n, y.strides[0], 64, 4))
     kernel(wp.device, f"{pl.nest}.cu", pl.nest, pl.defines).launch(
         (blocks, 1),
         pl.threads,
@@ -280,6 +283,7 @@ def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -
         args,
         wp.boxes(pl.tokens),
         xp.boxes(args.x_box),
+        *extra,
     )
 
 
@@ -350,17 +354,11 @@ def _strides(a: Any) -> tuple[int, int]:
     return a.strides[0] // size, a.strides[1] // size
 
 
-def _has_lines(y: Any, split: bool) -> bool:
+def _has_lines(y: Any) -> bool:
     """Whether the copy engine can write the rows of a result."""
     row, col = y.strides
-    return (
-        not split
-        and y.itemsize == 2
-        and col == 2
-        and row % 16 == 0
-        and row >= 2 * y.shape[1]
-        and y.data.ptr % 16 == 0
-    )
+    size = y.itemsize
+    return bool(col == size and row % 16 == 0 and row >= size * y.shape[1] and y.data.ptr % 16 == 0)
 
 
 def _problem(p: Panels, m: int, compute: str, kind: int, y: Any = None) -> tuple[Problem, bool]:
@@ -410,7 +408,9 @@ def _problem(p: Panels, m: int, compute: str, kind: int, y: Any = None) -> tuple
         worth.mantissa,
         length is not None,
         act == S8 and length is None and p.lift,
-        kind < 2 and p.rows % 8 == 0 if y is None else _has_lines(y, split),
+        kind < 2 and p.rows % 8 == 0
+        if y is None
+        else not split and y.itemsize == 2 and _has_lines(y),
     )
     return problem, split
 
