@@ -228,6 +228,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
 #pragma unroll
         for (int set = 0; set <= PING; set++) acc[set][i] = 0;
     auto release = [&](int slot) {
+        __syncwarp(); // every lane has read
         if (CL == 1) {
             if (lane == 0) barrier_arrive(shared_address(&empty[slot]));
         } else {

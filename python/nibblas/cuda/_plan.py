@@ -177,7 +177,8 @@ def choose(p: Problem) -> Cut:
         return Cut(2, 4, 1, 4, sets=2 if p.act == F16 else 1, resident=2, whole=True)
     if p.ordered:
         wn = 2 if nt <= 2 else 1
-        if p.zero != 2 and nt <= 2 and p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024:
+        parked = p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024
+        if p.zero != 2 and nt <= 2 and parked and p.n_padded < 192 * p.multiprocessors:
             return Cut(nt, wn, 1, 4, park=1)
         if nt <= 2:
             # A block walks all of K alone: what it has asked for must last.
@@ -198,6 +199,8 @@ def choose(p: Problem) -> Cut:
                 return Cut(nt, 4, 4, 4, sets=sets, stages=4, whole=True)
             if p.book > 8192:
                 return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=p.grouped < 2)
+            if p.worth == FLOAT and p.bits <= 4:
+                return Cut(1, 4, 4, 4, whole=True) if nt == 1 else Cut(2, 4, 2, 3, resident=2)
             if p.worth == FLOAT and nt == 2 and 0.9 * most <= -(-n // 224) <= most:
                 return Cut(nt, 2, 7, 2, whole=True)
             wk = (4, 3)[nt - 1] if p.worth == LINE else (3, 2)[nt - 1]
@@ -295,7 +298,7 @@ def choose_hopper(p: Problem) -> HopperCut:
     scaled = p.grouped > 0 and p.scale != 3
     if p.width == 1 and not scaled and (wide or (whole and p.m >= 2048)):
         # Without totals beside them a thread has the registers for twice the sums.
-        return HopperCut(256, 2, 4, whole=True, cluster=2 if p.scale != 3 else 1)
+        return HopperCut(256, 2, 4, whole=True)
     # Sums of groups become floats meanwhile: that takes warps.
     return HopperCut(128, 3 if p.ordered and wide and p.m >= 512 else 2, whole=wide)
 
