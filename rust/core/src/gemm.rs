@@ -394,6 +394,9 @@ pub(crate) fn tile_ldc(b: &Blocking, np: usize) -> usize {
 /// Blocks of K that integer tiles work on at a time: two decoded panels fill two thirds of a 48 KiB first-level cache.
 #[cfg(target_arch = "x86_64")]
 const RAW_WINDOW: usize = 16;
+/// The same where float sums stay in registers: 64 KiB of the second-level cache, so that they are fetched and stored seldom.
+#[cfg(target_arch = "x86_64")]
+const SHORT_WINDOW: usize = 64;
 /// The same for codes that are tiles already: they come from the second-level cache either way, so what counts is that
 /// the sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
@@ -741,6 +744,58 @@ impl IntJob<'_> {
         Ok(())
     }
 
+    /// As [`Self::grouped_tiles`] for segments of one product.
+    #[cfg(target_arch = "x86_64")]
+    fn short_tiles(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        c: &mut [f32],
+        ldc: usize,
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
+        use crate::kernel::x86::amx;
+        let w = self.w;
+        let blocks = w.geometry.blocks();
+        let window = SHORT_WINDOW.min(blocks);
+        let buf = grown(bytes, window * 1024)?;
+        // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
+        unsafe {
+            let _tiles = amx::Tiles::new(self.segs.len);
+            for k in (0..blocks).step_by(window) {
+                let n = window.min(blocks - k);
+                for p in 0..np {
+                    self.unpack(p0 + p, k, n, true, buf.as_mut_ptr());
+                    for m in (0..rows).step_by(16) {
+                        let act = self.act.rows((m0 + m) / 16, k);
+                        let a = amx::TileGrp {
+                            a0: act.codes,
+                            a1: std::ptr::null(),
+                            b: [buf.as_ptr(); 2],
+                            steps: n,
+                            seg_steps: 0,
+                            parts: BLOCK / self.segs.len,
+                            seg0: k * BLOCK / self.segs.len,
+                            seg_group: self.segs.group.as_ptr(),
+                            scales: [sum_scale_ptr(w, p0 + p); 2],
+                            zeros: [std::ptr::null(); 2],
+                            fzeros: [std::ptr::null(); 2],
+                            act0: act,
+                            act1: act,
+                            c: c.as_mut_ptr().add(m * ldc + p * PANEL),
+                            ldc,
+                            dbl: 0,
+                        };
+                        amx::short(!act.scales.is_null())(&a);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
     #[cfg(target_arch = "x86_64")]
     fn grouped_tiles(
         &self,
@@ -757,6 +812,11 @@ impl IntJob<'_> {
         let blocks = w.geometry.blocks();
         let signed = plan::signed_bytes(w);
         let kernels = amx::grouped(signed);
+        // Scales of activations by groups cost more there than the sums gain, once rows are many.
+        let act_groups = !self.act.rows(0, 0).scales.is_null();
+        if signed && self.segs.len <= BLOCK && (!act_groups || rows <= 64) {
+            return self.short_tiles(p0, np, m0, rows, c, ldc, bytes);
+        }
         let per = self.segs.blocks().max(1);
         let window = (RAW_WINDOW / per).max(1) * per;
         let buf = grown(bytes, 2 * window * 1024)?;

@@ -317,6 +317,97 @@ unsafe fn grouped_body<const MT: usize, const KIND: u8>(a: &TileGrp) {
     }
 }
 
+/// A single product from nothing, stored. Neighbours are given different tiles.
+macro_rules! one_product {
+    ($c:tt, $x:tt, $w:tt, $a:expr, $b:expr, $o:expr) => {
+        asm!(
+            concat!("tilezero ", $c),
+            concat!("tileloadd ", $w, ", [{b} + {s}]"),
+            concat!("tileloadd ", $x, ", [{a} + {s}]"),
+            concat!("tdpbssd ", $c, ", ", $x, ", ", $w),
+            concat!("tilestored [{o} + {s}], ", $c),
+            a = in(reg) $a, b = in(reg) $b, o = in(reg) $o, s = in(reg) 64usize,
+            out($c) _, out($x) _, out($w) _,
+            options(nostack),
+        )
+    };
+}
+
+/// 16 rows by one panel of signed values whose segments are one product each (64 places or fewer). What bounds these is the
+/// way of the sums, not the products: float sums stay in registers all the way, and take a segment's sums from a ring two
+/// segments after its product was begun.
+#[inline(always)]
+unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
+    #[repr(align(64))]
+    #[allow(dead_code)]
+    struct Ring([[i32; 256]; 4]);
+    // SAFETY: the caller's arguments; tiles are configured for a segment.
+    unsafe {
+        let mut ring = std::mem::MaybeUninit::<Ring>::uninit();
+        let ring = ring.as_mut_ptr().cast::<i32>();
+        let count = a.steps * a.parts;
+        let shift = a.parts.trailing_zeros();
+        macro_rules! product {
+            ($i:expr, $c:tt, $x:tt, $w:tt) => {
+                if $i < count {
+                    let (step, part) = ($i >> shift, $i & (a.parts - 1));
+                    one_product!(
+                        $c,
+                        $x,
+                        $w,
+                        a.a0.add(step * 1024 + ((part * 64) >> shift)),
+                        a.b[0].add(($i * 1024) >> shift),
+                        ring.add($i % 4 * 256)
+                    );
+                }
+            };
+        }
+        let mut f = [V::splatf(0.0); 16];
+        for (r, f) in f.iter_mut().enumerate() {
+            *f = V::loadf(a.c.add(r * a.ldc));
+        }
+        macro_rules! add {
+            ($i:expr) => {
+                if $i < count {
+                    let seg = a.seg0 + $i;
+                    let s = generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16);
+                    let rows = a.act0.scales.wrapping_add(seg * a.act0.rows);
+                    for (r, f) in f.iter_mut().enumerate() {
+                        let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
+                        *f = V::fma(V::cvt(V::load(ring.add($i % 4 * 256 + r * 16).cast())), s, *f);
+                    }
+                }
+            };
+        }
+        product!(0, "tmm0", "tmm4", "tmm6");
+        product!(1, "tmm1", "tmm5", "tmm7");
+        for i in (0..count).step_by(2) {
+            product!(i + 2, "tmm0", "tmm4", "tmm6");
+            add!(i);
+            product!(i + 3, "tmm1", "tmm5", "tmm7");
+            add!(i + 1);
+        }
+        for (r, f) in f.iter().enumerate() {
+            V::storef(a.c.add(r * a.ldc), *f);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn short_entry<const ACT: bool>(a: &TileGrp) {
+    // SAFETY: as the caller says.
+    unsafe { short_body::<ACT>(a) }
+}
+
+/// The kernel of 16 rows by the first panel of a [`TileGrp`] for segments of 64 places or fewer, signed and without zeros.
+pub fn short(act_groups: bool) -> TileFn {
+    if act_groups {
+        short_entry::<true>
+    } else {
+        short_entry::<false>
+    }
+}
+
 /// A grouped tile kernel.
 pub type TileFn = unsafe fn(&TileGrp);
 
