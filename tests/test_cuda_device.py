@@ -40,6 +40,8 @@ def tensor(fmt: str, n: int, k: int, seed: int = 0, float_zeros: bool = False) -
     places = np.flatnonzero(np.isfinite(e.values))
     codes = e.minimum + step * places[rng.integers(0, len(places), (n, k))]
     scales = random_scales(f, (n, f.groups(k)), rng)
+    if e.shared:
+        scales[...] = scales.flat[0]
     zeros: Any = None
     if f.has_zeros:
         zeros = rng.integers(0, e.levels, (n, f.groups(k)))
