@@ -134,18 +134,17 @@ impl TrellisPanels {
                     for m in 0..mr {
                         let code = |t: usize| {
                             let place = group * g.padded + t;
+                            let at = place / BLOCK * rows.block_stride + m * BLOCK + place % BLOCK;
                             // SAFETY: a place of the layout that the activations have.
-                            i32::from(unsafe {
-                                *rows.codes.add(place / BLOCK * rows.block_stride + m * BLOCK + place % BLOCK)
-                            } as u8)
+                            u32::from(unsafe { *rows.codes.add(at) } as u8)
                         };
                         let (a, b) = (code(j), if h + j < len { code(h + j) } else { 0 });
                         let to = at + j * each * mr + m;
                         if each == 1 {
-                            out[to] = (a * 0x0101) | ((b * 0x0101) << 16);
+                            out[to] = ((a * 0x0101) | ((b * 0x0101) << 16)) as i32;
                         } else {
-                            out[to] = a * 0x0101_0101;
-                            out[to + mr] = b * 0x0101_0101;
+                            out[to] = (a * 0x0101_0101) as i32;
+                            out[to + mr] = (b * 0x0101_0101) as i32;
                         }
                     }
                 }
