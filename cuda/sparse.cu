@@ -1,10 +1,11 @@
 // Y = X W^T for sparse W, which is loaded as stored and multiplied by the tensor cores as if dense.
 //
 // A block owns R = 32*WR rows of W and T = 8*NT rows of X. Its warps lie WR along the rows of W and WK along K: a warp takes
-// every WK-th record of 128 k, which it copies to its own ring by the copy engine, waiting for nobody. X goes through a
-// ring per WK that the WR warps share. The grid is persistent, as in gemm.cu: spans of equally many records.
+// every WK-th record of 128 k. WK more warps drive the copy engine, a lane for each of the WR warps that share X: their
+// records go to rings of their own. The grid is persistent, as in gemm.cu: spans of equally many records.
 //
-// Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, STAGES; SETS for kept groups.
+// Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, STAGES, RESIDENT (blocks of a
+// multiprocessor); SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -15,8 +16,8 @@
 constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK = NB_WK, STAGES = NB_STAGES;
 constexpr bool INT = ACT == ACT_S8, BF16 = ACT == ACT_BF16;
 constexpr bool FOURS = STRUCTURE == TWO_OF_FOUR, KEPT_GROUPS = STRUCTURE == GROUPS;
-constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, THREADS = 32 * WARPS;
-constexpr int PARTS = INT ? 1 : 2; // of 128 bytes, in a row of a record's X
+constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, THREADS = 32 * WARPS; // that multiply
+constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; runs of 128 bytes in a row of a record's X
 constexpr int X_STAGE = T * 128 * PARTS;
 constexpr int SETS = KEPT_GROUPS ? Sets<ACT, 4>::value : 1;
 
@@ -49,87 +50,95 @@ template <int SPEAKER> DEVICE void mma_fours(int c[4], const u32 a[4], const u32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(b[2]), "r"(b[3]), "r"(places));
 }
 
+// x*y + z of two 16-bit numbers each.
+DEVICE u32 add_product(u32 x, u32 y, u32 z) {
+    u32 r;
+    if (BF16)
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    else
+        asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(x), "r"(y), "r"(z));
+    return r;
+}
+
+// Keeps the rings of one WK full: lane q copies the records of its warp q along the rows, lane 0 also X.
+DEVICE void feed(const SparseArgs &a, const Map *map, int begin, int end, int m0, int wk, int wr, u32 x_ring, u32 w_rings, u32 ready,
+                 u32 empty) {
+    if (wr >= WR) return;
+    struct Bounds {
+        u32 first, last;
+    };
+    const int tiles = a.n_padded / RECORD_ROWS;
+    Place<WK> place, ahead;
+    place.start(begin, end, a.chunks);
+    ahead.start(begin, end, a.chunks);
+    // Where records begin is read two steps ahead of the copies.
+    auto look = [&]() {
+        Bounds b = {0, 0};
+        if (ahead.done()) return b;
+        if (ahead.chunk + wk < ahead.stop) {
+            const u32 *at = a.offsets + (i64)min(ahead.row_block * WR + wr, tiles - 1) * a.chunks + ahead.chunk + wk;
+            b = {at[0], at[1]};
+        }
+        ahead.next(a.chunks);
+        return b;
+    };
+    Bounds now = look(), then = look();
+    u32 phases = 0; // of the barriers, a bit per stage
+    int stage = 0;
+    while (!place.done()) {
+        const Bounds after = look();
+        const int chunk = place.chunk + wk;
+        if (chunk < place.stop) {
+            const u32 bar = ready + stage * 8;
+            const int bytes = (int)(now.last - now.first) * 16;
+            barrier_wait(empty + stage * 8, ~phases >> stage & 1);
+            phases ^= 1u << stage;
+            barrier_expect(bar, bytes + (wr == 0 ? X_STAGE : 0));
+            copy_run(w_rings + (wr * STAGES + stage) * a.slot, a.planes[0] + (i64)now.first * 16, bytes, bar);
+            if (wr == 0)
+#pragma unroll
+                for (int p = 0; p < PARTS; p++)
+                    copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, chunk * RECORD_K + p * (128 / WIDTH), m0);
+        }
+        now = then;
+        then = after;
+        place.next(a.chunks);
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+}
+
 extern __shared__ __align__(1024) char dynamic[];
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_constant__ SparseArgs a, const __grid_constant__ Map map) {
+extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) sparse(const __grid_constant__ SparseArgs a, const __grid_constant__ Map map) {
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
-    const int wr = warp % WR, wk = warp / WR;
-    const int g = lane >> 2, t = lane & 3;
     const int m0 = blockIdx.y * T;
-    const int tiles = a.n_padded / RECORD_ROWS;
+    const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
 
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
-    const u32 x_ring = shared_address(shared) + wk * STAGES * X_STAGE;
-    const u32 w_ring = shared_address(shared) + WK * STAGES * X_STAGE + warp * STAGES * a.slot;
+    const u32 x_rings = shared_address(shared), w_rings = x_rings + WK * STAGES * X_STAGE;
     float *sums = (float *)(shared + WK * STAGES * X_STAGE + WARPS * STAGES * a.slot);
 
     __shared__ u8 not_finite[FOURS ? T : 1];
+    __shared__ u64 ready[WK * STAGES], empty[WK * STAGES];
     if (FOURS && tid < T) not_finite[tid] = 0;
-    __shared__ u64 record_ready[WARPS][STAGES], x_ready[WK][STAGES], x_empty[WK][STAGES];
-    if (tid == 0) {
-#pragma unroll
-        for (int i = 0; i < WARPS * STAGES; i++) barrier_init(shared_address(&record_ready[i / STAGES][i % STAGES]), 1);
-#pragma unroll
-        for (int i = 0; i < WK * STAGES; i++) {
-            barrier_init(shared_address(&x_ready[i / STAGES][i % STAGES]), 1);
-            barrier_init(shared_address(&x_empty[i / STAGES][i % STAGES]), WR);
-        }
-        barrier_init_fence();
-    }
+    if (tid == 0) ring_init(ready, WR, empty, WR);
     __syncthreads();
 
-    const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
+    const bool feeds = warp >= WARPS;
+    const int wr = warp % WR, wk = feeds ? warp - WARPS : warp / WR;
+    const u32 x_ring = x_rings + wk * STAGES * X_STAGE;
+    const u32 bar = shared_address(ready) + wk * STAGES * 8, back = shared_address(empty) + wk * STAGES * 8;
+    if (feeds) {
+        feed(a, &map, begin, end, m0, wk, lane, x_ring, w_rings + wk * WR * STAGES * a.slot, bar, back);
+        return;
+    }
+    const int g = lane >> 2, t = lane & 3;
     const int columns = min(T, a.m - m0);
-    // Where records, X and the product are.
-    Place<WK> of_record, of_x, here;
-    of_record.start(begin, end, a.chunks);
-    of_x.start(begin, end, a.chunks);
-    here.start(begin, end, a.chunks);
-    u32 phases = 0, refills = 0; // of the barriers, a bit per stage
-
-    // The next record's bounds are read one step ahead of its copy.
-    u32 first = 0, last = 0;
-    auto look = [&]() {
-        if (of_record.done() || of_record.chunk + wk >= of_record.stop) return;
-        const int tile = min(of_record.row_block * WR + wr, tiles - 1);
-        const u32 *at = a.offsets + (i64)tile * a.chunks + of_record.chunk + wk;
-        first = at[0];
-        last = at[1];
-    };
-    auto fetch_record = [&](int stage) {
-        if (of_record.done()) return;
-        if (lane == 0) {
-            if (of_record.chunk + wk < of_record.stop) {
-                const u32 bar = shared_address(&record_ready[warp][stage]);
-                const int bytes = (int)(last - first) * 16;
-                barrier_expect(bar, bytes);
-                copy_run(w_ring + stage * a.slot, a.planes[0] + (i64)first * 16, bytes, bar);
-            }
-        }
-        of_record.next(a.chunks);
-        if (lane == 0) look();
-    };
-    auto fetch_x = [&](int stage) {
-        if (of_x.done()) return;
-        const int chunk = of_x.chunk + wk;
-        if (wr == 0 && chunk < of_x.stop) {
-            if (lane == 0) {
-                barrier_wait(shared_address(&x_empty[wk][stage]), ~refills >> stage & 1);
-                const u32 bar = shared_address(&x_ready[wk][stage]);
-                barrier_expect(bar, X_STAGE);
-#pragma unroll
-                for (int p = 0; p < PARTS; p++)
-                    copy_box(x_ring + stage * X_STAGE + p * (T * 128), &map, bar, chunk * RECORD_K + p * 64, m0);
-            }
-            refills ^= 1u << stage;
-        }
-        of_x.next(a.chunks);
-    };
+    const u32 w_ring = w_rings + warp * STAGES * a.slot;
 
     Sum acc[2][NT][SETS][4]; // kept groups: of the record at hand
-    // Sums of X: kept groups take the zero of the codes out with them. 2:4: of X times 0, which dropped entries are worth;
-    // NaN where X is not finite. The warps along the rows look at a part of X each.
-    float ones[NT][4];
+    float ones[KEPT_GROUPS ? NT : 1][4]; // sums of X, which take the zero of the codes out
+    u32 nothing[FOURS ? NT : 1]; // 2:4: X times 0, which dropped entries are worth: NaN where X is not finite
     float total[KEPT_GROUPS ? 2 : 1][KEPT_GROUPS ? NT : 1][4];
     // Calls f(tile, eight columns, element, row of the block, column of the block) for every output of a thread.
     auto each = [&](auto f) {
@@ -144,7 +153,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
         each([&](int i, int j, int e, int, int) {
 #pragma unroll
             for (int s = 0; s < SETS; s++) acc[i][j][s][e] = 0;
-            ones[j][e] = 0.0f;
+            ones[KEPT_GROUPS ? j : 0][e] = 0.0f;
+            nothing[FOURS ? j : 0] = 0;
         });
     };
     auto clear_total = [&]() {
@@ -157,10 +167,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             load_matrices(b[j], xs + (block >> 1) * (T * 128) + row * 128 + ((piece ^ (row & 7)) * 16));
         }
     };
-    // int8: 64 k, back from the order of the quads (decode.cuh) to that of the fours.
+    // int8: 64 k, from the order of the quads (decode.cuh) to that of the fours, unless X is in that.
     auto load_bytes = [&](u32 xs, int step, u32 b[NT][4]) {
 #pragma unroll
-        for (int j = 0; j < NT; j++)
+        for (int j = 0; j < NT; j++) {
+            if (NB_NATURAL) {
+                const int row = j * 8 + (lane & 7), piece = step * 4 + (lane >> 3);
+                load_matrices(b[j], xs + row * 128 + ((piece ^ (row & 7)) * 16));
+                continue;
+            }
 #pragma unroll
             for (int q = 0; q < 4; q++) {
                 const int row = j * 8 + g, piece = step * 4 + q;
@@ -170,6 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
                              : "r"(xs + row * 128 + ((piece ^ (row & 7)) * 16) + (t & 1) * 8));
                 b[j][q] = permute(low, high, t >> 1 ? 0x7531 : 0x6420);
             }
+        }
     };
     auto multiply_fours8 = [&](u32 record, u32 xs) {
 #pragma unroll
@@ -189,7 +205,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
     auto multiply_fours = [&](u32 record, u32 xs) {
         u32 places[4];
         load_four(places, record + lane * 16);
-        const u32 none[4] = {0, 0, 0, 0};
 #pragma unroll
         for (int block = 0; block < 4; block++) {
             u32 b[NT][4], w[2][4];
@@ -200,11 +215,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             for (int j = 0; j < NT; j++) {
                 mma_fours<0>(acc[0][j][0], w[0], b[j], places[block]);
                 mma_fours<1>(acc[1][j][0], w[1], b[j], places[block]);
-                if (block % WR == wr) {
-                    mma(ones[j], none, b[j][0], b[j][1], BF16);
-                    mma(ones[j], none, b[j][2], b[j][3], BF16);
-                }
             }
+            // The warps along the rows look at a part of X each.
+            if (block % WR == wr)
+#pragma unroll
+                for (int j = 0; j < NT; j++)
+#pragma unroll
+                    for (int q = 0; q < 4; q++) nothing[j] = add_product(b[j][q], 0, nothing[j]);
         }
     };
     auto multiply_bits = [&](u32 record, u32 xs) {
@@ -233,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
 #pragma unroll
             for (int row = 0; row < 2; row++) {
                 u16 half;
-                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(record + 16 + (i * 16 + row * 8 + g) * 2));
+                asm volatile("ld.shared.u16 %0, [%1];" : "=h"(half) : "r"(record + 32 + (i * 16 + row * 8 + g) * 2));
                 const float scale = f32_of_f16(half);
 #pragma unroll
                 for (int j = 0; j < NT; j++)
@@ -242,7 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
                         float v = (float)acc[i][j][0][e] * inverse_unit<ACT, 4>();
                         if (SETS == 2)
                             v = __fmaf_rn((float)acc[i][j][SETS - 1][e], inverse_unit<ACT, 4>() / (1 << excess<ACT, 4>(row, 1)), v);
-                        const float d = __fmaf_rn(-(8.0f + offset<ACT, 4>()), ones[j][e], v);
+                        const float d = __fmaf_rn(-(8.0f + offset<ACT, 4>()), ones[KEPT_GROUPS ? j : 0][e], v);
                         float &y = total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e];
                         y = __fmaf_rn(d, scale, y);
                     }
@@ -250,10 +267,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
         clear();
     };
     auto multiply_groups = [&](u32 record, u32 xs) {
-        Kept kept[2];
+        Kept kept;
         Book<ACT> book;
-        const u32 second = kept[0].open(record, record + GROUPS_HEAD);
-        kept[1].open(record + 8, second);
+        kept.open(record, lane);
         constexpr u32 pair = BF16 ? 0x3f803f80u : 0x3c003c00u;
         const u32 one[4] = {pair, pair, pair, pair};
 #pragma unroll
@@ -262,14 +278,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             load_x(xs, block, b);
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-                mma(ones[j], one, b[j][0], b[j][1], BF16);
-                mma(ones[j], one, b[j][2], b[j][3], BF16);
+                mma(ones[KEPT_GROUPS ? j : 0], one, b[j][0], b[j][1], BF16);
+                mma(ones[KEPT_GROUPS ? j : 0], one, b[j][2], b[j][3], BF16);
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 Words<4> words;
 #pragma unroll
-                for (int row = 0; row < 2; row++) words.w[block * 2 + row] = kept[i].word(block, row, lane);
+                for (int row = 0; row < 2; row++) words.w[block * 2 + row] = kept.word(block * 4 + i * 2 + row);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     u32 w[4];
@@ -292,7 +308,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
         auto out = [&](int row, int col, float v) {
             const int n = row_block * R + row, m = m0 + col;
             if (n >= a.n || m >= a.m) return;
-            if (INT) v = __fmul_rn(__fmaf_rn((float)__float_as_int(v), scale_at(a.scales, n), 0.0f), a.row_scale[m]);
+            if (INT) {
+                v = __fmaf_rn((float)__float_as_int(v), scale_at(a.scales, n), 0.0f);
+                if (a.row_scale) v = __fmul_rn(v, a.row_scale[m]);
+            }
             if (a.bias) v = __fadd_rn(v, a.bias[n]);
             store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
         };
@@ -300,10 +319,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             // A column of X that is not finite is so for every row.
 #pragma unroll
             for (int j = 0; j < NT; j++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (ones[j][e] != ones[j][e]) not_finite[j * 8 + 2 * t + e] = 1;
-            __syncthreads();
+                if (nothing[j] & 0x7fff7fffu) not_finite[j * 8 + g] = 1;
+            meet<THREADS, 2>();
         }
         auto value = [&](int i, int j, int e) -> float {
             if (KEPT_GROUPS) return total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e];
@@ -315,7 +332,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             each([&](int i, int j, int e, int row, int col) {
                 if (col < columns) sums[(wk * T + col) * R + row] = value(i, j, e);
             });
-            __syncthreads();
+            meet<THREADS, 2>();
             for (int q = tid; q < R * columns; q += THREADS) {
                 float v = sums[q];
 #pragma unroll
@@ -350,29 +367,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
                 out(q % R + 3, q / R, v.w);
             }
         }
-        if (WK > 1 || (FOURS && !INT)) __syncthreads();
+        if (WK > 1 || (FOURS && !INT)) meet<THREADS, 2>();
         if (FOURS && !INT) {
             if (tid < T) not_finite[tid] = 0;
-            __syncthreads();
+            meet<THREADS, 2>();
         }
     };
 
-    if (lane == 0) look();
-#pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) {
-        fetch_record(s);
-        fetch_x(s);
-    }
     clear();
     clear_total();
+    Place<WK> here;
+    here.start(begin, end, a.chunks);
+    u32 phases = 0;
     int stage = 0;
     while (!here.done()) {
-        const int before = stage == 0 ? STAGES - 1 : stage - 1;
-        __syncwarp(); // every lane is done with the record before
-        fetch_record(before);
         if (here.chunk + wk < here.stop) {
-            barrier_wait(shared_address(&record_ready[warp][stage]), phases >> stage & 1);
-            barrier_wait(shared_address(&x_ready[wk][stage]), phases >> stage & 1);
+            barrier_wait(bar + stage * 8, phases >> stage & 1);
             phases ^= 1u << stage;
             const u32 record = w_ring + stage * a.slot, xs = x_ring + stage * X_STAGE;
             if constexpr (KEPT_GROUPS)
@@ -384,10 +394,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) sparse(const __grid_con
             else
                 multiply_bits(record, xs);
             __syncwarp();
-            if (lane == 0) barrier_arrive(shared_address(&x_empty[wk][stage]));
+            if (lane == 0) barrier_arrive(back + stage * 8);
         }
-        // The other warps have had a step's time to be done with the X before.
-        fetch_x(before);
         if (here.last()) {
             leave(here.row_block, here.first, here.stop);
             clear();

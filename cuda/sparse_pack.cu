@@ -167,12 +167,12 @@ struct GroupArgs {
     int groups, chunks_per_group;
 };
 
-// Units 0 to 127 of a record, two tiles of four blocks by 16 rows: row and first k.
+// Units 0 to 127 of a record, in the order they lie: quad * 16 + block * 4 + tile * 2 + half of the tile.
 DEVICE int unit_row(const GroupArgs &a, i64 record, int unit) {
-    return (int)(record / a.chunks) * RECORD_ROWS + (unit >> 6) * 16 + (unit & 15);
+    return (int)(record / a.chunks) * RECORD_ROWS + (unit & 3) * 8 + (unit >> 4);
 }
 DEVICE int unit_k(const GroupArgs &a, i64 record, int unit) {
-    return (int)(record % a.chunks) * RECORD_K + (unit >> 4 & 3) * 32;
+    return (int)(record % a.chunks) * RECORD_K + (unit >> 2 & 3) * 32;
 }
 // Places past the end hold the code of 0.
 DEVICE u32 code_at(const GroupArgs &a, int row, int k) {
@@ -201,13 +201,15 @@ extern "C" __global__ void write_groups(const GroupArgs a) {
     if (record >= (i64)a.tiles * a.chunks) return;
     char *to = a.records + (i64)a.offsets[record] * 16;
     const int row = (int)(record / a.chunks) * RECORD_ROWS + lane, group = (int)(record % a.chunks) / a.chunks_per_group;
-    ((u16 *)(to + 16))[lane] = row < a.n ? a.scales[(i64)row * a.groups + group] : 0;
+    ((u16 *)(to + 32))[lane] = row < a.n ? a.scales[(i64)row * a.groups + group] : 0;
     int before = 0;
     for (int j = 0; j < 4; j++) {
         const int unit = j * 32 + lane;
         const bool kept = is_kept(a, record, unit);
         const u32 mask = __ballot_sync(0xffffffffu, kept);
-        if (lane == 0) ((u32 *)to)[j] = mask;
+        // 32 units are those of two quads.
+        if ((lane & 15) == 0)
+            ((u32 *)to)[unit >> 4] = (mask >> lane & 0xffffu) | (u32)(before + __popc(mask & ((1u << lane) - 1))) << 16;
         u32 *words = (u32 *)(to + GROUPS_HEAD + (before + __popc(mask & ((1u << lane) - 1))) * 16);
         before += __popc(mask);
         if (!kept) continue;

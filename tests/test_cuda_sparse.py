@@ -27,7 +27,7 @@ def test_plans_fit_and_cover(slot: int, limit: int) -> None:
         assert pl.shared <= limit - 1024
         assert values["STAGES"] >= 2
         assert pl.rows == 32 * values["WR"]
-        assert pl.threads == 32 * values["WR"] * values["WK"]
+        assert pl.threads == 32 * (values["WR"] + 1) * values["WK"]
         assert pl.row_blocks * pl.rows >= 32 * tiles > (pl.row_blocks - 1) * pl.rows
         assert pl.grid[1] * pl.tokens >= m > (pl.grid[1] - 1) * pl.tokens
         assert 1 <= pl.grid[0] <= pl.units == pl.row_blocks * chunks

@@ -13,10 +13,11 @@
 //              places  16 bits: [lane][step], two bits per kept entry; lanes 2i and 2i + 1 of a quad speak for tile i
 //                      int8: [step][tile][lane]
 //              values  [step][tile][lane][4 registers]
-//   groups   4-bit codes; a unit is 32 k of a row, a bit per unit of a tile: (block of 32 k) * 16 + row
-//              masks   [tile] 64 bits
+//   groups   4-bit codes; a unit is 32 k of a row, the words of four lanes, as decode.cuh has them
+//              quads   [g] 16 bits, one per unit of the rows of the lanes (g, t): (block of 32 k) * 4 + tile * 2 + half of
+//                      the tile; 16 bits, units before them
 //              scales  [row], float16
-//              units   in the order of tiles, then bits; each the words of four lanes, as decode.cuh has them
+//              units   in the order of quads, then bits
 //
 // Records lie in the order of row tiles, then k; `offsets` says where each begins, in 16 bytes.
 #pragma once
@@ -37,7 +38,7 @@ DEVICE int entry_row(int lane, int pair) { return (pair >> 2 & 1) * 16 + (pair &
 DEVICE int entry_k(int lane, int pair) { return (pair >> 3) * 16 + (pair >> 1 & 1) * 8 + (lane & 3) * 2; }
 
 // Bytes of a record of kept groups before its units.
-constexpr int GROUPS_HEAD = 16 + RECORD_ROWS * 2;
+constexpr int GROUPS_HEAD = 32 + RECORD_ROWS * 2;
 
 DEVICE int lanes_below(int count, int lane) {
     int sum = count;
@@ -95,26 +96,22 @@ template <int UNIT> struct Bits {
     }
 };
 
-// The kept groups of a tile.
+// The kept groups of the rows of a lane.
 struct Kept {
-    u32 mask[2]; // blocks 0 and 1, 2 and 3
-    u32 units;
+    u32 mask, next;
 
-    // Returns where the units of the next tile begin.
-    DEVICE u32 open(u32 masks, u32 first) {
-        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(mask[0]), "=r"(mask[1]) : "r"(masks));
-        units = first;
-        return first + 16 * (__popc(mask[0]) + __popc(mask[1]));
+    DEVICE void open(u32 record, int lane) {
+        u32 quad;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(quad) : "r"(record + (lane >> 2) * 4));
+        mask = quad & 0xffffu;
+        next = record + GROUPS_HEAD + (quad >> 16) * 16 + (lane & 3) * 4;
     }
-    // The word of a lane of block `block` and row g + 8 * row, whose dropped codes are those of 0: known when compiled.
-    DEVICE u32 word(int block, int row, int lane) const {
-        const int bit = (block & 1) * 16 + row * 8 + (lane >> 2);
-        const u32 half = mask[block >> 1];
-        const int below = __popc(half & ((1u << bit) - 1)) + (block > 1 ? __popc(mask[0]) : 0);
+    // The next word; `bit` is known when this is compiled. Dropped codes are those of 0.
+    DEVICE u32 word(int bit) {
+        const u32 kept = mask & 1u << bit;
         u32 v = 0x88888888u;
-        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p ld.shared.u32 %0, [%2];\n}"
-                     : "+r"(v)
-                     : "r"(half >> bit & 1u), "r"(units + below * 16 + (lane & 3) * 4));
+        asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p ld.shared.u32 %0, [%2];\n}" : "+r"(v) : "r"(kept), "r"(next));
+        next += bit >= 4 ? kept >> (bit - 4) : kept << (4 - bit);
         return v;
     }
 };

@@ -28,6 +28,8 @@ __all__ = [
 # Which structure a record has; see sparse.cuh.
 ENTRIES, PAIRS, FOURS, GROUPS = 1, 2, 3, 4
 ROWS, PLACES = 32, 128
+# int8 among the element types of activations.
+_INT8 = 4
 _FOURS_BYTES = {2: 4608, 1: 2560}
 # Below this fraction of kept entries a pair at a time is quicker: fewer reads of shared memory for
 # more bytes.
@@ -71,6 +73,8 @@ class SparseProblem(NamedTuple):
     """Bytes of the longest record."""
     multiprocessors: int
     shared_limit: int
+    natural: bool = False
+    """Whether int8 activations are in the order of K, with scale 1."""
 
 
 class SparseCut(NamedTuple):
@@ -80,6 +84,8 @@ class SparseCut(NamedTuple):
     """Warps along the rows of weights, of 32 each."""
     wk: int
     """Warps along K."""
+    resident: int = 1
+    """Blocks of a multiprocessor."""
     stages: int = 6
     """Records in flight, at most."""
 
@@ -92,13 +98,16 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     stage = warps * p.slot + wk * tokens * PLACES * (1 if p.act == S8 else 2)
     rest = 1024 + (wk * tokens * rows * 4 if wk > 1 else 0)
     # The barriers take some, too. Few numbers of stages make few kernels.
-    stages = max(2, min(cut.stages, (p.shared_limit - rest - 1024) // stage))
+    limit = (p.shared_limit + 1024) // cut.resident - 2048
+    stages = max(2, min(cut.stages, (limit - rest) // stage))
     stages = max(n for n in (2, 3, 4, 6) if n <= stages)
+    shared = stages * stage + rest
+    resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
     m_blocks = -(-p.m // tokens)
     row_blocks = -(-p.tiles // wr)
     units = row_blocks * p.chunks
     # A span of fewer chunks than warps would leave warps without work.
-    blocks = max(1, min(units // wk, p.multiprocessors // m_blocks))
+    blocks = max(1, min(units // wk, p.multiprocessors * resident // m_blocks))
     defines = (
         ("STRUCTURE", p.structure),
         ("ACT", p.act),
@@ -106,17 +115,25 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
         ("WR", wr),
         ("WK", wk),
         ("STAGES", stages),
-        ("SETS", 2 if p.structure == GROUPS and p.act == F16 and nt <= 2 else 1),
+        ("RESIDENT", resident),
+        ("NATURAL", int(p.natural)),
+        ("SETS", 2 if p.structure == GROUPS and p.act == F16 and nt == 1 else 1),
     )
-    size, shared = (blocks, m_blocks), stages * stage + rest
-    return Plan("sparse", defines, size, 32 * warps, shared, row_blocks, rows, tokens, units, False)
+    size = (blocks, m_blocks)
+    threads = 32 * (warps + wk)
+    return Plan("sparse", defines, size, threads, shared, row_blocks, rows, tokens, units, False)
 
 
 def plan_sparse(p: SparseProblem) -> Plan:
     """Return the launch for a problem."""
-    cuts = [(4, 4), (4, 3), (4, 2)] if p.m <= 16 else [(4, 2), (8, 1)]
+    if p.m > 32 and p.structure != GROUPS:
+        cuts = [(5, 2, 1), (4, 2, 1), (8, 1, 1)] if p.structure == FOURS else [(4, 2, 1), (8, 1, 1)]
+    elif p.m > 8 and p.structure == ENTRIES:
+        cuts = [(7, 2, 1), (4, 2, 1)]
+    else:
+        cuts = [(4, 2, 2), (4, 2, 1)]
     # Long records: the widest cut may not fit.
-    plans = (build_sparse(p, SparseCut(*c)) for c in (*cuts, (4, 1), (2, 1), (1, 1)))
+    plans = (build_sparse(p, SparseCut(*c)) for c in (*cuts, (4, 1, 1), (2, 1, 1), (1, 1, 1)))
     return next(q for q in plans if q.shared <= p.shared_limit - 1024)
 
 
@@ -301,10 +318,10 @@ class SparsePanels(Panels):
             self.spread = Panels(self.host.dense(), self.device)
         return self.spread
 
-    def problem(self, records: Records, m: int, act: int) -> SparseProblem:
+    def problem(self, r: Records, m: int, act: int, natural: bool = False) -> SparseProblem:
         """Return what the plan of a product with `m` rows depends on."""
-        r, properties = records, device_properties(self.device)
-        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slot, *properties)
+        properties = device_properties(self.device)
+        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slot, *properties, natural)
 
     def plan(self, m: int, compute: str, kind: int) -> Plan:
         """Return the plan of a product with `m` rows of activations."""
@@ -312,7 +329,8 @@ class SparsePanels(Panels):
         if found is None:
             return self.dense(compute).plan(m, compute, kind)
         act, split = found
-        return plan_sparse(self.problem(self.parts(act)[0], 3 * m if split else m, act))
+        rows = 3 * m if split else m
+        return plan_sparse(self.problem(self.parts(act)[0], rows, act, kind == _INT8))
 
     def call(self, x: Any, y: Any, compute: str, stream: int) -> Any:
         """Prepare a product for operands like these."""
@@ -338,7 +356,8 @@ class SparseCall(_Call):
         parts = p.parts(act)
         self.places = parts[0].chunks * PLACES
         plain = x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
-        self.direct = plain and kind == act and act != S8 and k % 8 == 0 and not split
+        same = kind == (_INT8 if act == S8 else act)
+        self.direct = plain and same and not split and k % 8 == 0
         self.x_step, self.y_step = x.strides[0], y.strides[0]
         a = self.act_args = _ActArgs()
         a.x_row, a.x_col = _strides(x)
@@ -350,7 +369,7 @@ class SparseCall(_Call):
         a.tables, a.step = len(parts), 1.0
         self.threads, self.scales = 256 if k > 1024 else 128, m
         self.row_bytes = x.strides[0] if self.direct else self.places * self.width
-        self.k_bytes = 2 * k if self.direct else self.row_bytes
+        self.k_bytes = self.width * k if self.direct else self.row_bytes
         self.launches = [self._part(r, y, split) for r in parts]
         if not self.direct:
             name = "quantise" if act == S8 else "place"
@@ -362,7 +381,7 @@ class SparseCall(_Call):
         """Return the launch of one of the matrices that add up to the weights."""
         p = self.panels
         assert isinstance(p, SparsePanels)
-        pl = plan_sparse(p.problem(r, self.rows, self.act))
+        pl = plan_sparse(p.problem(r, self.rows, self.act, self.direct and self.act == S8))
         g = _SparseArgs()
         g.planes[0], g.offsets, g.slot = r.records.data.ptr, r.offsets.data.ptr, r.slot
         g.scales = None if p.scales is None else p.scales.data.ptr
@@ -387,7 +406,7 @@ class SparseCall(_Call):
                 scale = _scratch(self.scales, np.float32, self.stream, cupy)
             self._prepare(x, held.data.ptr, scale)
             x = held.data.ptr
-            scale = scale if given is None else given
+        scale = scale if given is None else given
         part = self.rows * self.panels.rows
         sums = None
         if self.split:
