@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import cupy
-from gpu import BYTES, copies, cublas, microseconds, random_half, random_storage, torch_time
+import gpu_peers
+from gpu import BYTES, copies, cublas, microseconds, random_half, random_storage
 
 import nibblas as nb
 from nibblas.cuda import Storage
+from nibblas.cuda._compile import cubin
+from nibblas.cuda._launch import arch
 from nibblas.cuda._sparse import SparsePanels
 from nibblas.qtensor import _Storage
 
@@ -142,7 +146,7 @@ def cusparselt(w: Any, m: int) -> float | None:
                 for p in packed
             ]
             groups = [calls[i : i + count] for i in range(0, len(calls), count)]
-            times += [torch_time(g, 2000) for g in groups]
+            times += [gpu_peers.graph_time(g, 2000) for g in groups]
         return min(times)
     except Exception as e:
         print(f"cuSPARSELt: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
@@ -150,19 +154,19 @@ def cusparselt(w: Any, m: int) -> float | None:
 
 
 def int_mm(n: int, k: int, m: int) -> float | None:
-    """Time cuBLAS int8, which takes no fewer than 17 rows."""
+    """Time cuBLAS int8, which takes no fewer than 17 rows; None without PyTorch."""
     try:
-        import torch
-
-        x = torch.randint(-127, 128, (max(m, 24), k), device="cuda", dtype=torch.int8)
-        w = [
-            torch.randint(-127, 128, (n, k), device="cuda", dtype=torch.int8)
-            for _ in range(max(2, -(-BYTES // (n * k))))
-        ]
-        return torch_time([lambda w=w: torch._int_mm(x, w.T) for w in w])
-    except Exception as e:
-        print(f"_int_mm: {type(e).__name__}: {str(e).splitlines()[0]}", file=sys.stderr)
+        return gpu_peers.int_mm(n, k, m)
+    except (ImportError, RuntimeError) as e:
+        print(f"_int_mm: {str(e).splitlines()[0]}", file=sys.stderr)
         return None
+
+
+def compile_all(q: nb.QTensor, rows: tuple[int, ...], compute: str, kind: int) -> None:
+    """Compile what some rows need, side by side."""
+    plans = [q._storage.panels.plan(m, compute, kind) for m in rows]  # type: ignore[attr-defined]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda p: cubin(f"{p.nest}.cu", arch(0), p.defines), plans))
 
 
 class Table:
@@ -250,13 +254,16 @@ def main() -> None:
         if wanted(name):
             w = thinned(n, k, density)
             q = half_tensor("f16_bitmap", w)
-            for m in (8, 16, 64) if density == 0.2 else (8, 16):
+            rows = (8, 16, 64) if density == 0.2 else (8, 16)
+            compile_all(q, rows, "f32", 0)
+            for m in rows:
                 race(table, name, q, w, m, dense(m), GOALS[density] if m < 32 else None)
             del w, q
             pool.free_all_blocks()
     if wanted("f16_2of4"):
         w = thinned(n, k, None)
         q = half_tensor("f16_2of4", w)
+        compile_all(q, (8, 16, 32, 64), "f32", 0)
         for m in (8, 16, 32, 64):
             race(table, "f16_2of4", q, w, m, dense(m), 1.5)
             us = cusparselt(w, m)
@@ -268,6 +275,7 @@ def main() -> None:
         w = cupy.random.randint(-127, 128, (n, k), dtype=np.int32).astype(np.int8)
         w *= kept_entries(n, k, None)
         q = byte_tensor(w)
+        compile_all(q, (8, 16, 32, 64), "int8", 4)
         for m in (8, 16, 32, 64):
             peer = int_mm(n, k, m)
             if peer is not None:

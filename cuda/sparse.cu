@@ -1,10 +1,10 @@
 // Y = X W^T for sparse W, which is loaded as stored and multiplied by the tensor cores as if dense.
 //
 // A block owns R = 32*WR rows of W and T = 8*NT rows of X. Its warps lie WR along the rows of W and WK along K: a warp takes
-// every WK-th record of 128 k. WK more warps drive the copy engine, a lane for each of the WR warps that share X: their
-// records go to rings of their own. The grid is persistent, as in gemm.cu: spans of equally many records.
+// every WK-th run of SPAN records, of 128 k each. WK more warps drive the copy engine, a lane for each of the WR warps that share X: their
+// records go to rings of their own. The grid is persistent, as in gemm.cu: spans of equally many runs.
 //
-// Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, STAGES, RESIDENT (blocks of a
+// Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, SPAN, STAGES, RESIDENT (blocks of a
 // multiprocessor); SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
@@ -13,12 +13,12 @@
 #include <nibblas/scheduler.cuh>
 #include <nibblas/sparse.cuh>
 
-constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK = NB_WK, STAGES = NB_STAGES;
+constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK = NB_WK, SPAN = NB_SPAN, STAGES = NB_STAGES;
 constexpr bool INT = ACT == ACT_S8, BF16 = ACT == ACT_BF16;
 constexpr bool FOURS = STRUCTURE == TWO_OF_FOUR, KEPT_GROUPS = STRUCTURE == GROUPS;
 constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, THREADS = 32 * WARPS; // that multiply
 constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; runs of 128 bytes in a row of a record's X
-constexpr int X_STAGE = T * 128 * PARTS;
+constexpr int X_RECORD = T * 128 * PARTS, X_STAGE = SPAN * X_RECORD;
 constexpr int SETS = KEPT_GROUPS ? Sets<ACT, 4>::value : 1;
 
 template <bool I> struct Number {
@@ -76,8 +76,9 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int begin, int end, int m0
         Bounds b = {0, 0};
         if (ahead.done()) return b;
         if (ahead.chunk + wk < ahead.stop) {
-            const u32 *at = a.offsets + (i64)min(ahead.row_block * WR + wr, tiles - 1) * a.chunks + ahead.chunk + wk;
-            b = {at[0], at[1]};
+            const int from = (ahead.chunk + wk) * SPAN;
+            const u32 *row = a.offsets + (i64)min(ahead.row_block * WR + wr, tiles - 1) * a.records;
+            b = {row[from], row[min(from + SPAN, a.records)]};
         }
         ahead.next(a.chunks);
         return b;
@@ -97,8 +98,8 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int begin, int end, int m0
             copy_run(w_rings + (wr * STAGES + stage) * a.slot, a.planes[0] + (i64)now.first * 16, bytes, bar);
             if (wr == 0)
 #pragma unroll
-                for (int p = 0; p < PARTS; p++)
-                    copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, chunk * RECORD_K + p * (128 / WIDTH), m0);
+                for (int p = 0; p < SPAN * PARTS; p++)
+                    copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, chunk * SPAN * RECORD_K + p * (128 / WIDTH), m0);
         }
         now = then;
         then = after;
@@ -187,6 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
             }
         }
     };
+    // Each multiplies by one record, and returns where the next begins.
     auto multiply_fours8 = [&](u32 record, u32 xs) {
 #pragma unroll
         for (int step = 0; step < 2; step++) {
@@ -201,6 +203,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
                 for (int j = 0; j < NT; j++) mma_fours<0>(acc[i][j][0], w, b[j], places);
             }
         }
+        return record + 2560;
     };
     auto multiply_fours = [&](u32 record, u32 xs) {
         u32 places[4];
@@ -223,6 +226,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
 #pragma unroll
                     for (int q = 0; q < 4; q++) nothing[j] = add_product(b[j][q], 0, nothing[j]);
         }
+        return record + 4608;
     };
     auto multiply_bits = [&](u32 record, u32 xs) {
         Bits<STRUCTURE == BITMAP_PAIRS ? 2 : 1> bits;
@@ -242,6 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
                     for (int j = 0; j < NT; j++) mma(acc[i][j][0], w, b[j][2 * step], b[j][2 * step + 1], BF16);
                 }
         }
+        return bits.end;
     };
     // The record's scales meet its sums, less the zero of the codes.
     auto flush = [&](u32 record) {
@@ -296,6 +301,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
             }
         }
         flush(record);
+        return kept.end;
     };
 
     // Sums leave a warp at the end of a run of records: as results, or to the workspace where a run is not all of K.
@@ -384,15 +390,19 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
         if (here.chunk + wk < here.stop) {
             barrier_wait(bar + stage * 8, phases >> stage & 1);
             phases ^= 1u << stage;
-            const u32 record = w_ring + stage * a.slot, xs = x_ring + stage * X_STAGE;
-            if constexpr (KEPT_GROUPS)
-                multiply_groups(record, xs);
-            else if constexpr (FOURS && INT)
-                multiply_fours8(record, xs);
-            else if constexpr (FOURS)
-                multiply_fours(record, xs);
-            else
-                multiply_bits(record, xs);
+            const int count = SPAN == 1 ? 1 : min(SPAN, a.records - (here.chunk + wk) * SPAN);
+            u32 record = w_ring + stage * a.slot, xs = x_ring + stage * X_STAGE;
+#pragma unroll 1
+            for (int i = 0; i < count; i++, xs += X_RECORD) {
+                if constexpr (KEPT_GROUPS)
+                    record = multiply_groups(record, xs);
+                else if constexpr (FOURS && INT)
+                    record = multiply_fours8(record, xs);
+                else if constexpr (FOURS)
+                    record = multiply_fours(record, xs);
+                else
+                    record = multiply_bits(record, xs);
+            }
             __syncwarp();
             if (lane == 0) barrier_arrive(back + stage * 8);
         }

@@ -22,7 +22,9 @@ def test_plans_fit_and_cover(slot: int, limit: int) -> None:
     for (structure, act), m, tiles, chunks in itertools.product(
         KINDS, (1, 8, 9, 33, 64, 700), (1, 7, 896), (1, 2, 56)
     ):
-        pl = plan_sparse(SparseProblem(m, tiles, chunks, act, structure, slot, 132, limit))
+        pl = plan_sparse(
+            SparseProblem(m, tiles, chunks, act, structure, (slot, 2 * slot), 132, limit)
+        )
         values = dict(pl.defines)
         assert pl.shared <= limit - 1024
         assert values["STAGES"] >= 2
@@ -30,7 +32,7 @@ def test_plans_fit_and_cover(slot: int, limit: int) -> None:
         assert pl.threads == 32 * (values["WR"] + 1) * values["WK"]
         assert pl.row_blocks * pl.rows >= 32 * tiles > (pl.row_blocks - 1) * pl.rows
         assert pl.grid[1] * pl.tokens >= m > (pl.grid[1] - 1) * pl.tokens
-        assert 1 <= pl.grid[0] <= pl.units == pl.row_blocks * chunks
+        assert 1 <= pl.grid[0] <= pl.units == pl.row_blocks * -(-chunks // values["SPAN"])
 
 
 @needs_nvrtc
@@ -42,7 +44,7 @@ def test_kernels_compile_without_spills(kind: tuple[int, int]) -> None:
         instruction += r"\.SP"
 
     def one(m: int) -> None:
-        pl = plan_sparse(SparseProblem(m, 896, 56, act, structure, 4064, 132, LIMIT))
+        pl = plan_sparse(SparseProblem(m, 896, 56, act, structure, (2368, 4624), 132, LIMIT))
         check("sparse.cu", pl, instruction)
 
     with ThreadPoolExecutor(2) as pool:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import nibblas as nb
+from nibblas.cuda import _sparse
+from nibblas.cuda._sparse import SparseCut, build_sparse
 
 cupy = pytest.importorskip("cupy")
 try:
@@ -120,6 +122,20 @@ def test_no_entries_uneven_rows_and_empty_shapes(fmt: str) -> None:
         check(x @ q.to("cuda:0").T, x.get(), q)
 
 
+@pytest.mark.parametrize("cut", [(1, 1), (2, 3, 1, 2), (4, 2, 2, 1), (4, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "bf16_2of4", "int8_2of4", "int4_g128_bsr32"])
+def test_every_cut(fmt: str, cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warps, blocks of a multiprocessor and records of a run change where sums meet, no more."""
+    monkeypatch.setattr(_sparse, "plan_sparse", lambda p: build_sparse(p, SparseCut(*cut)))
+    for n, k in ((300, 1400), (40, 4480)):
+        q, x = weights(fmt, n, k, 0.3), activations(11, k, np.float16)
+        if fmt == "int8_2of4":
+            same_as_dense(q, x)
+        else:
+            x = x.astype(DTYPES.get(fmt.split("_")[0], x.dtype))
+            check(cupy.asarray(x) @ q.to("cuda:0").T, x, q)
+
+
 def test_a_graph_repeats_the_product() -> None:
     q = weights("f16_bitmap", 128, 512, 0.3).to("cuda:0")
     x, y = cupy.asarray(activations(4, 512, np.float16)), cupy.empty((4, 128), np.float16)
@@ -190,6 +206,16 @@ def test_kept_groups(fmt: str, dtype: Any, m: int) -> None:
 )
 def test_formats_without_a_kernel_are_spread(fmt: str) -> None:
     same_as_dense(weights(fmt, 90, 512, 0.5), activations(9, 512, np.float16))
+
+
+@pytest.mark.parametrize("fmt", ["int8_2of4", "int4_g128_bsr32", "int8_bitmap"])
+def test_activations_quantised_once(fmt: str) -> None:
+    q, x = weights(fmt, 100, 640, 0.5), cupy.asarray(activations(6, 640, np.float16))
+    d = q.to("cuda:0")
+    y = nb.cuda.activations(x, "int8") @ d.T
+    assert (y == nb.matmul(x, d.T, compute="int8")).all()
+    with pytest.raises(ValueError, match="int8"):
+        nb.cuda.activations(x, "int8") @ weights("f16_bitmap", 100, 640, 0.5).to("cuda:0").T
 
 
 def test_integers_in_a_split_sum() -> None:

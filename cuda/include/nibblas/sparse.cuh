@@ -30,7 +30,8 @@ constexpr int RECORD_ROWS = 32, RECORD_K = 128;
 // planes[0] holds the records.
 struct SparseArgs : Args {
     const u32 *offsets;
-    int slot; // bytes of the longest record
+    int slot;    // bytes of the longest run of records
+    int records; // of a row
 };
 
 // Row and column of an entry of a lane in its record.
@@ -58,7 +59,7 @@ DEVICE void load_four(u32 r[4], u32 at) {
 template <int UNIT> struct Bits {
     static constexpr int WORDS = 4 / UNIT;
     u32 mask[WORDS];
-    u32 next;
+    u32 next, end; // of the record: filled up to 16 bytes
 
     DEVICE void open(u32 record, int lane) {
         int count = 0;
@@ -71,6 +72,7 @@ template <int UNIT> struct Bits {
 #pragma unroll
         for (int w = 0; w < WORDS; w++) count += __popc(mask[w]);
         next = record + 128 * WORDS + lanes_below(count, lane) * (2 * UNIT);
+        end = (__shfl_sync(0xffffffffu, next + count * (2 * UNIT), 31) + 15) & ~15u;
     }
     // The next pair; `pair` is known when this is compiled. Every address has a register of its own: one that changed
     // would have to wait until the load before has read it.
@@ -98,11 +100,13 @@ template <int UNIT> struct Bits {
 
 // The kept groups of the rows of a lane.
 struct Kept {
-    u32 mask, next;
+    u32 mask, next, end; // of the record
 
     DEVICE void open(u32 record, int lane) {
-        u32 quad;
+        u32 quad, last;
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(quad) : "r"(record + (lane >> 2) * 4));
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(last) : "r"(record + 7 * 4));
+        end = record + GROUPS_HEAD + 16 * ((last >> 16) + __popc(last & 0xffffu));
         mask = quad & 0xffffu;
         next = record + GROUPS_HEAD + (quad >> 16) * 16 + (lane & 3) * 4;
     }

@@ -287,11 +287,11 @@ class Panels:
 
         return plan(_problem(self, m, compute, kind)[0])
 
-    def call(self, x: Any, y: Any, compute: str, stream: int) -> Any:
+    def call(self, x: Any, y: Any, compute: str, stream: int, placed: bool = False) -> Any:
         """Prepare a product for operands like these."""
         from ._product import _Call
 
-        return _Call(self, x, y, compute, stream)
+        return _Call(self, x, y, compute, stream, placed)
 
     @property
     def nbytes(self) -> int:

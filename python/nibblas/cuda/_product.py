@@ -482,8 +482,7 @@ def _run(
     if call is None:
         if len(p.calls) >= 64:
             p.calls.clear()
-        made = _Call(p, x, y, compute, stream, True) if placed else p.call(x, y, compute, stream)
-        call = p.calls[key] = made
+        call = p.calls[key] = p.call(x, y, compute, stream, placed)
     call(at, to, 0 if bias is None else bias.data.ptr, given, cupy)
 
 

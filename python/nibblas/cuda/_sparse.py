@@ -12,7 +12,7 @@ from ..qtensor import _Storage
 from ._launch import device_properties, has_wgmma, kernel, tensor_map, workspace
 from ._panels import Panels
 from ._plan import BF16, F16, S8, Plan
-from ._product import _ActArgs, _Call, _GemmArgs, _kind_of, _scratch, _strides
+from ._product import _ActArgs, _Call, _GemmArgs, _kind_of, _scratch, _strides, quantiser
 
 __all__ = [
     "Records",
@@ -33,11 +33,15 @@ _INT8 = 4
 _FOURS_BYTES = {2: 4608, 1: 2560}
 # Below this fraction of kept entries a pair at a time is quicker: fewer reads of shared memory for
 # more bytes.
-_PAIRS_BELOW = 0.25
+_PAIRS_BELOW = 0.15
 
 
 class _SparseArgs(_GemmArgs):
-    _fields_ = [("offsets", ctypes.c_void_p), ("slot", ctypes.c_int)]  # noqa: RUF012
+    _fields_ = [  # noqa: RUF012
+        ("offsets", ctypes.c_void_p),
+        ("slot", ctypes.c_int),
+        ("records", ctypes.c_int),
+    ]
 
 
 class _PackArgs(ctypes.Structure):
@@ -69,8 +73,8 @@ class SparseProblem(NamedTuple):
     """0 float16, 1 bfloat16, 2 int8."""
     structure: int
     """1 bitmap of entries, 2 of pairs, 3 two of four, 4 groups."""
-    slot: int
-    """Bytes of the longest record."""
+    slots: tuple[int, int]
+    """Bytes of the longest record, and of two that follow each other."""
     multiprocessors: int
     shared_limit: int
     natural: bool = False
@@ -86,8 +90,10 @@ class SparseCut(NamedTuple):
     """Warps along K."""
     resident: int = 1
     """Blocks of a multiprocessor."""
+    span: int = 1
+    """Records that are copied together."""
     stages: int = 6
-    """Records in flight, at most."""
+    """Such runs in flight, at most."""
 
 
 def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
@@ -95,7 +101,8 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     nt = 1 if p.m <= 8 else 2 if p.m <= 16 else 4 if p.m <= 32 or p.structure == GROUPS else 8
     wr, wk = cut.wr, cut.wk
     tokens, rows, warps = 8 * nt, ROWS * wr, wr * wk
-    stage = warps * p.slot + wk * tokens * PLACES * (1 if p.act == S8 else 2)
+    stage = warps * p.slots[cut.span - 1]
+    stage += wk * tokens * PLACES * cut.span * (1 if p.act == S8 else 2)
     rest = 1024 + (wk * tokens * rows * 4 if wk > 1 else 0)
     # The barriers take some, too. Few numbers of stages make few kernels.
     limit = (p.shared_limit + 1024) // cut.resident - 2048
@@ -105,7 +112,7 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
     m_blocks = -(-p.m // tokens)
     row_blocks = -(-p.tiles // wr)
-    units = row_blocks * p.chunks
+    units = row_blocks * -(-p.chunks // cut.span)
     # A span of fewer chunks than warps would leave warps without work.
     blocks = max(1, min(units // wk, p.multiprocessors * resident // m_blocks))
     defines = (
@@ -114,6 +121,7 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
         ("NT", nt),
         ("WR", wr),
         ("WK", wk),
+        ("SPAN", cut.span),
         ("STAGES", stages),
         ("RESIDENT", resident),
         ("NATURAL", int(p.natural)),
@@ -126,12 +134,18 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
 
 def plan_sparse(p: SparseProblem) -> Plan:
     """Return the launch for a problem."""
+    # (warps along the rows, along K, blocks of a multiprocessor, records of a run), as measured.
+    cuts: list[tuple[int, ...]] = [(4, 2, 2), (4, 2, 1)]
     if p.m > 32 and p.structure != GROUPS:
-        cuts = [(5, 2, 1), (4, 2, 1), (8, 1, 1)] if p.structure == FOURS else [(4, 2, 1), (8, 1, 1)]
-    elif p.m > 8 and p.structure == ENTRIES:
-        cuts = [(7, 2, 1), (4, 2, 1)]
-    else:
-        cuts = [(4, 2, 2), (4, 2, 1)]
+        cuts = [(4, 3, 1), (4, 2, 1), (8, 1, 1)] if p.act == S8 else [(4, 2, 1), (8, 1, 1)]
+    elif p.m > 16 and p.structure != FOURS:
+        cuts = [(4, 2, 1)]  # two blocks would leave too few registers
+    elif p.structure == PAIRS:
+        cuts.insert(0, (4, 4, 1, 2))
+    elif p.structure == FOURS and p.act == S8:
+        cuts.insert(0, (4, 2, 2, 2) if p.m <= 16 else (4, 4, 1))
+    elif p.structure == FOURS:
+        cuts.insert(0, (4, 2, 1, 2) if p.m <= 8 else (4, 3, 1))
     # Long records: the widest cut may not fit.
     plans = (build_sparse(p, SparseCut(*c)) for c in (*cuts, (4, 1, 1), (2, 1, 1), (1, 1, 1)))
     return next(q for q in plans if q.shared <= p.shared_limit - 1024)
@@ -144,7 +158,7 @@ class Records:
         self.shape, self.structure, self.device = shape, structure, device
         self.tiles = -(-max(shape[0], 1) // ROWS)
         self.chunks = -(-max(shape[1], 1) // PLACES)
-        self.slot = 0
+        self.slots = 0, 0
         self.records: Any = None
         self.offsets: Any = None
 
@@ -203,12 +217,13 @@ class Records:
     def _place(self, pieces: Any) -> None:
         import cupy
 
-        self.slot = 16 * int(pieces.max())
         ends = cupy.zeros(pieces.size + 1, np.uint64)
         ends[1:] = cupy.cumsum(pieces, dtype=np.uint64)
         size = 16 * int(ends[-1])
         if size >= 1 << 36 or pieces.size >= 1 << 30:
             raise ValueError(f"a matrix of shape {self.shape} is too large for CUDA")
+        runs = [16 * int((ends[n:] - ends[:-n]).max()) if pieces.size >= n else 0 for n in (1, 2)]
+        self.slots = runs[0], max(runs)
         self.offsets, self.records = ends.astype(np.uint32), cupy.empty(size, np.uint8)
 
     @property
@@ -238,6 +253,8 @@ class SparsePanels(Panels):
         self.device, self.host = device, host
         self.element, self.finite = host.format.element, True
         self.rows, self.cols = host.rows, host.cols
+        self.chunks = -(-max(self.cols, 1) // PLACES)
+        self.tensor, self.grouped_rows = 1.0, False
         self.calls: dict[Any, Any] = {}
         self.longest = 128 * 127 * self.cols
         self.spread: Panels | None = None
@@ -321,7 +338,7 @@ class SparsePanels(Panels):
     def problem(self, r: Records, m: int, act: int, natural: bool = False) -> SparseProblem:
         """Return what the plan of a product with `m` rows depends on."""
         properties = device_properties(self.device)
-        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slot, *properties, natural)
+        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slots, *properties, natural)
 
     def plan(self, m: int, compute: str, kind: int) -> Plan:
         """Return the plan of a product with `m` rows of activations."""
@@ -332,20 +349,29 @@ class SparsePanels(Panels):
         rows = 3 * m if split else m
         return plan_sparse(self.problem(self.parts(act)[0], rows, act, kind == _INT8))
 
-    def call(self, x: Any, y: Any, compute: str, stream: int) -> Any:
+    def call(self, x: Any, y: Any, compute: str, stream: int, placed: bool = False) -> Any:
         """Prepare a product for operands like these."""
         kind = _kind_of(x.dtype)
         assert kind is not None
         found = self.act(compute, kind)
         if found is None:
-            return self.dense(compute).call(x, y, compute, stream)
-        return SparseCall(self, x, y, *found, stream)
+            return self.dense(compute).call(x, y, compute, stream, placed)
+        return SparseCall(self, x, y, *found, stream, placed)
 
 
 class SparseCall(_Call):
     """Everything about a product with sparse weights but where the operands are."""
 
-    def __init__(self, p: SparsePanels, x: Any, y: Any, act: int, split: bool, stream: int) -> None:
+    def __init__(
+        self,
+        p: SparsePanels,
+        x: Any,
+        y: Any,
+        act: int,
+        split: bool,
+        stream: int,
+        placed: bool = False,
+    ) -> None:
         m, k = x.shape
         kind, y_kind = _kind_of(x.dtype), _kind_of(y.dtype)
         assert kind is not None
@@ -357,7 +383,8 @@ class SparseCall(_Call):
         self.places = parts[0].chunks * PLACES
         plain = x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
         same = kind == (_INT8 if act == S8 else act)
-        self.direct = plain and same and not split and k % 8 == 0
+        self.direct = placed or (plain and same and not split and k % 8 == 0)
+        self.natural = self.direct and act == S8 and not placed
         self.x_step, self.y_step = x.strides[0], y.strides[0]
         a = self.act_args = _ActArgs()
         a.x_row, a.x_col = _strides(x)
@@ -367,13 +394,15 @@ class SparseCall(_Call):
         a.kind, a.y_kind, a.out_kind = kind, y_kind, 2 if split else act
         a.plain = plain and kind in (0, 1, 2) and k % 16 == 0
         a.tables, a.step = len(parts), 1.0
-        self.threads, self.scales = 256 if k > 1024 else 128, m
+        self.scales = m
         self.row_bytes = x.strides[0] if self.direct else self.places * self.width
         self.k_bytes = self.width * k if self.direct else self.row_bytes
         self.launches = [self._part(r, y, split) for r in parts]
-        if not self.direct:
-            name = "quantise" if act == S8 else "place"
-            self.prepare = kernel(p.device, "activations.cu", name)
+        if act == S8 and not self.direct:
+            lines = bool(a.plain) and kind < 2
+            self.prepare, self.blocks, self.threads = quantiser(p.device, m, k, lines)
+        elif not self.direct:
+            self.prepare = kernel(p.device, "activations.cu", "place")
         if split:
             self.combine = kernel(p.device, "activations.cu", "combine")
 
@@ -381,9 +410,11 @@ class SparseCall(_Call):
         """Return the launch of one of the matrices that add up to the weights."""
         p = self.panels
         assert isinstance(p, SparsePanels)
-        pl = plan_sparse(p.problem(r, self.rows, self.act, self.direct and self.act == S8))
+        pl = plan_sparse(p.problem(r, self.rows, self.act, self.natural))
         g = _SparseArgs()
-        g.planes[0], g.offsets, g.slot = r.records.data.ptr, r.offsets.data.ptr, r.slot
+        g.planes[0], g.offsets = r.records.data.ptr, r.offsets.data.ptr
+        span = dict(pl.defines)["SPAN"]
+        g.slot, g.records = r.slots[span - 1], r.chunks
         g.scales = None if p.scales is None else p.scales.data.ptr
         sums = pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
         g.work = workspace(p.device, self.stream, "sums", sums)
@@ -392,7 +423,7 @@ class SparseCall(_Call):
         g.ldx = self.row_bytes
         g.y_row, g.y_col = (p.rows, 1) if split else _strides(y)
         g.m, g.n, g.n_padded, g.k_bytes = self.rows, p.rows, r.tiles * ROWS, self.k_bytes
-        g.chunks, g.row_blocks = r.chunks, pl.row_blocks
+        g.chunks, g.row_blocks = -(-r.chunks // span), pl.row_blocks
         g.y_kind = 2 if split else _kind_of(y.dtype)
         g.per, g.rest = divmod(pl.units, pl.grid[0])
         return pl, kernel(p.device, "sparse.cu", "sparse", pl.defines), g
