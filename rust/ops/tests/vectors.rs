@@ -4,6 +4,7 @@ use nibblas_ops::intops::compat::{self, Family};
 use nibblas_ops::intops::gelu::{apply, Function};
 use nibblas_ops::intops::requant::{requantize, Rounding};
 use nibblas_ops::intops::scale::Dyadic;
+use nibblas_ops::intops::softmax::softmax;
 use nibblas_ops::intops::sqrt::{sqrt32, sqrt64};
 use nibblas_ops::{Error, Exec, Ints, IntsMut};
 
@@ -37,6 +38,23 @@ fn shifts_beyond_31_and_scales_that_underflow_are_errors() {
     for (scale, what) in [(1e-12, "underflows"), (1e12, "overflows"), (0.0, "positive"), (f64::NAN, "positive")] {
         assert!(matches!(Dyadic::new(scale), Err(Error::Value(m)) if m.contains(what)), "{scale}");
     }
+}
+
+#[test]
+fn softmax_of_scales_that_leave_nothing_and_of_rows_of_minus_infinity() {
+    let exec = Exec::default();
+    for family in [Family::Ibert, Family::Ivit] {
+        for scale in [0.01, 1.6, 1.7, 2.0, 1e3, 1e9] {
+            let mut y = [0i64; 4];
+            match compat::softmax(&exec, family, Ints::I32(&[0, 1, -5, i32::MIN]), 4, scale, &mut y) {
+                Ok(()) => assert!(y.iter().all(|&v| v >= 0), "{scale}: {y:?}"),
+                Err(e) => assert!(matches!(e, Error::Value(m) if m.contains("too"))),
+            }
+        }
+    }
+    let mut y = [7i32; 3];
+    softmax(&exec, Ints::I32(&[i32::MIN; 3]), 3, 0.01, IntsMut::I32(&mut y)).unwrap();
+    assert_eq!(y, [0; 3]);
 }
 
 /// Squares and their neighbours, both ends, and a stride over all 32 bits.

@@ -110,13 +110,16 @@ const TOP: i64 = (1 << 31) - 1;
 /// Softmax: of scale 2^-8 for I-BERT, whose exponentials are coded in 16 bits first, 2^-7 for I-ViT.
 ///
 /// # Errors
-/// As [`exp`].
+/// As [`exp`], and [`Error::Value`] for a scale so coarse that the exponential is 0 everywhere.
 pub fn softmax(exec: &Exec, family: Family, x: Ints, cols: usize, scale: f64, y: &mut [i64]) -> Result<()> {
     let scale = positive("scale", scale)?;
     let n = if family == Family::Ibert { 30 } else { 15 };
     let e = Exp::new(family, scale, n)?;
     // The exponential at 0, which 16 bits code as 32767.
     let one = i128::from(e.at(0));
+    if one <= 0 {
+        return Err(Error::Value(format!("scale {scale} is too coarse: the exponential is 0 everywhere")));
+    }
     rows(exec, x, cols, y, |x, y| {
         let max = highest(x);
         let mut sum = 0i64;

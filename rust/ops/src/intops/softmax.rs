@@ -44,7 +44,7 @@ impl Loop for Rows<'_, '_> {
                 self.y.put(start, self.wide);
                 continue;
             }
-            let half = 1u64 << (shift - 1);
+            let half = (1u64 << shift) >> 1;
             // The buffer of the input is free now.
             for (o, &e) in self.wide.iter_mut().zip(&*self.exps) {
                 let p = (u64::from(e as u32) * u64::from(inverse as u32) + half) >> shift;
