@@ -295,6 +295,18 @@ def same(got: Any, want: Any) -> None:
     )
 
 
+def same_errors(
+    cases: list[tuple[Callable[[Any], Any], type[Exception]]], x: np.ndarray, sent: Any
+) -> None:
+    """Each call of what lies on the host and of what was sent fails alike, with the same words."""
+    for call, error in cases:
+        with pytest.raises(error) as on_host:
+            call(x)
+        with pytest.raises(error) as on_device:
+            call(sent)
+        assert str(on_device.value) == str(on_host.value)
+
+
 def numbers(rng: np.random.Generator, dtype: Any, n: int) -> np.ndarray:
     """Ends, small and large integers of a type."""
     info = np.iinfo(dtype)
@@ -497,12 +509,7 @@ def test_bad_input(send: Any) -> None:
         (lambda q: intops.rmsnorm(q.astype(np.float32), 0.1, w, out_scale=1.0), TypeError),
         (lambda q: intops.silu(q.astype(np.int64) * 2**40, 0.1), ValueError),
     ]
-    for call, error in cases:
-        with pytest.raises(error) as on_host:
-            call(x)
-        with pytest.raises(error) as on_device:
-            call(send(x))
-        assert str(on_device.value) == str(on_host.value)
+    same_errors(cases, x, send(x))
     with pytest.raises(TypeError, match="one device"):
         intops.add(send(x), 1.0, x, 1.0, out_scale=1.0)
 
@@ -575,12 +582,7 @@ def test_lmul_bad_input(send: Any) -> None:
         (lambda q: approx.lmul_matmul(q, q), ValueError),
         (lambda q: approx.lmul_matmul(q, q.reshape(1, 3)), ValueError),
     ]
-    for call, error in cases:
-        with pytest.raises(error) as on_host:
-            call(x)
-        with pytest.raises(error) as on_device:
-            call(send(x))
-        assert str(on_device.value) == str(on_host.value)
+    same_errors(cases, x, send(x))
     with pytest.raises(TypeError, match="on the host"):
         approx.lmul(send(x), x)
 
