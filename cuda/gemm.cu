@@ -325,23 +325,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                     mine[col * R + row] = v;
             });
         }
-        if (!whole && share.complete<THREADS>(a, row_block)) {
-            for (int q = 4 * tid; q < R * columns; q += 4 * THREADS) {
-                float4 v = __ldcg((const float4 *)(share.slot(share.first, a) + q));
-#pragma unroll 4
-                for (int b = share.first + 1; b <= share.last; b++) {
-                    const float4 p = __ldcg((const float4 *)(share.slots + (i64)(2 * b) * share.size + q));
-                    v.x = add(v.x, p.x);
-                    v.y = add(v.y, p.y);
-                    v.z = add(v.z, p.z);
-                    v.w = add(v.w, p.w);
-                }
-                out(q % R, q / R, v.x);
-                out(q % R + 1, q / R, v.y);
-                out(q % R + 2, q / R, v.z);
-                out(q % R + 3, q / R, v.w);
-            }
-        }
+        if (!whole && share.complete<THREADS>(a, row_block))
+            share.sum<THREADS>(a, R * columns, add, [&](int q, float v) { out(q % R, q / R, v); });
         if (WK > 1) __syncthreads();
     };
     auto leave_parked = [&](int row_block) {

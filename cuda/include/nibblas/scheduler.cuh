@@ -99,4 +99,23 @@ struct Share {
         if (all) __threadfence();
         return all;
     }
+    // Then: calls out(place, sum) for the first `count` places of a slot, a multiple of 4, on the same threads. What two
+    // parts are together is said by `add`.
+    template <int THREADS, class Add, class Out> DEVICE void sum(const Args &a, int count, Add add, Out out) const {
+        for (int q = 4 * threadIdx.x; q < count; q += 4 * THREADS) {
+            float4 v = __ldcg((const float4 *)(slot(first, a) + q));
+#pragma unroll 4
+            for (int b = first + 1; b <= last; b++) {
+                const float4 p = __ldcg((const float4 *)(slots + (i64)(2 * b) * size + q));
+                v.x = add(v.x, p.x);
+                v.y = add(v.y, p.y);
+                v.z = add(v.z, p.z);
+                v.w = add(v.w, p.w);
+            }
+            out(q, v.x);
+            out(q + 1, v.y);
+            out(q + 2, v.z);
+            out(q + 3, v.w);
+        }
+    }
 };
