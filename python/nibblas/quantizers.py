@@ -7,14 +7,24 @@
 
 Each name is accepted as ``method=`` by :func:`nibblas.quantize`. :func:`ksort` and :func:`cluster`
 reorder channels first, so that outliers share blocks; :class:`MixedLinear` gives blocks formats of
-their own.
+their own; :func:`allocate` gives layers formats within a budget.
 """
 
 from __future__ import annotations
 
+from ._allocate import allocate
 from ._ksort import ChannelOrder, HeadOrder, cluster, ksort
 from ._methods import METHODS
 from ._mixed import MixedLinear
 from ._obs import obs_scores
 
-__all__ = ["METHODS", "ChannelOrder", "HeadOrder", "MixedLinear", "cluster", "ksort", "obs_scores"]
+__all__ = [
+    "METHODS",
+    "ChannelOrder",
+    "HeadOrder",
+    "MixedLinear",
+    "allocate",
+    "cluster",
+    "ksort",
+    "obs_scores",
+]
