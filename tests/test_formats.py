@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
+import re
+import runpy
 import statistics
 from pathlib import Path
 
@@ -27,6 +30,7 @@ def test_the_table_holds_what_it_should() -> None:
     want |= {f"lut{b}" for b in range(2, 9)} | {f"bfp{b}" for b in range(9, 17)}
     want |= {"dfp8", "dfp16"} | {f"trellis{b}" for b in range(1, 9)}
     want |= {f"lut{b}_row" for b in (2, 3, 4)}
+    want |= {f"trellis{b}_hyb" for b in (2, 3, 4)} | {"trellis2_1mad", "trellis2_3inst"}
     want |= {f"vq{b}" for b in range(1, 5)} | {"vq2_v6", "vq2_r8", "vq3_r4"}
     assert want <= set(NAMES)
     assert len(NAMES) == len(set(NAMES))
@@ -703,6 +707,43 @@ def trellis_states(codes: np.ndarray, bits: int) -> np.ndarray:
     return windows @ (1 << np.arange(15, -1, -1))
 
 
+HYB = Path(__file__).resolve().parent.parent / "rust/core/src/trellis/hyb.rs"
+
+
+@functools.cache
+def hyb_table() -> np.ndarray:
+    """The pairs of the hybrid code, float32 of shape (512, 2), as the source spells them."""
+    words = re.findall(r"0x([0-9A-F]{4})_([0-9A-F]{4}),", HYB.read_text())
+    bits = np.array([(int(low, 16) << 16, int(high, 16) << 16) for high, low in words], np.uint32)
+    return bits.view(np.float32)
+
+
+def hybrid(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The numbers of the hybrid code: a state is worth two."""
+    two = np.append(codes, 0)[: len(codes) + len(codes) % 2].reshape(-1, 2)
+    x = trellis_states(two[:, 0] << bits | two[:, 1], 2 * bits)
+    h = (x * x + x) % 2**32
+    pairs = hyb_table()[h >> 6 & 511]
+    pairs[:, 0] *= np.where(h >> 15 & 1, np.float32(-1), np.float32(1))
+    return pairs.ravel()[: len(codes)]
+
+
+def test_the_pairs_of_the_hybrid_code_are_centres() -> None:
+    table = hyb_table()
+    assert table.shape == (512, 2)
+    made = runpy.run_path(str(HYB.with_suffix(".py")))
+    x = made["points"](1 << 15)
+    near = np.argmin((table**2).sum(1) - 2 * x @ table.T, axis=1)
+    means = np.array([x[near == i].mean(axis=0) for i in range(512)])
+    spread = np.sqrt(np.square(x - table[near]).sum(1).mean())
+    # Cells far out hold few of these points.
+    assert np.median(np.hypot(*(means - table).T)) < 0.05 * spread
+    assert 0.0022 < spread**2 / 2 < 0.0025
+    # Every entry belongs to 128 states.
+    h = np.arange(1 << 16, dtype=np.int64)
+    assert (np.bincount(h * (h + 1) >> 6 & 511, minlength=512) == 128).all()
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("trellis")])
 def test_trellis_codes_decode_by_their_hash(name: str, rng: np.random.Generator) -> None:
     f = nb.Format(name)
@@ -712,7 +753,13 @@ def test_trellis_codes_decode_by_their_hash(name: str, rng: np.random.Generator)
         q = nb.QTensor.from_parts(f, codes, scales)
         for n in range(3):
             for g in range(0, k, group):
-                x = trellis_states(codes[n, g : g + group].astype(np.int64), f.bits)
+                own = codes[n, g : g + group].astype(np.int64)
+                if name.endswith("hyb"):
+                    numbers = hybrid(own, f.bits)
+                    want = numbers * scales[n, g // 256]
+                    np.testing.assert_array_equal(q.dequantize()[n, g : g + group], want)
+                    continue
+                x = trellis_states(own, f.bits)
                 if name.endswith("3inst"):
                     y = (x * 89226354 + 64248484) % 2**32
                     z = ((y & 0x8FFF8FFF) ^ 0x3B603B60).astype(np.uint32)
@@ -747,6 +794,9 @@ def test_trellis_codes_are_good(rng: np.random.Generator) -> None:
         ("trellis3", 0.018),
         ("trellis4", 0.0046),
         ("trellis6", 0.00034),
+        ("trellis2_hyb", 0.071),
+        ("trellis3_hyb", 0.019),
+        ("trellis4_hyb", 0.0065),
     ):
         q = nb.quantize(w, name)
         error = np.square(q.dequantize() - w).sum() / square

@@ -155,6 +155,10 @@ def _worth(name: str, act: int, finite: bool) -> Worth:
     kind, size = (PAIRS, 16) if is_paired(element) else (TABLE, 256)
     if act == S8:
         codes, step = integers(element)
+        if (element.rounding == 0) != np.array_equal(codes * np.float32(step), element.values):
+            raise ValueError(
+                f"compute='int8' is not available for {name} on CUDA: its integers take two bytes"
+            )
         if kind == TABLE and element.bits <= 4:
             kind, size = SMALL, 16
         return Worth(kind, 0, (np.resize(codes, size),), step)

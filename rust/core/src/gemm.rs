@@ -7,7 +7,7 @@ use crate::isa::Isa;
 use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
-use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, PANEL};
+use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, HALF_ZERO, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
 use crate::sparse::Patch;
@@ -483,11 +483,23 @@ impl IntJob<'_> {
     }
 
     /// Unpacks blocks of one panel to bytes `u` (or values, where they fit a signed byte and `signed` is set).
-    unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
+    pub unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
         let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sum_sub() as u8) } else { (0, 0) };
         if let Some(bytes) = &self.w.bytes {
-            // SAFETY: the caller's buffer holds `blocks` KiB, the table has 64 entries.
+            // SAFETY: the caller's buffer holds the unpacked blocks, the table has 64 entries.
             unsafe {
+                if self.w.is_halved() {
+                    let codes = out.add(blocks * 1024);
+                    self.w.unpack(self.t, panel, block, blocks, 0, 0, codes);
+                    (self.t.look_up_halves)(
+                        codes,
+                        out,
+                        blocks,
+                        bytes.as_ptr(),
+                        if signed { HALF_ZERO as u8 } else { 0 },
+                    );
+                    return;
+                }
                 self.w.unpack(self.t, panel, block, blocks, 0, 0, out);
                 (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
             }
@@ -512,6 +524,11 @@ impl IntJob<'_> {
         }
         // SAFETY: as above.
         unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, out) };
+    }
+
+    /// The scales that the sums of a panel meet.
+    pub fn scales(&self, panel: usize) -> ScalePtr {
+        sum_scale_ptr(self.w, panel)
     }
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
@@ -543,6 +560,9 @@ impl IntJob<'_> {
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
+            if self.w.is_halved() {
+                return self.halved_tiles::<true>(p0, np, m0, rows, b0, blocks, c.as_mut_ptr().cast(), ldc, bytes);
+            }
             let window = if self.w.is_bytes() { BYTE_WINDOW } else { RAW_WINDOW };
             let buf = grown(bytes, 2 * RAW_WINDOW * 1024)?;
             let second = buf.as_mut_ptr().wrapping_add(RAW_WINDOW * 1024);
@@ -591,8 +611,13 @@ impl IntJob<'_> {
             unsafe { f(&a) };
         };
         let c = c.as_mut_ptr();
-        let find =
-            || if self.w.is_table() { (self.t.raw_table)(self.w.bits, mr) } else { (self.t.raw)(self.w.bits, mr) };
+        let find = || {
+            if self.w.is_table() {
+                (self.t.raw_table)(self.w.looked_up_bits(), mr)
+            } else {
+                (self.t.raw)(self.w.bits, mr)
+            }
+        };
         let fused = (self.b.path == Path::Fused).then(find).flatten();
         let mut p = 0;
         if let Some((f, fp)) = fused {
@@ -604,7 +629,7 @@ impl IntJob<'_> {
             }
         }
         let window = if self.b.window == 0 { 16 } else { self.b.window };
-        let buf = grown(bytes, window * 1024)?;
+        let buf = grown(bytes, window * self.w.unpacked_block())?;
         while p < np {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
@@ -711,7 +736,7 @@ impl IntJob<'_> {
         };
         let find = || {
             if w.is_table() {
-                (self.t.grouped_table)(w.bits, regs, mr)
+                (self.t.grouped_table)(w.looked_up_bits(), regs, mr)
             } else {
                 (self.t.grouped)(w.bits, w.sums_have_zeros(), regs, mr)
             }
@@ -728,7 +753,7 @@ impl IntJob<'_> {
         }
         let per = self.segs.blocks().max(1);
         let window = if self.b.window == 0 { (16 / per).max(1) * per } else { self.b.window };
-        let buf = grown(bytes, window.min(blocks) * 1024)?;
+        let buf = grown(bytes, window.min(blocks) * w.unpacked_block())?;
         let f = (self.t.grouped_bytes)(w.byte_top, w.sums_have_zeros(), regs, mr);
         while p < np {
             for k in (0..blocks).step_by(window) {
@@ -810,6 +835,9 @@ impl IntJob<'_> {
         use crate::kernel::x86::amx;
         let w = self.w;
         let blocks = w.geometry.blocks();
+        if w.is_halved() {
+            return self.halved_tiles::<false>(p0, np, m0, rows, 0, blocks, c.as_mut_ptr(), ldc, bytes);
+        }
         let signed = plan::signed_bytes(w);
         let kernels = amx::grouped(signed);
         // Scales of activations by groups cost more there than the sums gain, once rows are many.
@@ -1085,9 +1113,8 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                     for i in 0..count {
                         let panel = p0 + p + i;
                         if let Some(panels) = &w.dense {
-                            let floats = &mut grown(&mut s.weights, n * 1024)?[..n * 1024];
-                            panels.decode(t, panel, k * BLOCK, floats);
-                            amx::bf16_tiles(floats, tiles.wrapping_add(i * window * 2048));
+                            let to = tiles.wrapping_add(i * window * 2048);
+                            panels.tiles(t, panel, k * BLOCK, n * BLOCK, &mut s.weights, to)?;
                             continue;
                         }
                         w.unpack(t, panel, k, n, 0, 0, bytes.as_mut_ptr());

@@ -166,8 +166,13 @@ mod x86 {
             __cpuid_count(7, 0).edx
         };
         let need = (1 << 22) | (1 << 24) | (1 << 25);
-        if edx & need != need || !std::is_x86_feature_detected!("avx512bf16") {
-            return Some("the CPU lacks AMX (tile, int8 or bf16) or AVX-512 BF16");
+        // No CPU has tiles without AVX-512 FP16 and VBMI; their kernels take all of it as given.
+        let fp16 = edx & 1 << 23 != 0;
+        let vector = std::is_x86_feature_detected!("avx512bf16")
+            && std::is_x86_feature_detected!("avx512vbmi")
+            && std::is_x86_feature_detected!("avx512vbmi2");
+        if edx & need != need || !fp16 || !vector {
+            return Some("the CPU lacks AMX (tile, int8 or bf16) or AVX-512 BF16, FP16, VBMI or VBMI2");
         }
         // SAFETY: AVX2 was detected, so XSAVE is on and XGETBV may run.
         if unsafe { xcr0(_xgetbv) } & 0x6_0000 != 0x6_0000 {

@@ -19,6 +19,8 @@ pub mod error;
 pub mod fixed;
 pub mod format;
 pub mod gemm;
+#[cfg(target_arch = "x86_64")]
+mod halves;
 pub mod isa;
 pub mod kernel;
 pub mod matrix;

@@ -25,7 +25,7 @@ use crate::bits;
 use crate::buf::{Buf, Taken};
 use crate::dense::{DensePanels, TrellisPanels};
 use crate::error::{Error, Result};
-use crate::format::{e4m3_byte, e8m0_byte, Book, Format, ScaleType, ValueMap, Zero};
+use crate::format::{e4m3_byte, e8m0_byte, Book, Format, ScaleType, ValueMap, Zero, HALF};
 use crate::kernel::{Kernels, ScalePtr};
 use crate::pool;
 use crate::qtensor::{QTensor, QView, Scales, ScalesRef, ZerosRef};
@@ -155,6 +155,18 @@ pub enum PanelZeros {
     Float(Buf<f32>),
 }
 
+/// What the bytes of halves are above their values.
+pub(crate) const HALF_ZERO: i32 = 32;
+
+/// Low halves of the integers of the 32 codes without a sign, then the high ones.
+fn halves(book: &Book) -> [u8; 64] {
+    let integers = book.integers();
+    std::array::from_fn(|i| {
+        let v = integers[i % 32];
+        (HALF_ZERO as i16 + if i < 32 { v % HALF } else { v / HALF }) as u8
+    })
+}
+
 /// The inner level of a two-level weight, `[panel][group][16]`: what integer products make of the code `u` is the byte
 /// `u*mul + add`, worth 128 less.
 #[derive(Debug)]
@@ -196,11 +208,12 @@ pub struct Packed {
     pub step: f32,
     /// What multiplies every scale in float products.
     pub tensor: f32,
-    /// The largest byte that a code becomes in integer products.
+    /// The largest byte that a code becomes in integer products, or the largest integer made of two.
     pub byte_top: i32,
     /// What each code is worth, less a stored zero: 64 or 256 entries, repeated as needed.
     pub values: Buf<f32>,
-    /// The byte `u` of each code in integer products (`mul*u - sub` is its integer), where it is not the code itself.
+    /// The byte `u` of each code in integer products (`mul*u - sub` is its integer), where it is not the code itself; of
+    /// integers beyond a byte both halves of the magnitudes (see [`Self::is_halved`]).
     pub bytes: Option<Box<[u8; 64]>>,
     /// `[panel][block][128*bits]`.
     pub codes: Buf<u8>,
@@ -310,6 +323,25 @@ impl Packed {
     /// Whether integer products subtract stored zero points.
     pub(crate) fn sums_have_zeros(&self) -> bool {
         !matches!(self.sum_zeros(), PanelZeros::Const)
+    }
+
+    /// Whether the integers of codes are two bytes, `HALF*high + low`, with their sign in bit 5 of the code.
+    pub(crate) fn is_halved(&self) -> bool {
+        self.byte_top > 255
+    }
+
+    /// Bytes that a block becomes in integer products.
+    pub(crate) fn unpacked_block(&self) -> usize {
+        if self.is_halved() {
+            2048
+        } else {
+            1024
+        }
+    }
+
+    /// Bits of the codes of kernels that look bytes up, those of halves twice.
+    pub(crate) fn looked_up_bits(&self) -> usize {
+        self.bits * if self.is_halved() { 2 } else { 1 }
     }
 
     /// Whether the codes are the bytes of integer products, in their order.
@@ -579,10 +611,16 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let (mul, sub, bytes, byte_top) = match (e.map, &book) {
         (ValueMap::Affine { .. }, _) if plain.is_some() => (1, 0, None, 0),
         (ValueMap::Affine { mul, sub }, _) => (mul, sub, None, (1 << bits) - 1),
+        (_, Some(book)) if e.has_integers() && book.is_halved() => {
+            let bytes = halves(book);
+            let top = bytes.iter().copied().max().unwrap_or(0);
+            let both = i32::from(HALF) + 1;
+            (1, both * HALF_ZERO, Some(Box::new(bytes)), both * i32::from(top))
+        }
         (_, Some(book)) if e.has_integers() => {
             let integers = book.integers();
             let low = integers.iter().copied().min().unwrap_or(0);
-            let byte = |u: usize| (i32::from(integers[u % integers.len()]) - i32::from(low)) as u8;
+            let byte = |u: usize| (integers[u % integers.len()] - low) as u8;
             let bytes: Box<[u8; 64]> = Box::new(std::array::from_fn(byte));
             let top = bytes.iter().copied().max().unwrap_or(0);
             (1, -i32::from(low), Some(bytes), i32::from(top))

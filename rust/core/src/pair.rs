@@ -2,6 +2,7 @@
 use crate::activation::Act;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+use crate::format::HALF;
 use crate::gemm::{
     available, check, grown, int32_limit, int8, nothing, store_row, sum_zero_ptrs, tasks, tile_ldc, IntJob, Options,
     SLAB,
@@ -46,8 +47,8 @@ impl Sums<'_> {
     }
 }
 
-/// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `2*planes[0] + planes[1]`
-/// where a byte is too narrow (8-bit bipolar codes and 8-bit codes less a zero point).
+/// The code values of a quantised matrix as one or two planes of int8: `value = planes[0]`, or `16*planes[0] + planes[1]`
+/// where a byte is too narrow (8-bit bipolar codes, 8-bit codes less a zero point, and `e3m2`).
 fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     let e = a.format.element;
     if !e.has_integers() || e.is_dense() {
@@ -58,7 +59,9 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let (m, k) = (a.rows, a.cols);
     let size = m.checked_mul(k).ok_or(Error::OutOfMemory(usize::MAX))?;
-    let (lo, hi) = if e.is_linear() { e.values() } else { (-127, 127) };
+    let book = a.book();
+    let most = book.as_ref().filter(|b| b.is_halved()).map_or(127, |_| i32::from(HALF) * 32);
+    let (lo, hi) = if e.is_linear() { e.values() } else { (-most, most) };
     let (lo, hi) = match a.zeros {
         _ if a.format.is_two_level() => (-128, 127),
         ZerosRef::Int(z) => {
@@ -74,7 +77,6 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
     }
     let out: Vec<Shared<i8>> = planes.iter_mut().map(|p| Shared(p.as_mut_ptr())).collect();
     let (out, len) = (&out, a.group_len().max(1));
-    let book = a.book();
     let values: [i32; 256] = std::array::from_fn(|u| match &book {
         Some(b) => i32::from(b.integers()[u % b.integers().len()]),
         None => e.integer(u as u32),
@@ -98,7 +100,7 @@ fn value_planes(a: &QView, o: &Options) -> Result<(Vec<Buf<i8>>, i64)> {
             } else {
                 for ((high, low), &u) in plane(0).iter_mut().zip(plane(1)).zip(part) {
                     let v = values[usize::from(u)] - zero;
-                    (*high, *low) = ((v >> 1) as i8, (v & 1) as i8);
+                    (*high, *low) = (v.div_euclid(HALF.into()) as i8, v.rem_euclid(HALF.into()) as i8);
                 }
             }
         }
@@ -264,7 +266,7 @@ fn raw_products(
             grown(&mut s.wide, len)?[..len].fill(0);
             for (i, act) in acts.iter().enumerate() {
                 let job = IntJob { w, t, b, act, segs };
-                let weight = if i + 1 < acts.len() { 2 } else { 1 };
+                let weight = if i + 1 < acts.len() { i64::from(HALF) } else { 1 };
                 let step = (int32_limit(w) / BLOCK).max(1);
                 for b0 in (0..kp / BLOCK).step_by(step) {
                     let sums = grown(&mut s.sums, len)?;
@@ -276,10 +278,9 @@ fn raw_products(
             }
             let wide = grown(&mut s.wide, len)?;
             for r in 0..count {
-                let sum: i64 = acts
-                    .iter()
-                    .enumerate()
-                    .fold(0, |t, (i, a)| t + if i + 1 < acts.len() { 2 } else { 1 } * i64::from(a.sum(r0 + r)));
+                let sum: i64 = acts.iter().enumerate().fold(0, |t, (i, a)| {
+                    t + if i + 1 < acts.len() { i64::from(HALF) } else { 1 } * i64::from(a.sum(r0 + r))
+                });
                 let row = &mut wide[r * ldc..][..cols];
                 row.iter_mut().enumerate().for_each(|(j, v)| *v = *v * i64::from(w.mul) - i64::from(zero(j)) * sum);
                 emit(m0 + r0 + r, p0 * PANEL, Sums::I64(row));

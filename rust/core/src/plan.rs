@@ -131,9 +131,9 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         }
         _ if w.inner.is_some() => None,
         (true, false) => (t.raw)(w.bits, mr).map(|f| f.1),
-        (true, true) => (t.raw_table)(w.bits, mr).map(|f| f.1),
+        (true, true) => (t.raw_table)(w.looked_up_bits(), mr).map(|f| f.1),
         (false, false) => (t.grouped)(w.bits, w.sums_have_zeros(), segs.registers(), mr).map(|f| f.1),
-        (false, true) => (t.grouped_table)(w.bits, segs.registers(), mr).map(|f| f.1),
+        (false, true) => (t.grouped_table)(w.looked_up_bits(), segs.registers(), mr).map(|f| f.1),
     };
     if let (Some(np), true) = (fused, w.sparse.is_none() && m <= 8 && (raw || segs.len <= FUSED_SEGMENT)) {
         let b = Blocking { path: Path::Fused, mr, np, task_panels: 16, ..base };

@@ -236,7 +236,7 @@ fn raw_sums_and_quantised_pairs_are_exact() {
 fn long_rows_are_summed_in_int64() {
     let mut rng = Rng(5);
     let (n, k) = (3, 140_000);
-    for name in ["uint8", "int8", "bipolar8"] {
+    for name in ["uint8", "int8", "bipolar8", "e3m2"] {
         let f = Format::parse(name).unwrap();
         // One sign throughout, so that the sums do pass 2^31.
         let w: Vec<f32> = (0..n * k).map(|_| 1.0 + rng.normal().abs() * 0.01).collect();

@@ -8,8 +8,14 @@ mod wide;
 pub use trellis::TrellisPanels;
 pub use wide::WidePanels;
 
+#[cfg(target_arch = "x86_64")]
+use crate::buf::Buf;
 use crate::error::Result;
 use crate::format::ValueMap;
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::grown;
+#[cfg(target_arch = "x86_64")]
+use crate::kernel::x86::amx;
 use crate::kernel::Kernels;
 use crate::pack::PANEL;
 use crate::qtensor::QView;
@@ -54,6 +60,58 @@ impl DensePanels {
             }
             at = stop;
         }
+    }
+
+    /// As [`Self::decode`] to bf16 tiles, `n` values of K, an even number.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    ///
+    /// # Safety
+    /// `out` has two bytes for each of 16 times `n` numbers, and the CPU has tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) unsafe fn tiles(
+        &self,
+        t: &Kernels,
+        panel: usize,
+        k0: usize,
+        n: usize,
+        floats: &mut Option<Buf<f32>>,
+        out: *mut u8,
+    ) -> Result<()> {
+        let (k, group) = match self {
+            Self::Trellis(p) => (p.geometry.k, p.geometry.group),
+            Self::Wide(p) => (p.k, p.group),
+        };
+        let end = k.min(k0 + n).max(k0);
+        let mut at = k0;
+        while at < k0 + n {
+            // Two values side by side have one scale, or are rounded one by one.
+            let stop = if group.is_multiple_of(2) { end.min((at / group + 1) * group) } else { at };
+            let stop = if stop > at { stop } else { k0 + n };
+            let to = out.wrapping_add((at - k0) * 2 * PANEL);
+            let even = (stop - at).is_multiple_of(2) && stop <= end && group.is_multiple_of(2);
+            // SAFETY: the caller's room, from this place on.
+            let done = even
+                && unsafe {
+                    match self {
+                        Self::Trellis(p) => p.tiles(panel, at, stop - at, to),
+                        Self::Wide(p) => {
+                            p.tiles(panel, at, stop - at, to);
+                            true
+                        }
+                    }
+                };
+            let stop = stop.next_multiple_of(2);
+            if !done {
+                let floats = &mut grown(floats, (stop - at) * PANEL)?[..(stop - at) * PANEL];
+                self.decode(t, panel, at, floats);
+                // SAFETY: as above.
+                unsafe { amx::bf16_tiles(floats, to) };
+            }
+            at = stop;
+        }
+        Ok(())
     }
 
     /// Bytes held.

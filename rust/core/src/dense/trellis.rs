@@ -4,20 +4,22 @@ use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::gemm::{finish_floats, grown, padded_bias, store_row, tasks, Options};
 use crate::kernel::trellis::{dwords, hash, Pairs, Trellis};
+#[cfg(target_arch = "x86_64")]
+use crate::kernel::x86::tiles;
 use crate::kernel::{self, Kernels};
 use crate::matrix::{MatMut, MatRef};
 use crate::pack::{panel_scales, Geometry, Packed, PanelScales, Shared, BLOCK, PANEL};
 use crate::plan;
 use crate::pool;
 use crate::qtensor::QView;
-use crate::trellis::{states, Code, TILE, WINDOW};
+use crate::trellis::{join, states, Code, TILE, WINDOW};
 
 /// Chunks of bits, as the kernels want them.
 #[derive(Debug)]
 pub struct TrellisPanels {
     /// The layout of the activations.
     pub geometry: Geometry,
-    /// Bits of a code.
+    /// Bits that a state has more than the one before.
     bits: usize,
     /// The hash, as kernels name it.
     pub(crate) hash: u8,
@@ -32,22 +34,30 @@ pub struct TrellisPanels {
 impl TrellisPanels {
     /// The panels of a matrix.
     pub(super) fn new(q: &QView, code: Code, threads: usize) -> Result<Self> {
-        let bits = usize::from(q.format.element.bits);
+        let (each, weight) = (code.weights(), u32::from(q.format.element.bits));
+        let bits = weight as usize * each;
         let geometry = Geometry::new(q.cols, q.format.group.map(|g| g as usize));
         let window = WINDOW as usize;
         let (groups, group) = (geometry.groups, geometry.group);
-        let stride = 1 + (group.div_ceil(2) * bits).div_ceil(window);
+        let stride = 1 + (group.div_ceil(2 * each) * bits).div_ceil(window);
         let panels = q.rows.div_ceil(PANEL);
         let size = (panels * groups * stride).checked_mul(PANEL).ok_or(Error::OutOfMemory(usize::MAX))?;
         let mut chunks = Buf::<u32>::zeroed(size)?;
         let out = Shared(chunks.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
-            let mut codes = [0u8; TILE];
+            let (mut codes, mut joined) = ([0u8; TILE], [0u8; TILE / 2]);
             let mut row = vec![0u32; stride];
             for n in p * PANEL..q.rows.min((p + 1) * PANEL) {
                 for g in 0..groups {
                     let codes = &mut codes[..group.min(q.cols - g * group)];
                     q.unpack_row(n, g * group, codes);
+                    let codes = if each == 2 {
+                        let joined = &mut joined[..codes.len().div_ceil(2)];
+                        join(weight, codes, joined);
+                        &*joined
+                    } else {
+                        &*codes
+                    };
                     let half = codes.len().div_ceil(2);
                     row.fill(0);
                     states(bits as u32, codes, |t, state| {
@@ -112,6 +122,22 @@ impl TrellisPanels {
         // SAFETY: as above; no group is longer.
         unsafe { f(&a, whole.as_mut_ptr()) };
         out.copy_from_slice(&whole[into * PANEL..][..out.len()]);
+    }
+
+    /// The same of a whole group as bf16 tiles, where it is long enough; answers whether it is done.
+    ///
+    /// # Safety
+    /// `out` has the room of `n` values, and the CPU has tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) unsafe fn tiles(&self, panel: usize, k: usize, n: usize, out: *mut u8) -> bool {
+        let (g, into) = (k / self.geometry.group, k % self.geometry.group);
+        let a = self.groups(panel, g, 1);
+        let done = into == 0 && a.last == n && n.is_multiple_of(4);
+        if done {
+            // SAFETY: a group of an existing panel, and the caller's room.
+            unsafe { tiles::trellis_values::<true>(self.bits, self.hash)(&a, out.cast()) };
+        }
+        done
     }
 
     pub(super) fn nbytes(&self) -> usize {

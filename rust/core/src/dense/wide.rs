@@ -5,6 +5,8 @@ use crate::error::{Error, Result};
 use crate::format::vq::Shape;
 use crate::format::ValueMap;
 use crate::kernel::wide::Wide;
+#[cfg(target_arch = "x86_64")]
+use crate::kernel::x86::tiles;
 use crate::kernel::Kernels;
 use crate::pack::{Shared, PANEL};
 use crate::pool;
@@ -13,8 +15,8 @@ use crate::qtensor::QView;
 /// What words stand for.
 #[derive(Debug)]
 enum Words {
-    /// A code each, less `sub`.
-    Codes { sub: i32 },
+    /// A code each, less its zero.
+    Codes,
     /// The place of a value among `len` of each of the 16 rows, `[panel][16][len]`.
     Tables { len: usize, table: Buf<f32> },
     /// Vectors: the places of their entries in `table`, which is followed by two zeros.
@@ -25,7 +27,7 @@ impl Words {
     /// Values of a code or vector, and its words.
     fn lens(&self) -> (usize, usize) {
         match self {
-            Self::Codes { .. } | Self::Tables { .. } => (1, 1),
+            Self::Codes | Self::Tables { .. } => (1, 1),
             Self::Vectors { shape, .. } => (shape.len, if shape.second > 0 { 2 } else { 1 }),
         }
     }
@@ -62,7 +64,7 @@ impl WidePanels {
                 table[..q.table.len()].copy_from_slice(q.table);
                 Words::Tables { len, table }
             }
-            _ => Words::Codes { sub: -q.format.element.value(0u32) },
+            _ => Words::Codes,
         };
         let (len, each) = kind.lens();
         let (whole, rest) = (q.cols / group, q.cols % group);
@@ -72,6 +74,7 @@ impl WidePanels {
         let (mut words, mut scales) = (Buf::<u16>::zeroed(size)?, Buf::<f32>::zeroed(panels * groups * PANEL)?);
         let (to_words, to_scales) = (Shared(words.as_mut_ptr()), Shared(scales.as_mut_ptr()));
         let size = q.format.element.code_bytes();
+        let zero = q.format.element.value(0u32) as u16;
         pool::try_run(threads, panels, None, |p| {
             let mut codes = Taken::<u8>::new(group * size)?;
             for n in p * PANEL..q.rows.min((p + 1) * PANEL) {
@@ -82,7 +85,7 @@ impl WidePanels {
                     let at = (p * stride + g * per_group) * PANEL + n % PANEL;
                     for (i, part) in codes.chunks(len * size).enumerate() {
                         let (first, second) = match &kind {
-                            Words::Codes { .. } => (u16::from_le_bytes([part[0], part[1]]), None),
+                            Words::Codes => (u16::from_le_bytes([part[0], part[1]]).wrapping_add(zero), None),
                             Words::Tables { len, .. } => ((n % PANEL * len) as u16 + u16::from(part[0]), None),
                             Words::Vectors { shape, .. } => {
                                 let (first, second) = shape.entries_of(part);
@@ -107,42 +110,63 @@ impl WidePanels {
         Ok(Self { k: q.cols, group, stride, per_group, kind, words, scales })
     }
 
-    /// Values of one group of a panel from `k` on, `[k][16]`.
-    pub(super) fn decode(&self, t: &Kernels, panel: usize, k: usize, out: &mut [f32]) {
+    /// `n` values of one group of a panel from `k` on.
+    fn part(&self, panel: usize, k: usize, n: usize) -> Wide {
         let (g, into) = (k / self.group, k % self.group);
         let (len, each) = self.kind.lens();
         let at = panel * self.stride + g * self.per_group + into / len * each;
         let groups = self.k.div_ceil(self.group);
-        let mut a = Wide {
+        Wide {
             words: self.words[at * PANEL..].as_ptr(),
             scales: self.scales[(panel * groups + g) * PANEL..].as_ptr(),
-            n: out.len() / PANEL,
-            sub: 0,
-            table: std::ptr::null(),
+            n,
+            table: match &self.kind {
+                Words::Codes => std::ptr::null(),
+                Words::Tables { len, table } => table[panel * PANEL * len..].as_ptr(),
+                Words::Vectors { table, .. } => table.as_ptr(),
+            },
+            second: match &self.kind {
+                Words::Vectors { shape, .. } => shape.second_at(),
+                _ => 0,
+            },
             skip: into % len,
             next: self.stride * PANEL,
-        };
-        let f = match &self.kind {
-            Words::Codes { sub } => {
-                a.sub = *sub;
-                t.wide
-            }
-            Words::Tables { len, table } => {
-                a.table = table[panel * PANEL * len..].as_ptr();
-                t.row_tables
-            }
-            Words::Vectors { table, .. } => {
-                a.table = table.as_ptr();
-                (t.vectors)(len, each == 2)
-            }
-        };
+        }
+    }
+
+    /// Values of one group of a panel from `k` on, `[k][16]`.
+    pub(super) fn decode(&self, t: &Kernels, panel: usize, k: usize, out: &mut [f32]) {
+        let a = self.part(panel, k, out.len() / PANEL);
         // SAFETY: words of an existing panel, and room for the values.
-        unsafe { f(&a, out.as_mut_ptr()) };
+        unsafe {
+            match &self.kind {
+                Words::Codes => (t.wide)(&a, out.as_mut_ptr()),
+                Words::Tables { len, .. } => (t.row_tables)(&a, *len, out.as_mut_ptr()),
+                Words::Vectors { shape, .. } => (t.vectors)(shape.len, shape.rest())(&a, out.as_mut_ptr()),
+            }
+        }
+    }
+
+    /// An even number of values of one group from an even place on as bf16 tiles.
+    ///
+    /// # Safety
+    /// `out` has the room, and the CPU has tiles.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) unsafe fn tiles(&self, panel: usize, k: usize, n: usize, out: *mut u8) {
+        let a = self.part(panel, k, n);
+        // SAFETY: words of an existing panel, and the caller's room.
+        unsafe {
+            match &self.kind {
+                Words::Codes => tiles::codes(&a, out.cast()),
+                Words::Tables { len, .. } => tiles::row_tables(*len)(&a, out),
+                Words::Vectors { shape, .. } => tiles::vectors(shape.len, shape.rest())(&a, out.cast()),
+            }
+        }
     }
 
     pub(super) fn nbytes(&self) -> usize {
         let table = match &self.kind {
-            Words::Codes { .. } => 0,
+            Words::Codes => 0,
             Words::Tables { table, .. } | Words::Vectors { table, .. } => table.len(),
         };
         2 * self.words.len() + 4 * (self.scales.len() + table)

@@ -226,7 +226,7 @@ const fn mx(mantissa: u32, row: Element) -> Element {
 /// `mxfp4` to `mxint8`.
 pub static MX: [Element; 6] = [
     mx(1, Element::table("mxfp4", 4, &E2M1, INTEGER, &Shared)),
-    mx(2, Element::table("mxfp6_e3m2", 6, &E3M2, FLOAT, &Shared)),
+    mx(2, Element::table("mxfp6_e3m2", 6, &E3M2, INTEGER, &Shared)),
     mx(3, Element::table("mxfp6_e2m3", 6, &E2M3, INTEGER, &Shared)),
     mx(3, Element::table("mxfp8_e4m3", 8, &E4M3, FLOAT, &Shared)),
     mx(2, Element::table("mxfp8_e5m2", 8, &E5M2, FLOAT, &Shared)),

@@ -24,10 +24,15 @@ pub struct Book {
     sorted: Vec<f32>,
     /// Number `t` belongs at or above `order[i + 1]` where `key(t) > cuts[i]`. Long lists are filled up to [`LONG`].
     cuts: Vec<i32>,
-    integers: Vec<i8>,
+    integers: Vec<i16>,
     unit: f32,
     exact: bool,
 }
+
+/// Integers beyond a byte are `HALF*high + low`, `low` from 0 to `HALF - 1` in magnitude, both of one sign.
+pub const HALF: i16 = 16;
+/// The largest integer of two bytes that tables of 32 magnitudes hold.
+pub(super) const TWO_BYTES: f32 = 511.0;
 
 /// Length of a list of cuts that is searched by bisection.
 pub(super) const LONG: usize = 255;
@@ -50,6 +55,11 @@ impl Book {
     /// # Panics
     /// If no value is finite.
     pub fn new(values: &[f32], tie: Tie) -> Self {
+        Self::with_integers(values, tie, 127.0)
+    }
+
+    /// As [`Self::new`] for values that integers up to `most` are to stand for exactly, where a power of two makes them so.
+    pub(super) fn with_integers(values: &[f32], tie: Tie, most: f32) -> Self {
         let mut order: Vec<u8> = (0..values.len()).filter(|&u| values[u].is_finite()).map(|u| u as u8).collect();
         order.sort_by_key(|&u| (key(values[usize::from(u)]), u));
         order.dedup_by_key(|u| key(values[usize::from(*u)]));
@@ -60,15 +70,15 @@ impl Book {
         let sorted = order.iter().map(|&u| values[usize::from(u)]).collect();
         let top = order.iter().fold(0.0f32, |m, &u| m.max(values[usize::from(u)].abs()));
         assert!(!order.is_empty(), "a table without a finite value");
-        // Integers: the least power of two that makes every value one, if a byte holds them; else the nearest of 127 steps.
+        // Integers: the least power of two that makes every value one, if none is too large; else the nearest of 127 steps.
         let fits = |scale: f32| {
-            values.iter().all(|v| v.is_finite() && (v * scale).fract() == 0.0 && (v * scale).abs() <= 127.0)
+            values.iter().all(|v| v.is_finite() && (v * scale).fract() == 0.0 && (v * scale).abs() <= most)
         };
         let exact = (-8..=8).map(|p| 2f32.powi(p)).find(|&s| fits(s));
         let unit = exact.map_or(top / 127.0, |s| 1.0 / s);
         let integers = values
             .iter()
-            .map(|v| if v.is_finite() { (v / unit).round_ties_even().clamp(-127.0, 127.0) as i8 } else { 0 })
+            .map(|v| if v.is_finite() { (v / unit).round_ties_even().clamp(-most, most) as i16 } else { 0 })
             .collect();
         Self {
             values: Box::new(std::array::from_fn(|u| values[u % values.len()])),
@@ -98,13 +108,18 @@ impl Book {
     }
 
     /// The integer of each code for integer products: `value = integer * unit`, about or exactly.
-    pub fn integers(&self) -> &[i8] {
+    pub fn integers(&self) -> &[i16] {
         &self.integers
     }
 
     /// What the integer 1 is worth.
     pub fn unit(&self) -> f32 {
         self.unit
+    }
+
+    /// Whether the integers take two bytes, see [`HALF`].
+    pub fn is_halved(&self) -> bool {
+        self.integers.iter().any(|v| v.unsigned_abs() > 127)
     }
 
     /// Whether the integers are the values exactly.

@@ -7,6 +7,7 @@
 //! `pow2_<b>`: a sign bit and `b - 1` bits `v`: 0 for `v = 0`, else `2^(v - (2^(b-1) - 1))`, so that 1 is the largest.
 //!
 //! rtn: `s = absmax / largest`, the nearest value of `w/s`, ties to the even code. -0 is kept.
+use super::book::TWO_BYTES;
 use super::{Book, Codec, Element, Fit, Level, Tie, FLOAT, INTEGER};
 use std::sync::LazyLock;
 
@@ -64,7 +65,9 @@ fn value(exponent: u32, mantissa: u32, top: Top, u: usize) -> f32 {
 pub(super) fn book(exponent: u32, mantissa: u32, top: Top, unit: f32) -> Book {
     let values: Vec<f32> =
         (0..1 << (1 + exponent + mantissa)).map(|u| value(exponent, mantissa, top, u) * unit).collect();
-    Book::new(&values, Tie::Even)
+    // 16 times E3M2 are integers up to 448, halves of which are bytes.
+    let most = if (exponent, mantissa) == (3, 2) { TWO_BYTES } else { 127.0 };
+    Book::with_integers(&values, Tie::Even, most)
 }
 
 macro_rules! floats {
@@ -82,7 +85,7 @@ floats! {
     E2M2 "e2m2": 2, 2, Finite, INTEGER;
     E3M1 "e3m1": 3, 1, Finite, FLOAT;
     E2M3 "e2m3": 2, 3, Finite, INTEGER;
-    E3M2 "e3m2": 3, 2, Finite, FLOAT;
+    E3M2 "e3m2": 3, 2, Finite, INTEGER;
     E3M3 "e3m3": 3, 3, Finite, FLOAT;
     E3M4 "e3m4": 3, 4, Ieee, FLOAT;
     E4M3 "e4m3": 4, 3, Nan, FLOAT;

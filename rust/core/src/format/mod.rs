@@ -26,7 +26,7 @@ mod trellis;
 pub(crate) mod vq;
 
 pub use block::{e4m3, e4m3_byte, e8m0, e8m0_byte, ScaleMode};
-pub use book::{Book, Tie};
+pub use book::{Book, Tie, HALF};
 pub use lanes::Level;
 pub use parts::{Along, Part, PART_NAMES};
 

@@ -2,14 +2,15 @@
 //!
 //! The codes of a group, of at most 256 weights, form a circle; the number of a weight is that of the
 //! last 16 bits up to its own. `trellis<b>` hashes them with `mul1`, whose numbers are integers from -510 to 510;
-//! `trellis2_1mad` and `trellis2_3inst` with the codes of those names. Groups are 256 values unless the name says
-//! otherwise.
+//! `trellis2_1mad` and `trellis2_3inst` with the codes of those names. The states of `trellis<b>_hyb` are worth two weights,
+//! of whose codes they take both bits; where a group is odd, the last weight is joined by one whose code is 0. Groups are 256
+//! values unless the name says otherwise.
 //!
 //! rtn: `s = rms(group) / (f * rms(code))`, with a factor `f` for each number of bits; the codes are those of
 //! least squared error that the search finds. There is no code for 0: a group of zeros gets the smallest positive scale.
 use super::lanes::Level;
 use super::{Codec, Element, Fit, ScaleType, ValueMap, Zero, FLOAT};
-use crate::trellis::{narrow, states, Code, Search, TILE};
+use crate::trellis::{narrow, Code, Search, TILE};
 use std::cell::RefCell;
 
 #[derive(Debug)]
@@ -19,7 +20,7 @@ const fn row(name: &'static str, bits: u8, code: Code) -> Element {
     Element {
         map: ValueMap::Trellis(code),
         computes: match code {
-            Code::Inst3 => FLOAT,
+            Code::Inst3 | Code::Hyb => FLOAT,
             Code::Mul1 | Code::Mad1 => &["f32", "bf16", "int8"],
         },
         group: Some(TILE as u32),
@@ -28,8 +29,8 @@ const fn row(name: &'static str, bits: u8, code: Code) -> Element {
     }
 }
 
-/// `trellis1` to `trellis2_3inst`.
-pub static ROWS: [Element; 10] = [
+/// `trellis1` to `trellis4_hyb`.
+pub static ROWS: [Element; 13] = [
     row("trellis1", 1, Code::Mul1),
     row("trellis2", 2, Code::Mul1),
     row("trellis3", 3, Code::Mul1),
@@ -40,6 +41,9 @@ pub static ROWS: [Element; 10] = [
     row("trellis8", 8, Code::Mul1),
     row("trellis2_1mad", 2, Code::Mad1),
     row("trellis2_3inst", 2, Code::Inst3),
+    row("trellis2_hyb", 2, Code::Hyb),
+    row("trellis3_hyb", 3, Code::Hyb),
+    row("trellis4_hyb", 4, Code::Hyb),
 ];
 
 fn code(e: &Element) -> Code {
@@ -59,7 +63,6 @@ thread_local! {
 /// Codes of a group at a scale; calls `f` with the numbers of each tile.
 fn search(e: &Element, level: Level, x: &[f32], s: f32, out: &mut [u8], mut f: impl FnMut(&[f32], &[f32])) {
     let (code, bits) = (code(e), e.bits);
-    let numbers = code.numbers();
     let (mut scaled, mut found) = ([0.0f32; TILE], [0.0f32; TILE]);
     let mut run = |kept: &mut Kept| {
         if !matches!(kept, Some((c, b, _)) if (*c, *b) == (code, bits)) {
@@ -73,7 +76,7 @@ fn search(e: &Element, level: Level, x: &[f32], s: f32, out: &mut [u8], mut f: i
                 Some((_, _, search)) => search.tile(level, scaled, out),
                 None => out.fill(0),
             }
-            states(u32::from(bits), out, |t, state| found[t] = numbers[usize::from(state)]);
+            code.decode(u32::from(bits), out, |t, v| found[t] = v);
             f(x, found);
         }
     };
@@ -116,9 +119,8 @@ impl Codec for Trellis {
     }
 
     fn decode(&self, e: &Element, _: Level, u: &[u8], s: f32, _: Zero, out: &mut [f32]) {
-        let numbers = code(e).numbers();
         for (u, out) in u.chunks(TILE).zip(out.chunks_mut(TILE)) {
-            states(u32::from(e.bits), u, |t, state| out[t] = numbers[usize::from(state)] * s);
+            code(e).decode(u32::from(e.bits), u, |t, v| out[t] = v * s);
         }
     }
 }

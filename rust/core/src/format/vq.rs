@@ -55,11 +55,16 @@ impl Shape {
     }
 
     /// Entries of the second codebook.
-    fn rest(self) -> usize {
+    pub(crate) fn rest(self) -> usize {
         match self.second {
             0 => 0,
             bits => 1 << bits,
         }
+    }
+
+    /// Where the second codebook begins.
+    pub(crate) fn second_at(self) -> usize {
+        self.len << self.first()
     }
 
     /// Entries of both codebooks, which follow each other.

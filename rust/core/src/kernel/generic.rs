@@ -21,6 +21,10 @@ pub unsafe trait Unpack: 'static {
     const NARROW: bool = Self::BITS < 8 && !Self::TABLE;
     /// Whether what is multiplied is below 16, and the codes are of one plane.
     const SMALL: bool = Self::BITS <= 4 && Self::PLANES == 1 && !Self::TABLE;
+    /// Whether two bytes are multiplied, halves `16*high + low`, whose sums are in neighbouring parts.
+    const HALVES: bool = false;
+    /// Whether halves were unpacked: low ones, then high ones, a KiB each.
+    const UNPACKED: bool = false;
     /// Register `r` of the block at `p`: 64 codes, one per byte.
     unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I;
 }
@@ -71,6 +75,22 @@ unpackers! {
     U8 8: 8 at 0 bit 0;
 }
 
+/// Halves that were unpacked.
+#[derive(Debug)]
+pub struct Halved;
+// SAFETY: reads the low half.
+unsafe impl Unpack for Halved {
+    const BITS: usize = 16;
+    const PLANES: usize = 1;
+    const HALVES: bool = true;
+    const UNPACKED: bool = true;
+    #[inline(always)]
+    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+        // SAFETY: the caller gives a whole block.
+        unsafe { U8::reg::<S>(p, r) }
+    }
+}
+
 /// Codes of fewer than eight bits that were unpacked to bytes.
 #[derive(Debug)]
 pub struct Bytes7;
@@ -103,7 +123,7 @@ unsafe impl Unpack for Bytes4 {
 }
 
 macro_rules! looked_up {
-    ($($name:ident: $codes:ident;)*) => { $(
+    ($($name:ident: $codes:ident, $halves:literal;)*) => { $(
         /// Codes that stand for the bytes of a table.
         #[derive(Debug)]
         pub struct $name;
@@ -112,6 +132,7 @@ macro_rules! looked_up {
             const BITS: usize = $codes::BITS;
             const PLANES: usize = $codes::PLANES;
             const TABLE: bool = true;
+            const HALVES: bool = $halves;
             #[inline(always)]
             unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
                 // SAFETY: the caller's block.
@@ -121,20 +142,35 @@ macro_rules! looked_up {
     )* };
 }
 looked_up! {
-    T4: U4;
-    T6: U6;
+    T4: U4, false;
+    T6: U6, false;
+    H6: U6, true;
 }
 
 /// The 64 bytes of a table, 16 in each register.
 #[inline(always)]
-unsafe fn byte_table<S: Simd>(p: *const u8) -> [S::I; 4] {
+pub(super) unsafe fn byte_table<S: Simd>(p: *const u8) -> [S::I; 4] {
     // SAFETY: the caller's table.
     unsafe { [S::repeat16(p), S::repeat16(p.add(16)), S::repeat16(p.add(32)), S::repeat16(p.add(48))] }
 }
 
+/// The table of the kernels of some codes.
+#[inline(always)]
+unsafe fn registers_of<S: Simd, U: Unpack>(table: *const u8) -> [S::I; 4] {
+    // SAFETY: the caller's table, if the codes have one.
+    unsafe {
+        match (U::TABLE, U::HALVES, U::PLANES) {
+            (false, ..) => [S::splat(0); 4],
+            (_, true, _) => S::table_of_halves(table),
+            (.., 1) => byte_table::<S>(table),
+            _ => S::table64(table),
+        }
+    }
+}
+
 /// The bytes of the codes `u`, which are below 64, or below 16 where `SMALL`.
 #[inline(always)]
-unsafe fn look_up<S: Simd, const SMALL: bool>(t: &[S::I; 4], u: S::I) -> S::I {
+pub(super) unsafe fn look_up<S: Simd, const SMALL: bool>(t: &[S::I; 4], u: S::I) -> S::I {
     // SAFETY: the caller's features.
     unsafe {
         if SMALL {
@@ -147,6 +183,40 @@ unsafe fn look_up<S: Simd, const SMALL: bool>(t: &[S::I; 4], u: S::I) -> S::I {
     }
 }
 
+/// The low and high halves of codes of six bits: those of 32 magnitudes, on either side of 32.
+#[inline(always)]
+pub(super) unsafe fn look_up_half<S: Simd>(t: &[S::I; 4], u: S::I) -> [S::I; 2] {
+    // SAFETY: the caller's features.
+    unsafe {
+        let (i, twice) = (S::and(u, S::splat8(15)), S::splat8(64));
+        let low = S::pick(u, 16, S::shuffle(t[0], i), S::shuffle(t[1], i));
+        let high = S::pick(u, 16, S::shuffle(t[2], i), S::shuffle(t[3], i));
+        [S::pick(u, 32, low, S::sub8(twice, low)), S::pick(u, 32, high, S::sub8(twice, high))]
+    }
+}
+
+/// Makes of codes of six bits, in `n` KiB, their halves less `sub` (wrapping), a KiB of low ones before each of high ones.
+/// `codes` may be the upper half of `out`.
+///
+/// # Safety
+/// `codes` has `n` KiB, `out` twice as much, `table` 64 bytes; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn look_up_halves<S: Simd>(codes: *const u8, out: *mut u8, n: usize, table: *const u8, sub: u8) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let sub = S::splat8(sub);
+        let t = S::table_of_halves(table);
+        for b in 0..n {
+            for r in 0..16 {
+                let [low, high] = S::look_halves(&t, S::load(codes.add(1024 * b + 64 * r)));
+                let to = out.add(2048 * b + 64 * r);
+                S::store(to, S::sub8(low, sub));
+                S::store(to.add(1024), S::sub8(high, sub));
+            }
+        }
+    }
+}
+
 /// Replaces codes of at most six bits, in `n` KiB, by `table[u] - sub` (wrapping).
 ///
 /// # Safety
@@ -156,10 +226,10 @@ pub unsafe fn look_up_all<S: Simd>(bytes: *mut u8, n: usize, table: *const u8, s
     // SAFETY: as the contract says.
     unsafe {
         let sub = S::splat8(sub);
-        let t = byte_table::<S>(table);
+        let t = S::table64(table);
         for i in 0..16 * n {
             let p = bytes.add(64 * i);
-            S::store(p, S::sub8(look_up::<S, false>(&t, S::load(p)), sub));
+            S::store(p, S::sub8(S::look64(&t, S::load(p)), sub));
         }
     }
 }
@@ -191,12 +261,40 @@ unsafe fn dots<S: Simd, U: Unpack, const MASKED: bool, const NP: usize, const MR
     // SAFETY: the caller gives whole blocks; `r0 + len` is at most the registers of a part.
     unsafe {
         let per = 16 / PARTS;
+        if U::UNPACKED {
+            for i in r0..r0 + len {
+                for p in 0..NP {
+                    let u = w.add(p * panel_stride + 64 * i);
+                    let (low, high) = (S::load(u), S::load(u.add(1024)));
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * i).cast::<i32>().read_unaligned());
+                        acc[p][m][0] = S::dot7(acc[p][m][0], low, q);
+                        acc[p][m][PARTS - 1] = S::dot7(acc[p][m][PARTS - 1], high, q);
+                    }
+                }
+            }
+            return;
+        }
+        if U::HALVES {
+            regs!(R => {
+                for p in 0..NP {
+                    let [low, high] = S::look_halves(table, U::reg::<S>(w.add(p * panel_stride), R));
+                    for m in 0..MR {
+                        let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
+                        let t = R / 8 * 2 % PARTS;
+                        acc[p][m][t] = S::dot7(acc[p][m][t], low, q);
+                        acc[p][m][(t + 1) % PARTS] = S::dot7(acc[p][m][(t + 1) % PARTS], high, q);
+                    }
+                }
+            });
+            return;
+        }
         if U::PLANES > 1 {
             regs!(R => {
                 let t = R / (16 / PARTS);
                 for p in 0..NP {
                     let u = U::reg::<S>(w.add(p * panel_stride), R);
-                    let u = if U::TABLE { look_up::<S, false>(table, u) } else { u };
+                    let u = if U::TABLE { S::look64(table, u) } else { u };
                     for m in 0..MR {
                         let q = S::splat(x.add(64 * m + 4 * R).cast::<i32>().read_unaligned());
                         acc[p][m][t] = if U::TABLE { S::dot(acc[p][m][t], u, q) } else { S::dot7(acc[p][m][t], u, q) };
@@ -285,6 +383,31 @@ const fn scaled<S: Simd, U: Unpack>(t: usize) -> usize {
         t * U::BITS
     } else {
         0
+    }
+}
+
+/// What the sums of part `t` count for.
+#[inline(always)]
+unsafe fn part<S: Simd, U: Unpack, const MASKED: bool>(sums: S::I, t: usize) -> S::I {
+    // SAFETY: the caller's features.
+    unsafe {
+        if U::HALVES {
+            return if t % 2 == 1 { S::shl32(sums, 4) } else { sums };
+        }
+        if MASKED {
+            S::sar(sums, scaled::<S, U>(t))
+        } else {
+            sums
+        }
+    }
+}
+
+/// Registers of a part.
+const fn registers<U: Unpack>(parts: usize) -> usize {
+    if U::UNPACKED {
+        16
+    } else {
+        16 / parts
     }
 }
 
@@ -411,8 +534,8 @@ pub unsafe fn grouped<
         let ones = [1.0; MR];
         let (act_scales, act_step) =
             if a.act.scales.is_null() { (ones.as_ptr(), 0) } else { (a.act.scales, a.act.rows) };
-        let table = if U::TABLE { byte_table::<S>(a.table) } else { [S::splat(0); 4] };
-        let per = 16 / PARTS;
+        let table = registers_of::<S, U>(a.table);
+        let per = registers::<U>(PARTS);
         let mut f = [[S::splatf(0.0); MR]; NP];
         for p in 0..NP {
             for m in 0..MR {
@@ -429,10 +552,10 @@ pub unsafe fn grouped<
                 for p in 0..NP {
                     let s = if INNER { S::splatf(0.0) } else { scales::<S>(a.scales, p * a.scale_stride + g) };
                     for m in 0..MR {
-                        let mut d = S::sar(acc[p][m][$from], scaled::<S, U>($from));
+                        let mut d = part::<S, U, true>(acc[p][m][$from], $from);
                         acc[p][m][$from] = S::splat(0);
                         for t in $from + 1..$to {
-                            d = S::add(d, S::sar(acc[p][m][t], scaled::<S, U>(t)));
+                            d = S::add(d, part::<S, U, true>(acc[p][m][t], t));
                             acc[p][m][t] = S::splat(0);
                         }
                         let sum = S::splat(*sums.add(m));
@@ -470,7 +593,7 @@ pub unsafe fn grouped<
             if SEG == 0 && small < 16 {
                 for i in (0..16).step_by(small) {
                     dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, i, small);
-                    flush!(0, 1);
+                    flush!(0, PARTS);
                 }
             } else if SEG == 0 || SEG >= per {
                 dots::<S, U, true, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, per);
@@ -550,19 +673,19 @@ unsafe fn fetch<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, blo
 pub unsafe fn raw<S: Simd, U: Unpack, const NP: usize, const MR: usize, const PARTS: usize>(a: &Raw) {
     // SAFETY: as the contract says.
     unsafe {
-        let table = if U::TABLE { byte_table::<S>(a.table) } else { [S::splat(0); 4] };
+        let table = registers_of::<S, U>(a.table);
         let mut acc = [[[S::splat(0); PARTS]; MR]; NP];
         for b in 0..a.blocks {
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
             fetch::<S, NP>(w, a.panel_stride, 128 * U::BITS, a.prefetch, a.blocks - b);
-            dots::<S, U, false, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, 16 / PARTS);
+            dots::<S, U, false, NP, MR, PARTS>(&mut acc, w, a.panel_stride, x, &table, 0, registers::<U>(PARTS));
         }
         for p in 0..NP {
             for m in 0..MR {
                 let mut d = S::load(a.c.add(m * a.ldc + p * 16).cast());
                 for t in 0..PARTS {
-                    d = S::add(d, acc[p][m][t]);
+                    d = S::add(d, part::<S, U, false>(acc[p][m][t], t));
                 }
                 S::store(a.c.add(m * a.ldc + p * 16).cast(), d);
             }

@@ -220,11 +220,13 @@ pub struct Kernels {
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
     /// See [`generic::look_up_all`].
     pub look_up: unsafe fn(*mut u8, usize, *const u8, u8),
+    /// See [`generic::look_up_halves`].
+    pub look_up_halves: unsafe fn(*const u8, *mut u8, usize, *const u8, u8),
     /// See [`generic::unpack_inner`]; for codes of 2, 3 and 4 bits.
     pub unpack_inner: [unsafe fn(&Inner); 3],
-    /// Fused grouped kernel for codes that are looked up, by (bits, registers of a segment, rows).
+    /// Fused grouped kernel for codes that are looked up, by (bits, twice those of halves; registers of a segment, rows).
     pub grouped_table: fn(usize, usize, usize) -> Option<(GroupedFn, usize)>,
-    /// Fused ungrouped kernel for codes that are looked up, by (bits, rows).
+    /// Fused ungrouped kernel for codes that are looked up, by (bits, twice those of halves; rows).
     pub raw_table: fn(usize, usize) -> Option<(RawFn, usize)>,
     /// Fused grouped kernel by (bits, stored zeros, registers of a segment, rows): kernel and panels.
     pub grouped: fn(usize, bool, usize, usize) -> Option<(GroupedFn, usize)>,
@@ -267,13 +269,13 @@ pub struct Kernels {
     pub trellis_expand: fn(usize, u8) -> TrellisFloatsFn,
     /// Codes of 9 to 16 bits as floats.
     pub wide: WideFn,
-    /// Values of tables of rows as floats.
-    pub row_tables: WideFn,
-    /// Vectors as floats by (length, whether entries are sums of two).
-    pub vectors: fn(usize, bool) -> WideFn,
+    /// Values of tables of rows, of so many values, as floats.
+    pub row_tables: unsafe fn(&wide::Wide, usize, *mut f32),
+    /// Vectors as floats by (length, entries of the second codebook).
+    pub vectors: fn(usize, usize) -> WideFn,
 }
 
-/// The kernels of a level. AMX shares the vector kernels of AVX-512 VNNI and adds tiles (`x86::amx`).
+/// The kernels of a level. AMX shares most vector kernels with AVX-512 VNNI and adds tiles (`x86::amx`).
 pub fn table(isa: Isa) -> &'static Kernels {
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -283,7 +285,9 @@ pub fn table(isa: Isa) -> &'static Kernels {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 => &x86::AVX512,
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni | Isa::Amx => &x86::AVX512VNNI,
+        Isa::Avx512Vnni => &x86::AVX512VNNI,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx => &x86::tiles::KERNELS,
         _ => &SCALAR,
     }
 }
@@ -294,10 +298,10 @@ macro_rules! instantiate {
     (
         $(#[$feature:meta])* $name:ident, $isa:expr, $v:ty,
         fused [$(($bits:literal, $u:ident, $parts:literal, [$np1:literal, $np2:literal, $np4:literal] $(, eight $np8:literal)? $(, short [$fn1:literal, $fn2:literal, $fn4:literal])?)),*],
-        lut [$(($lb:literal, $l:ident, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
+        lut [$(($lb:literal, $l:ident, $lp:literal, [$ln1:literal, $ln2:literal, $ln4:literal] $(, short [$sn1:literal, $sn2:literal, $sn4:literal])?)),*],
         inner [$(($ib:literal, $iu:ident, $ip:literal)),*], bytes [$small:ident, $narrow:ident], rows [$r2:literal, $r4:literal, $max_mr:literal], gemv [$vp1:literal, $vp4:literal], gemm $gnp:literal [$($mr:literal),*]
     ) => {
-        pub(crate) static $name: crate::kernel::Kernels = {
+        pub(crate) const $name: crate::kernel::Kernels = {
             use crate::kernel::generic::{self, *};
             use crate::kernel::*;
             $(#[$feature])*
@@ -309,6 +313,11 @@ macro_rules! instantiate {
             unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
                 // SAFETY: as above.
                 unsafe { generic::look_up_all::<$v>(bytes, n, table, sub) }
+            }
+            $(#[$feature])*
+            unsafe fn look_up_halves(codes: *const u8, out: *mut u8, n: usize, table: *const u8, sub: u8) {
+                // SAFETY: as above.
+                unsafe { generic::look_up_halves::<$v>(codes, out, n, table, sub) }
             }
             $(#[$feature])*
             unsafe fn unpack_inner<U: Unpack>(a: &Inner) {
@@ -401,31 +410,33 @@ macro_rules! instantiate {
             $(#[$feature])*
             unsafe fn trellis_floats<const B: usize, const HASH: u8>(a: &trellis::Trellis, out: *mut f32) {
                 // SAFETY: as above.
-                unsafe { trellis::expand::<$v, B, HASH>(a, out) }
+                unsafe { trellis::expand::<$v, B, HASH, false>(a, out) }
             }
             $(#[$feature])*
             unsafe fn wide_codes(a: &wide::Wide, out: *mut f32) {
                 // SAFETY: as above.
-                unsafe { wide::codes::<$v>(a, out) }
+                unsafe { wide::codes::<$v, false>(a, out) }
             }
             $(#[$feature])*
-            unsafe fn row_tables(a: &wide::Wide, out: *mut f32) {
+            unsafe fn row_tables(a: &wide::Wide, len: usize, out: *mut f32) {
                 // SAFETY: as above.
-                unsafe { wide::row_tables::<$v>(a, out) }
+                unsafe { wide::row_tables::<$v>(a, len, out) }
             }
             $(#[$feature])*
-            unsafe fn wide_vectors<const V: usize, const TWO: bool>(a: &wide::Wide, out: *mut f32) {
+            unsafe fn wide_vectors<const V: usize, const SECOND: u8>(a: &wide::Wide, out: *mut f32) {
                 // SAFETY: as above.
-                unsafe { wide::vectors::<$v, V, TWO>(a, out) }
+                unsafe { wide::vectors::<$v, V, SECOND, false>(a, out) }
             }
-            fn vectors(len: usize, two: bool) -> WideFn {
-                match (len, two) {
-                    (2, _) => wide_vectors::<2, false>,
-                    (4, false) => wide_vectors::<4, false>,
-                    (4, true) => wide_vectors::<4, true>,
-                    (6, _) => wide_vectors::<6, false>,
-                    (_, false) => wide_vectors::<8, false>,
-                    _ => wide_vectors::<8, true>,
+            fn vectors(len: usize, second: usize) -> WideFn {
+                use wide::{ALONE, MANY, SIXTEEN};
+                match (len, second) {
+                    (2, _) => wide_vectors::<2, ALONE>,
+                    (4, 0) => wide_vectors::<4, ALONE>,
+                    (4, 16) => wide_vectors::<4, SIXTEEN>,
+                    (4, _) => wide_vectors::<4, MANY>,
+                    (6, _) => wide_vectors::<6, ALONE>,
+                    (_, 0) => wide_vectors::<8, ALONE>,
+                    _ => wide_vectors::<8, MANY>,
                 }
             }
             fn trellis_pick(bits: usize, hash: u8, rows: usize) -> (TrellisFn, usize) {
@@ -444,7 +455,7 @@ macro_rules! instantiate {
                 }
             }
             fn trellis_expand(bits: usize, hash: u8) -> TrellisFloatsFn {
-                use trellis::{INST3, MAD1, MUL1};
+                use trellis::{HYB, INST3, MAD1, MUL1};
                 match (hash, bits) {
                     (MUL1, 1) => trellis_floats::<1, MUL1>,
                     (MUL1, 2) => trellis_floats::<2, MUL1>,
@@ -453,8 +464,11 @@ macro_rules! instantiate {
                     (MUL1, _) => trellis_floats::<0, MUL1>,
                     (MAD1, 2) => trellis_floats::<2, MAD1>,
                     (MAD1, _) => trellis_floats::<0, MAD1>,
-                    (_, 2) => trellis_floats::<2, INST3>,
-                    _ => trellis_floats::<0, INST3>,
+                    (INST3, 2) => trellis_floats::<2, INST3>,
+                    (INST3, _) => trellis_floats::<0, INST3>,
+                    (HYB, 4) => trellis_floats::<4, HYB>,
+                    (HYB, 6) => trellis_floats::<6, HYB>,
+                    _ => trellis_floats::<8, HYB>,
                 }
             }
             #[allow(unused_variables)]
@@ -485,6 +499,14 @@ macro_rules! instantiate {
                     (4, _) => grouped::<$by, $z, 0, 1, $r4, 1>,
                     _ => grouped::<$by, $z, 0, 1, $max_mr, 1>,
                 } } }
+                if top > 255 {
+                    return match mr {
+                        1 => grouped::<Halved, false, 0, 1, 1, 2>,
+                        2 => grouped::<Halved, false, 0, 1, $r2, 2>,
+                        4 => grouped::<Halved, false, 0, 1, $r4, 2>,
+                        _ => grouped::<Halved, false, 0, 1, $max_mr, 2>,
+                    };
+                }
                 match (top, zeros) {
                     (..16, false) => rows!($small, false),
                     (..16, true) => rows!($small, true),
@@ -506,24 +528,24 @@ macro_rules! instantiate {
             #[allow(unused_variables)]
             fn raw_table(bits: usize, mr: usize) -> Option<(RawFn, usize)> {
                 match (bits, mr) {
-                    $( ($lb, 1) => Some((raw::<$l, $ln1, 1, 2> as RawFn, $ln1)),
-                       ($lb, 2) => Some((raw::<$l, $ln2, 2, 2> as RawFn, $ln2)),
-                       ($lb, 4) => Some((raw::<$l, $ln4, 4, 2> as RawFn, $ln4)), )*
+                    $( ($lb, 1) => Some((raw::<$l, $ln1, 1, $lp> as RawFn, $ln1)),
+                       ($lb, 2) => Some((raw::<$l, $ln2, 2, $lp> as RawFn, $ln2)),
+                       ($lb, 4) => Some((raw::<$l, $ln4, 4, $lp> as RawFn, $ln4)), )*
                     _ => None,
                 }
             }
             #[allow(unused_variables)]
             fn grouped_table(bits: usize, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
                 match (bits, seg, mr) {
-                    $( ($lb, 16, 1) => Some((grouped::<$l, false, 16, $ln1, 1, 2> as GroupedFn, $ln1)),
-                       ($lb, 16, 2) => Some((grouped::<$l, false, 16, $ln2, 2, 2>, $ln2)),
-                       ($lb, 16, 4) => Some((grouped::<$l, false, 16, $ln4, 4, 2>, $ln4)),
-                       ($lb, 8, 1) => Some((grouped::<$l, false, 8, $ln1, 1, 2>, $ln1)),
-                       ($lb, 8, 2) => Some((grouped::<$l, false, 8, $ln2, 2, 2>, $ln2)),
-                       ($lb, 8, 4) => Some((grouped::<$l, false, 8, $ln4, 4, 2>, $ln4)),
-                       $( ($lb, 4, 1) => Some((grouped::<$l, false, 4, $sn1, 1, 2>, $sn1)),
-                          ($lb, 4, 2) => Some((grouped::<$l, false, 4, $sn2, 2, 2>, $sn2)),
-                          ($lb, 4, 4) => Some((grouped::<$l, false, 4, $sn4, 4, 2>, $sn4)), )? )*
+                    $( ($lb, 16, 1) => Some((grouped::<$l, false, 16, $ln1, 1, $lp> as GroupedFn, $ln1)),
+                       ($lb, 16, 2) => Some((grouped::<$l, false, 16, $ln2, 2, $lp>, $ln2)),
+                       ($lb, 16, 4) => Some((grouped::<$l, false, 16, $ln4, 4, $lp>, $ln4)),
+                       ($lb, 8, 1) => Some((grouped::<$l, false, 8, $ln1, 1, $lp>, $ln1)),
+                       ($lb, 8, 2) => Some((grouped::<$l, false, 8, $ln2, 2, $lp>, $ln2)),
+                       ($lb, 8, 4) => Some((grouped::<$l, false, 8, $ln4, 4, $lp>, $ln4)),
+                       $( ($lb, 4, 1) => Some((grouped::<$l, false, 4, $sn1, 1, $lp>, $sn1)),
+                          ($lb, 4, 2) => Some((grouped::<$l, false, 4, $sn2, 2, $lp>, $sn2)),
+                          ($lb, 4, 4) => Some((grouped::<$l, false, 4, $sn4, 4, $lp>, $sn4)), )? )*
                     _ => None,
                 }
             }
@@ -534,6 +556,14 @@ macro_rules! instantiate {
                     4 => raw::<$by, 1, $r4, 1>,
                     _ => raw::<$by, 1, $max_mr, 1>,
                 } } }
+                if top > 255 {
+                    return match mr {
+                        1 => raw::<Halved, 1, 1, 2>,
+                        2 => raw::<Halved, 1, $r2, 2>,
+                        4 => raw::<Halved, 1, $r4, 2>,
+                        _ => raw::<Halved, 1, $max_mr, 2>,
+                    };
+                }
                 match top {
                     ..16 => rows!($small),
                     ..128 => rows!($narrow),
@@ -616,6 +646,7 @@ macro_rules! instantiate {
                     unpack::<U5>, unpack::<U6>, unpack::<U7>, unpack::<U8>,
                 ],
                 look_up,
+                look_up_halves,
                 unpack_inner: [unpack_inner::<U2>, unpack_inner::<U3>, unpack_inner::<U4>],
                 grouped_table,
                 raw_table,

@@ -9,7 +9,7 @@
 /// Every method needs the ISA's CPU features; those with pointers need 64 readable (writable) bytes there unless they say
 /// otherwise. No alignment is required.
 #[allow(clippy::missing_safety_doc, missing_docs)]
-pub unsafe trait Simd: 'static {
+pub unsafe trait Simd: 'static + Sized {
     /// 64 bytes of integers.
     type I: Copy;
     /// 16 lanes of f32.
@@ -111,6 +111,74 @@ pub unsafe trait Simd: 'static {
     unsafe fn pairs(table: *const f32, at: *const u16) -> [Self::F; 2];
     /// Four numbers in a row from `table[at[lane]]` on for every lane; each vector has one of them.
     unsafe fn quads(table: *const f32, at: *const u16) -> [Self::F; 4];
+    /// As `quads`, the sums of the numbers from `at` and from `more` on.
+    #[inline(always)]
+    unsafe fn quad_sums(table: *const f32, at: *const u16, more: *const u16) -> [Self::F; 4] {
+        // SAFETY: the caller's features and places.
+        unsafe {
+            let (a, b) = (Self::quads(table, at), Self::quads(table, more));
+            [Self::addf(a[0], b[0]), Self::addf(a[1], b[1]), Self::addf(a[2], b[2]), Self::addf(a[3], b[3])]
+        }
+    }
+    /// As `quads` with eight numbers; `SUMS`: as `quad_sums`.
+    #[inline(always)]
+    unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [Self::F; 8] {
+        // SAFETY: the caller's features and places.
+        unsafe {
+            let high = table.add(4);
+            let (a, b) = if SUMS {
+                (Self::quad_sums(table, at, more), Self::quad_sums(high, at, more))
+            } else {
+                (Self::quads(table, at), Self::quads(high, at))
+            };
+            [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+        }
+    }
+    /// `now << n | next >> (16 - n)` in 16-bit lanes, `0 < n < 16`, a constant after inlining where it matters.
+    #[inline(always)]
+    unsafe fn funnel16(now: Self::I, next: Self::I, n: usize) -> Self::I {
+        // SAFETY: the caller's features.
+        unsafe { Self::or(Self::shl16(now, n), Self::shr16(next, 16 - n)) }
+    }
+    /// The numbers of the trellis code `3inst` of the states in the low and in the high halves of lanes, where there is a
+    /// quick way.
+    #[inline(always)]
+    unsafe fn three_inst(_states: Self::I) -> Option<[Self::F; 2]> {
+        None
+    }
+    /// The 64 bytes of a table, as `look64` wants them.
+    #[inline(always)]
+    unsafe fn table64(p: *const u8) -> [Self::I; 4] {
+        // SAFETY: the caller's table.
+        unsafe { super::generic::byte_table::<Self>(p) }
+    }
+    /// `table[u]` for every byte below 64 of `u`.
+    #[inline(always)]
+    unsafe fn look64(table: &[Self::I; 4], u: Self::I) -> Self::I {
+        // SAFETY: the caller's features.
+        unsafe { super::generic::look_up::<Self, false>(table, u) }
+    }
+    /// The low and the high halves of 32 magnitudes, as `look_halves` wants them.
+    #[inline(always)]
+    unsafe fn table_of_halves(p: *const u8) -> [Self::I; 4] {
+        // SAFETY: the caller's table.
+        unsafe { super::generic::byte_table::<Self>(p) }
+    }
+    /// Both halves of every byte below 64 of `u`, see [`super::generic::look_up_half`].
+    #[inline(always)]
+    unsafe fn look_halves(table: &[Self::I; 4], u: Self::I) -> [Self::I; 2] {
+        // SAFETY: the caller's features.
+        unsafe { super::generic::look_up_half::<Self>(table, u) }
+    }
+    /// Two rows of numbers as bfloat16, those of `odd` in the high halves of lanes.
+    #[inline(always)]
+    unsafe fn round_pairs(even: Self::F, odd: Self::F) -> Self::I {
+        // SAFETY: the caller's features.
+        unsafe {
+            let (even, odd) = (super::generic::round_bf16::<Self>(even), super::generic::round_bf16::<Self>(odd));
+            Self::or(Self::shr32_16(Self::bits(even)), Self::bits(odd))
+        }
+    }
     /// 16 bytes, four times.
     unsafe fn repeat16(p: *const u8) -> Self::I;
     /// `table[u]` for every byte below 16 of `u`, within each 16 bytes.

@@ -4,11 +4,12 @@
 //! first half of the group and its high half to the second, so that one multiplication of 16-bit lanes serves two weights.
 //! A panel holds, for each group, the bits of both halves as *chunks* of 16, first bits on top, and in front the 16 bits that
 //! come before on the circle: `[group][1 + chunks][16 rows]`. The state of weight `j` of a half is the 16 bits from bit
-//! `(j + 1)*b` of its chunks on.
+//! `(j + 1)*b` of its chunks on. States of `hyb` are worth two weights; they count in the place of weights here, and their bits.
 use super::generic::scales;
 use super::simd::Simd;
+use super::wide::store_two;
 use super::ScalePtr;
-use crate::trellis::Code;
+use crate::trellis::{hyb, Code};
 
 /// Some groups of one panel.
 #[derive(Debug, Clone, Copy)]
@@ -17,7 +18,7 @@ pub struct Trellis {
     pub chunks: *const u32,
     /// Chunks of a group and row, the one in front included.
     pub stride: usize,
-    /// Bits of a code.
+    /// Bits that a state has more than the one before.
     pub bits: usize,
     /// Groups, and values of a group and of the last of these.
     pub groups: usize,
@@ -30,11 +31,12 @@ pub struct Trellis {
 }
 
 impl Trellis {
-    /// The values of group `g`, and those of them in its first half.
+    /// The values of group `g`, its states, and those of them in its first half.
     #[inline(always)]
-    fn lens(&self, g: usize) -> (usize, usize) {
+    fn lens(&self, g: usize, each: usize) -> (usize, usize, usize) {
         let len = if g + 1 == self.groups { self.last } else { self.len };
-        (len, len.div_ceil(2))
+        let states = len.div_ceil(each);
+        (len, states, states.div_ceil(2))
     }
 }
 
@@ -56,6 +58,8 @@ pub const MUL1: u8 = 0;
 pub const MAD1: u8 = 1;
 /// See [`MUL1`].
 pub const INST3: u8 = 2;
+/// See [`MUL1`].
+pub const HYB: u8 = 3;
 
 /// The constant of a hash.
 pub const fn hash(code: Code) -> u8 {
@@ -63,6 +67,16 @@ pub const fn hash(code: Code) -> u8 {
         Code::Mul1 => MUL1,
         Code::Mad1 => MAD1,
         Code::Inst3 => INST3,
+        Code::Hyb => HYB,
+    }
+}
+
+/// Weights that a state is worth.
+const fn weights(hash: u8) -> usize {
+    if hash == HYB {
+        2
+    } else {
+        1
     }
 }
 
@@ -85,7 +99,7 @@ unsafe fn window<S: Simd>(chunks: *const u32, at: usize) -> S::I {
         if over == 0 {
             return now;
         }
-        S::or(S::shl16(now, over), S::shr16(S::load(chunk.add(16).cast()), 16 - over))
+        S::funnel16(now, S::load(chunk.add(16).cast()), over)
     }
 }
 
@@ -141,25 +155,45 @@ unsafe fn inst3<S: Simd>(hash: S::I) -> S::F {
     }
 }
 
-/// Runs `$body` for each place `$j` of a half of `$half` weights with the two states of each row. Of codes of `B` bits, if
-/// that is not 0, 16 at a time have constant shifts; they are `B` chunks. A macro: a closure would be compiled without the
-/// features.
+/// Both weights of `hyb` for the states in the low and in the high halves of lanes: an entry of the table, and a bit that flips
+/// the sign of the first.
+#[inline(always)]
+unsafe fn hybrid<S: Simd>(states: S::I) -> [[S::F; 2]; 2] {
+    // SAFETY: the caller's features; places are below 512.
+    unsafe {
+        let hash = S::mul16(states, S::add16(states, S::splat(0x1_0001)));
+        let (sign, upper) = (S::splat(i32::MIN), S::splat(-0x1_0000));
+        macro_rules! entry {
+            ($hash:expr, $shift:literal) => {{
+                let word =
+                    S::bits(S::gather(hyb::TABLE.as_ptr().cast(), S::and(S::shr32(hash, $shift), S::splat(511))));
+                let first = S::xor(S::shl32(word, 16), S::and($hash, sign));
+                [S::from_bits(first), S::from_bits(S::and(word, upper))]
+            }};
+        }
+        [entry!(S::shl32(hash, 16), 6), entry!(hash, 22)]
+    }
+}
+
+/// Runs `$body` for each place `$j` of a half of `$half` states with the two states of each row; `$odd` is whether the place is
+/// odd. Of codes of `B` bits, if that is not 0, 16 at a time have constant shifts; they are `B` chunks. A macro: a closure
+/// would be compiled without the features.
 macro_rules! each_pair {
-    ($s:ident, $b:ident, $chunks:expr, $bits:expr, $half:expr, |$j:ident, $states:ident| $body:block) => {{
+    ($s:ident, $b:ident, $chunks:expr, $bits:expr, $half:expr, |$j:ident, $odd:ident, $states:ident| $body:block) => {{
         let (mut chunks, mut first): (*const u32, usize) = ($chunks, 0);
         while $b > 0 && first + 16 <= $half {
-            each_pair!(@ $s, $b, chunks, first, |$j, $states| $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+            each_pair!(@ $s, $b, chunks, first, |$j, $odd, $states| $body, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
             chunks = chunks.add(16 * $b);
             first += 16;
         }
         for i in 0..$half - first {
-            let $j = first + i;
+            let ($j, $odd) = (first + i, i % 2 == 1);
             let $states = window::<$s>(chunks, (i + 1) * $bits);
             $body
         }
     }};
-    (@ $s:ident, $b:ident, $chunks:ident, $first:ident, |$j:ident, $states:ident| $body:block, $($i:literal),*) => { $( {
-        let $j = $first + $i;
+    (@ $s:ident, $b:ident, $chunks:ident, $first:ident, |$j:ident, $odd:ident, $states:ident| $body:block, $($i:literal),*) => { $( {
+        let ($j, $odd) = ($first + $i, $i % 2 == 1);
         let $states = window::<$s>($chunks, ($i + 1) * $b);
         $body
     } )* };
@@ -183,14 +217,14 @@ pub unsafe fn product<S: Simd, const B: usize, const HASH: u8, const MR: usize>(
         let each = const { dwords(HASH) };
         let mut codes = x.codes;
         for g in 0..a.groups {
-            let (_, half) = a.lens(g);
+            let (_, _, half) = a.lens(g, 1);
             // More chains of sums than one row needs to hide the latency of the dot product.
             let mut sum = [[S::splat(0); 4]; MR];
-            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, states| {
+            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, odd, states| {
                 let h = hashes::<S, HASH>(states);
                 for m in 0..MR {
                     let q = codes.add(j * each * MR + m);
-                    let chain = 2 * (j % 2);
+                    let chain = 2 * usize::from(odd);
                     sum[m][chain] = S::dot(sum[m][chain], h[0], S::splat(*q));
                     sum[m][chain + 1] = S::dot(sum[m][chain + 1], h[1], S::splat(*q.add((each - 1) * MR)));
                 }
@@ -207,32 +241,73 @@ pub unsafe fn product<S: Simd, const B: usize, const HASH: u8, const MR: usize>(
     }
 }
 
-/// The weights of the groups as floats, `[k][16]`.
+/// The numbers of two states in each lane, of hashes of one weight.
+#[inline(always)]
+unsafe fn numbers<S: Simd, const HASH: u8>(states: S::I) -> [S::F; 2] {
+    // SAFETY: the caller's features.
+    unsafe {
+        if HASH == INST3 {
+            if let Some(quick) = S::three_inst(states) {
+                return quick;
+            }
+        }
+        let (own, zero, h) = (own::<S, HASH>(), S::splat(-510), hashes::<S, HASH>(states));
+        match HASH {
+            MUL1 => [
+                S::cvt(S::dot(S::dot(zero, h[0], own[0]), h[1], own[0])),
+                S::cvt(S::dot(S::dot(zero, h[0], own[1]), h[1], own[1])),
+            ],
+            MAD1 => [S::cvt(S::dot(zero, h[0], own[0])), S::cvt(S::dot(zero, h[1], own[1]))],
+            _ => [inst3::<S>(h[0]), inst3::<S>(h[1])],
+        }
+    }
+}
+
+/// The weights of the groups as floats, `[k][16]`; `TILES`: rounded, as `amx::bf16_tiles` has it, where groups are multiples of
+/// four.
 ///
 /// # Safety
-/// As [`product`]; `out` has 16 floats for each value.
+/// As [`product`]; `out` has 16 floats for each value, or the room of two bytes for each number of `TILES`.
 #[inline(always)]
-pub unsafe fn expand<S: Simd, const B: usize, const HASH: u8>(a: &Trellis, out: *mut f32) {
+pub unsafe fn expand<S: Simd, const B: usize, const HASH: u8, const TILES: bool>(a: &Trellis, out: *mut f32) {
     // SAFETY: as the contract says.
     unsafe {
-        let (own, zero) = (own::<S, HASH>(), S::splat(-510));
+        let each = const { weights(HASH) };
         for g in 0..a.groups {
-            let (len, half) = a.lens(g);
+            let (len, count, half) = a.lens(g, each);
             let s = scales::<S>(a.scales, g * 16);
-            let to = [out.add(g * a.len * 16), out.add((g * a.len + half) * 16)];
-            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, states| {
-                let h = hashes::<S, HASH>(states);
-                for i in 0..2 {
-                    // The second half of an odd number is shorter.
-                    if i == 1 && half + j == len {
-                        break;
+            let to = [g * a.len, g * a.len + half * each];
+            let end = g * a.len + len;
+            let mut kept = [s; 2];
+            each_pair!(S, B, a.chunks.add(g * a.stride * 16), a.bits, half, |j, odd, states| {
+                if HASH == HYB {
+                    for (i, v) in hybrid::<S>(states).into_iter().enumerate() {
+                        // The second half of an odd number is shorter, and so may be the last state.
+                        if i == 1 && half + j == count {
+                            break;
+                        }
+                        let (k, first, second) = (to[i] + 2 * j, S::mulf(v[0], s), S::mulf(v[1], s));
+                        if TILES || k + 1 < end {
+                            store_two::<S, TILES>(out, k, [first, second]);
+                        } else {
+                            S::storef(out.add(k * 16), first);
+                        }
                     }
-                    let v = match HASH {
-                        MUL1 => S::cvt(S::dot(S::dot(zero, h[0], own[i]), h[1], own[i])),
-                        MAD1 => S::cvt(S::dot(zero, h[i], own[i])),
-                        _ => inst3::<S>(h[i]),
-                    };
-                    S::storef(to[i].add(j * 16), S::mulf(v, s));
+                } else {
+                    let v = numbers::<S, HASH>(states);
+                    for i in 0..2 {
+                        if i == 1 && half + j == count {
+                            break;
+                        }
+                        let v = S::mulf(v[i], s);
+                        if !TILES {
+                            S::storef(out.add((to[i] + j) * 16), v);
+                        } else if odd {
+                            store_two::<S, true>(out, to[i] + j - 1, [kept[i], v]);
+                        } else {
+                            kept[i] = v;
+                        }
+                    }
                 }
             });
         }

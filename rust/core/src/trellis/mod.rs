@@ -1,4 +1,5 @@
 //! Trellis codes: each weight has `b` bits of its own and shares 16 with its neighbours (see `README.md`).
+pub mod hyb;
 mod viterbi;
 
 pub use viterbi::Search;
@@ -21,10 +22,20 @@ pub enum Code {
     Mad1,
     /// Two float16 numbers made of the bits of `89226354 * state + 64248484`, added in float16.
     Inst3,
+    /// Two weights: an entry of a table of 512 pairs by nine bits of `state^2 + state`, of which bit 15 flips the first.
+    Hyb,
 }
 
 impl Code {
-    /// The number of a state.
+    /// Weights that a state is worth.
+    pub const fn weights(self) -> usize {
+        match self {
+            Self::Hyb => 2,
+            _ => 1,
+        }
+    }
+
+    /// The number of a state, the first of two.
     pub fn number(self, state: u16) -> f32 {
         let x = u32::from(state);
         let sum = |y: u32| y.to_le_bytes().iter().map(|&b| i32::from(b)).sum::<i32>();
@@ -37,10 +48,11 @@ impl Code {
                 let half = |bits: u32| half::f16::from_bits(bits as u16).to_f32();
                 half::f16::from_f32(half(z >> 16) + half(z)).to_f32()
             }
+            Self::Hyb => hyb::pair(state)[0],
         }
     }
 
-    /// The numbers of all states.
+    /// The numbers of all states, the first of two.
     pub fn numbers(self) -> &'static [f32; STATES] {
         fn table(code: Code) -> Box<[f32; STATES]> {
             let all: Vec<f32> = (0..=u16::MAX).map(|s| code.number(s)).collect();
@@ -49,17 +61,53 @@ impl Code {
         static MUL1: LazyLock<Box<[f32; STATES]>> = LazyLock::new(|| table(Code::Mul1));
         static MAD1: LazyLock<Box<[f32; STATES]>> = LazyLock::new(|| table(Code::Mad1));
         static INST3: LazyLock<Box<[f32; STATES]>> = LazyLock::new(|| table(Code::Inst3));
+        static HYB: LazyLock<Box<[f32; STATES]>> = LazyLock::new(|| table(Code::Hyb));
         match self {
             Self::Mul1 => &MUL1,
             Self::Mad1 => &MAD1,
             Self::Inst3 => &INST3,
+            Self::Hyb => &HYB,
         }
+    }
+
+    /// The second numbers of all states, of codes whose states are worth two weights.
+    pub fn seconds(self) -> Option<&'static [f32; STATES]> {
+        static HYB: LazyLock<Box<[f32; STATES]>> = LazyLock::new(|| {
+            let all: Vec<f32> = (0..=u16::MAX).map(|s| hyb::pair(s)[1]).collect();
+            all.try_into().unwrap_or_else(|_| unreachable!("as many numbers as states"))
+        });
+        (self == Self::Hyb).then(|| &**HYB)
     }
 
     /// Root mean square of the numbers.
     pub fn rms(self) -> f32 {
-        let square: f64 = self.numbers().iter().map(|&v| f64::from(v) * f64::from(v)).sum();
-        (square / STATES as f64).sqrt() as f32
+        let both = self.numbers().iter().chain(self.seconds().into_iter().flatten());
+        let square: f64 = both.map(|&v| f64::from(v) * f64::from(v)).sum();
+        (square / (self.weights() * STATES) as f64).sqrt() as f32
+    }
+
+    /// Calls `f(t, number)` for each of a tile's codes.
+    pub fn decode(self, bits: u32, codes: &[u8], mut f: impl FnMut(usize, f32)) {
+        let numbers = self.numbers();
+        let Some(seconds) = self.seconds() else {
+            return states(bits, codes, |t, state| f(t, numbers[usize::from(state)]));
+        };
+        let mut joined = [0; TILE / 2];
+        let joined = &mut joined[..codes.len().div_ceil(2)];
+        join(bits, codes, joined);
+        states(2 * bits, joined, |t, state| {
+            f(2 * t, numbers[usize::from(state)]);
+            if 2 * t + 1 < codes.len() {
+                f(2 * t + 1, seconds[usize::from(state)]);
+            }
+        });
+    }
+}
+
+/// The codes of two weights each in one, the first on top; what a last one lacks is 0.
+pub fn join(bits: u32, codes: &[u8], out: &mut [u8]) {
+    for (out, two) in out.iter_mut().zip(codes.chunks(2)) {
+        *out = two[0] << bits | two.get(1).copied().unwrap_or(0);
     }
 }
 

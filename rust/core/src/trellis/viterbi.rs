@@ -1,5 +1,5 @@
 //! The codes of a tile with the least squared error, by dynamic programming over the states.
-use super::{states, Code, STATES, WINDOW};
+use super::{Code, STATES, TILE, WINDOW};
 use crate::format::lanes::{per_level, Level};
 use crate::qtensor::zeros_vec;
 use crate::Result;
@@ -10,10 +10,21 @@ const CHUNK: usize = 256;
 /// Weights on either side of the seam that choose where the circle is closed: by then the best paths have met.
 const SEAM: usize = 48;
 
+/// The weights of a state.
+#[derive(Debug, Clone, Copy, Default)]
+struct Step {
+    first: f32,
+    second: Option<f32>,
+    /// Whether a second weight is missing.
+    short: bool,
+}
+
 /// Buffers of the search, kept between tiles.
 #[derive(Debug)]
 pub struct Search {
     code: Code,
+    /// Bits of a weight, and those that each state has more than the one before.
+    weight: u32,
     bits: u32,
     /// Least cost of a path to each state.
     cost: Vec<f32>,
@@ -30,13 +41,15 @@ impl Search {
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
     pub fn new(code: Code, bits: u32, len: usize) -> Result<Self> {
+        let (weight, bits) = (bits, bits * code.weights() as u32);
         Ok(Self {
             code,
+            weight,
             bits,
             cost: zeros_vec(STATES)?,
             next: zeros_vec(STATES)?,
             best: zeros_vec(STATES >> bits)?,
-            back: zeros_vec(len.max(2 * SEAM) * (STATES >> bits))?,
+            back: zeros_vec(len.div_ceil(code.weights()).max(2 * SEAM) * (STATES >> bits))?,
         })
     }
 
@@ -50,28 +63,43 @@ impl Search {
         if x.is_empty() {
             return;
         }
-        if x.len() * (self.bits as usize) <= WINDOW as usize {
+        if x.len() * (self.weight as usize) <= WINDOW as usize {
             self.short(x, out);
             return;
         }
-        let groups = STATES >> self.bits;
+        let (groups, each) = (STATES >> self.bits, self.code.weights());
+        let mut steps = [Step::default(); TILE];
+        let steps = &mut steps[..x.len().div_ceil(each)];
+        for (step, x) in steps.iter_mut().zip(x.chunks(each)) {
+            *step = Step { first: x[0], second: x.get(1).copied(), short: x.len() < each };
+        }
         // Around the circle, more than once where it is short.
-        let first = x.len() * SEAM - SEAM;
-        let seam: [f32; 2 * SEAM] = std::array::from_fn(|i| x[(first + i) % x.len()]);
+        let first = steps.len() * SEAM - SEAM;
+        let seam: [Step; 2 * SEAM] = std::array::from_fn(|i| steps[(first + i) % steps.len()]);
         self.forward(level, &seam, None);
         let end = least(self.cost.iter().copied().enumerate());
-        let state = self.backward(&seam, end, SEAM, |_, _| ());
+        let state = self.backward(seam.len(), end, SEAM, |_, _| ());
         let shared = state & (groups - 1);
-        self.forward(level, x, Some(shared));
+        self.forward(level, steps, Some(shared));
         let ends = (0..1 << self.bits).map(|j| shared | (j << (WINDOW - self.bits)));
         let end = least(ends.map(|s| (s, self.cost[s])));
-        self.backward(x, end, 0, |t, u| out[t] = u);
+        let weight = self.weight;
+        self.backward(steps.len(), end, 0, |t, u| {
+            if each == 1 {
+                out[t] = u;
+                return;
+            }
+            out[2 * t] = u >> weight;
+            if let Some(second) = out.get_mut(2 * t + 1) {
+                *second = u & ((1 << weight) - 1);
+            }
+        });
     }
 
     /// Fills `cost` and `back`; `start` are the bits that the state before the first has in common with its successors.
-    fn forward(&mut self, level: Level, x: &[f32], start: Option<usize>) {
+    fn forward(&mut self, level: Level, x: &[Step], start: Option<usize>) {
         let (numbers, groups) = (self.code.numbers(), STATES >> self.bits);
-        for (t, &v) in x.iter().enumerate() {
+        for (t, step) in x.iter().enumerate() {
             if t == 0 {
                 self.best.fill(if start.is_some() { f32::INFINITY } else { 0.0 });
                 if let Some(s) = start {
@@ -80,16 +108,26 @@ impl Search {
             } else {
                 reduce(level, self.bits, &self.cost, &mut self.best, &mut self.back[t * groups..][..groups]);
             }
-            extend(level, self.bits, v, numbers, &self.best, &mut self.next);
+            extend(level, self.bits, step.first, numbers, &self.best, &mut self.next);
+            match (self.code.seconds(), step.second) {
+                (Some(seconds), Some(v)) => add_second(level, v, seconds, &mut self.next),
+                // The code of a weight that is missing is 0.
+                _ if step.short => {
+                    for states in self.next.chunks_exact_mut(1 << self.weight) {
+                        states[1..].fill(f32::INFINITY);
+                    }
+                }
+                _ => (),
+            }
             std::mem::swap(&mut self.cost, &mut self.next);
         }
     }
 
     /// Follows the best path from its `end` back to place `stop`, calling `f(t, code)`; returns the state before it.
-    fn backward(&self, x: &[f32], end: usize, stop: usize, mut f: impl FnMut(usize, u8)) -> usize {
+    fn backward(&self, steps: usize, end: usize, stop: usize, mut f: impl FnMut(usize, u8)) -> usize {
         let groups = STATES >> self.bits;
         let mut state = end;
-        for t in (stop..x.len()).rev() {
+        for t in (stop..steps).rev() {
             f(t, (state & ((1 << self.bits) - 1)) as u8);
             let shared = state >> self.bits;
             let from = if t == 0 { 0 } else { usize::from(self.back[t * groups + shared]) };
@@ -100,17 +138,16 @@ impl Search {
 
     /// Tiles of no more bits than a state has: every string is tried.
     fn short(&self, x: &[f32], out: &mut [u8]) {
-        let numbers = self.code.numbers();
-        let mask = (1u32 << self.bits) - 1;
+        let mask = (1u32 << self.weight) - 1;
         let mut best = f64::INFINITY;
         let mut codes = vec![0u8; x.len()];
-        for string in 0..1u32 << (self.bits as usize * x.len()) {
+        for string in 0..1u32 << (self.weight as usize * x.len()) {
             for (i, u) in codes.iter_mut().enumerate() {
-                *u = ((string >> (self.bits as usize * i)) & mask) as u8;
+                *u = ((string >> (self.weight as usize * i)) & mask) as u8;
             }
             let mut error = 0.0;
-            states(self.bits, &codes, |t, s| {
-                let d = f64::from(x[t]) - f64::from(numbers[usize::from(s)]);
+            self.code.decode(self.weight, &codes, |t, v| {
+                let d = f64::from(x[t]) - f64::from(v);
                 error += d * d;
             });
             if error < best {
@@ -222,6 +259,17 @@ fn extend(level: Level, bits: u32, x: f32, numbers: &[f32; STATES], best: &[f32]
 }
 
 #[inline(always)]
+fn second_body(x: f32, numbers: &[f32; STATES], next: &mut [f32]) {
+    for (next, number) in next.iter_mut().zip(numbers) {
+        *next += (number - x) * (number - x);
+    }
+}
+per_level! {
+    /// Adds the cost of every state at the second number `x`.
+    add_second = second_body(x: f32, numbers: &[f32; STATES], next: &mut [f32]) -> ()
+}
+
+#[inline(always)]
 fn reduce_body(bits: u32, cost: &[f32], best: &mut [f32], back: &mut [u8]) {
     by_bits!(bits, reduce_bits(cost, best, back));
 }
@@ -241,7 +289,7 @@ per_level! {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{narrow, TILE};
+    use super::super::narrow;
     use super::*;
 
     /// Numbers that are normal, about: sums of twelve uniforms.
@@ -258,7 +306,7 @@ mod tests {
 
     fn error(code: Code, bits: u32, x: &[f32], codes: &[u8]) -> f64 {
         let mut sum = 0.0;
-        states(bits, codes, |t, s| sum += (f64::from(code.number(s)) - f64::from(x[t])).powi(2));
+        code.decode(bits, codes, |t, v| sum += (f64::from(v) - f64::from(x[t])).powi(2));
         sum
     }
 
@@ -290,6 +338,9 @@ mod tests {
             (Code::Inst3, 2, 0.0710),
             (Code::Mul1, 3, 0.0180),
             (Code::Mul1, 4, 0.0046),
+            (Code::Hyb, 2, 0.0710),
+            (Code::Hyb, 3, 0.0190),
+            (Code::Hyb, 4, 0.0060),
         ] {
             let mut search = Search::new(code, bits, TILE).unwrap();
             let scale = 1.0 / (narrow(bits) * code.rms());
@@ -307,14 +358,15 @@ mod tests {
 
     #[test]
     fn every_level_finds_the_same_codes() {
-        let x: Vec<f32> = normal(100, 9).iter().map(|v| v * 140.0).collect();
-        for bits in 1..=8 {
+        let all = (1..=8).map(|bits| (Code::Mul1, bits, 140.0, 100)).chain((2..=4).map(|b| (Code::Hyb, b, 1.0, 99)));
+        for (code, bits, scale, len) in all {
+            let x: Vec<f32> = normal(len, 9).iter().map(|v| v * scale).collect();
             let mut want = vec![0; x.len()];
-            Search::new(Code::Mul1, bits, TILE).unwrap().tile(Level::Base, &x, &mut want);
+            Search::new(code, bits, TILE).unwrap().tile(Level::Base, &x, &mut want);
             for level in Level::available() {
                 let mut got = vec![0; x.len()];
-                Search::new(Code::Mul1, bits, TILE).unwrap().tile(level, &x, &mut got);
-                assert_eq!(got, want, "{bits} bits {level:?}");
+                Search::new(code, bits, TILE).unwrap().tile(level, &x, &mut got);
+                assert_eq!(got, want, "{code:?} {bits} bits {level:?}");
             }
         }
     }

@@ -1,5 +1,7 @@
-//! AVX-512: one zmm per register. With and without VNNI they differ only in the dot product.
+//! AVX-512: one zmm per register. With and without VNNI they differ only in the dot product; what CPUs with tiles have
+//! besides serves the decoding of their operands.
 use crate::kernel::simd::{ops, Simd};
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 /// AVX-512 F, BW, DQ, VL.
@@ -8,6 +10,10 @@ pub struct Avx512;
 /// AVX-512 with VNNI.
 #[derive(Debug)]
 pub struct Avx512Vnni;
+
+/// That of CPUs with tiles: VNNI, BF16, FP16, VBMI, VBMI2.
+#[derive(Debug)]
+pub struct Avx512Tiles;
 
 type I = __m512i;
 type F = __m512;
@@ -62,24 +68,11 @@ unsafe fn magic(a: I, j: usize) -> F {
     }
 }
 
-/// Rows `i`, `i + 4`, `i + 8`, `i + 12` of a matrix of 16 by 4 in one register, then four transpositions of 4 by 4.
+/// Four transpositions of 4 by 4: of rows `i`, `i + 4`, `i + 8`, `i + 12` of a matrix of 16 by 4 in register `i`.
 #[inline(always)]
-unsafe fn quads(table: *const f32, at: *const u16) -> [F; 4] {
-    // SAFETY: the caller has AVX-512F, and four floats from every place on.
+unsafe fn transposed([a, b, c, d]: [F; 4]) -> [F; 4] {
+    // SAFETY: the caller has AVX-512F.
     unsafe {
-        macro_rules! row {
-            ($i:literal) => {
-                _mm_loadu_ps(table.add(usize::from(*at.add($i))))
-            };
-        }
-        macro_rules! rows {
-            ($a:literal, $b:literal, $c:literal, $d:literal) => {{
-                let v = _mm512_insertf32x4::<1>(_mm512_castps128_ps512(row!($a)), row!($b));
-                _mm512_insertf32x4::<3>(_mm512_insertf32x4::<2>(v, row!($c)), row!($d))
-            }};
-        }
-        let (a, b) = (rows!(0, 4, 8, 12), rows!(1, 5, 9, 13));
-        let (c, d) = (rows!(2, 6, 10, 14), rows!(3, 7, 11, 15));
         let (ab, cd) = (_mm512_unpacklo_ps(a, b), _mm512_unpacklo_ps(c, d));
         let (ef, gh) = (_mm512_unpackhi_ps(a, b), _mm512_unpackhi_ps(c, d));
         let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
@@ -90,6 +83,115 @@ unsafe fn quads(table: *const f32, at: *const u16) -> [F; 4] {
             _mm512_castpd_ps(_mm512_unpacklo_pd(ef, gh)),
             _mm512_castpd_ps(_mm512_unpackhi_pd(ef, gh)),
         ]
+    }
+}
+
+/// Four numbers of 16 rows from their places in the table on; `SUMS`: with those from second places on.
+#[inline(always)]
+unsafe fn quads<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [F; 4] {
+    // SAFETY: the caller has AVX-512F, and four floats from every place on.
+    unsafe {
+        macro_rules! row {
+            ($i:literal) => {{
+                let v = _mm_loadu_ps(table.add(usize::from(*at.add($i))));
+                if SUMS {
+                    _mm_add_ps(v, _mm_loadu_ps(table.add(usize::from(*more.add($i)))))
+                } else {
+                    v
+                }
+            }};
+        }
+        macro_rules! rows {
+            ($a:literal, $b:literal, $c:literal, $d:literal) => {{
+                let v = _mm512_insertf32x4::<1>(_mm512_castps128_ps512(row!($a)), row!($b));
+                _mm512_insertf32x4::<3>(_mm512_insertf32x4::<2>(v, row!($c)), row!($d))
+            }};
+        }
+        transposed([rows!(0, 4, 8, 12), rows!(1, 5, 9, 13), rows!(2, 6, 10, 14), rows!(3, 7, 11, 15)])
+    }
+}
+
+/// As [`quads`] with eight numbers, which lie in one register of 256 bits until they are transposed.
+#[inline(always)]
+unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [F; 8] {
+    // SAFETY: the caller has AVX-512F, and eight floats from every place on.
+    unsafe {
+        macro_rules! row {
+            ($i:expr) => {{
+                let v = _mm256_loadu_ps(table.add(usize::from(*at.add($i))));
+                let v = if SUMS { _mm256_add_ps(v, _mm256_loadu_ps(table.add(usize::from(*more.add($i))))) } else { v };
+                _mm256_castps_pd(v)
+            }};
+        }
+        // The low halves of the rows of a register of `transposed`, and the high ones.
+        let low = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
+        let high = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
+        let (mut a, mut b) = ([_mm512_setzero_ps(); 4], [_mm512_setzero_ps(); 4]);
+        for i in 0..4 {
+            let p = _mm512_insertf64x4::<1>(_mm512_castpd256_pd512(row!(i)), row!(i + 8));
+            let q = _mm512_insertf64x4::<1>(_mm512_castpd256_pd512(row!(i + 4)), row!(i + 12));
+            a[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(p, low, q));
+            b[i] = _mm512_castpd_ps(_mm512_permutex2var_pd(p, high, q));
+        }
+        let (a, b) = (transposed(a), transposed(b));
+        [a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]]
+    }
+}
+
+/// Sums of binary16 numbers.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn add_halves(a: I, b: I) -> I {
+    let sum: I;
+    // SAFETY: the caller has AVX-512 FP16, whose intrinsics the oldest supported compiler lacks.
+    unsafe {
+        asm!(
+            "vaddph {sum}, {a}, {b}",
+            sum = lateout(zmm_reg) sum, a = in(zmm_reg) a, b = in(zmm_reg) b,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// See [`Simd::three_inst`]: products in 16 bits, sums in binary16.
+#[inline(always)]
+unsafe fn three_inst(states: I) -> [F; 2] {
+    const MUL: u32 = 89_226_354;
+    const ADD: u32 = 64_248_484;
+    // SAFETY: the caller has AVX-512 BW and FP16.
+    unsafe {
+        let low = _mm512_mullo_epi16(states, _mm512_set1_epi16(MUL as i16));
+        let low = _mm512_add_epi16(low, _mm512_set1_epi16(ADD as i16));
+        let carry = _mm512_cmplt_epu16_mask(low, _mm512_set1_epi16(ADD as i16));
+        let high = _mm512_mullo_epi16(states, _mm512_set1_epi16((MUL >> 16) as i16));
+        let high = _mm512_add_epi16(high, _mm512_mulhi_epu16(states, _mm512_set1_epi16(MUL as i16)));
+        let high = _mm512_add_epi16(high, _mm512_set1_epi16((ADD >> 16) as i16));
+        let high = _mm512_mask_add_epi16(high, carry, high, _mm512_set1_epi16(1));
+        let (own, flips) = (_mm512_set1_epi16(0x8FFF_u16 as i16), _mm512_set1_epi16(0x3B60));
+        // (x & own) ^ flips
+        let low = _mm512_ternarylogic_epi32::<0x78>(flips, low, own);
+        let high = _mm512_ternarylogic_epi32::<0x78>(flips, high, own);
+        let sum = add_halves(low, high);
+        let apart: [u16; 32] = std::array::from_fn(|i| (i % 16 * 2 + i / 16) as u16);
+        let sum = _mm512_permutexvar_epi16(_mm512_loadu_si512(apart.as_ptr().cast()), sum);
+        [_mm512_cvtph_ps(_mm512_castsi512_si256(sum)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(sum))]
+    }
+}
+
+#[inline(always)]
+unsafe fn funnel16(now: I, next: I, n: usize) -> I {
+    // SAFETY: the caller has AVX-512 VBMI2.
+    unsafe {
+        macro_rules! by {
+            ($($n:literal),*) => {
+                match n {
+                    $( $n => _mm512_shldi_epi16::<$n>(now, next), )*
+                    _ => _mm512_shldv_epi16(now, next, _mm512_set1_epi16(n as i16)),
+                }
+            };
+        }
+        by!(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
     }
 }
 
@@ -160,7 +262,8 @@ macro_rules! common {
                 let (low, high) = (_mm512_castpd_ps(low), _mm512_castpd_ps(high));
                 [_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)]
             };
-            quads(table: *const f32, at: *const u16) -> [F; 4] = quads(table, at);
+            quads(table: *const f32, at: *const u16) -> [F; 4] = quads::<false>(table, at, at);
+            quad_sums(table: *const f32, at: *const u16, more: *const u16) -> [F; 4] = quads::<true>(table, at, more);
             repeat16(p: *const u8) -> I = _mm512_broadcast_i32x4(_mm_loadu_si128(p.cast()));
             shuffle(table: I, u: I) -> I = _mm512_shuffle_epi8(table, u);
             pick(u: I, bit: u8, a: I, b: I) -> I =
@@ -168,6 +271,11 @@ macro_rules! common {
             xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+        }
+        #[inline(always)]
+        unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [F; 8] {
+            // SAFETY: the trait's contract.
+            unsafe { octets::<SUMS>(table, at, more) }
         }
     };
 }
@@ -198,5 +306,27 @@ unsafe impl Simd for Avx512Vnni {
     ops! {
         dot(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
         dot7(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
+    }
+}
+
+// SAFETY: intrinsics and instructions of the features that `Isa::Amx` stands for.
+unsafe impl Simd for Avx512Tiles {
+    const WIDE_DOT: bool = true;
+    common!();
+    ops! {
+        dot(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
+        dot7(acc: I, u: I, s: I) -> I = _mm512_dpbusd_epi32(acc, u, s);
+        funnel16(now: I, next: I, n: usize) -> I = funnel16(now, next, n);
+        three_inst(states: I) -> Option<[F; 2]> = Some(three_inst(states));
+        round_pairs(even: F, odd: F) -> I = super::amx::round_pairs(even, odd);
+        table64(p: *const u8) -> [I; 4] = [_mm512_loadu_si512(p.cast()); 4];
+        look64(table: &[I; 4], u: I) -> I = _mm512_permutexvar_epi8(u, table[0]);
+        table_of_halves(p: *const u8) -> [I; 4] = {
+            let all: [u8; 64] = std::array::from_fn(|u| u as u8);
+            let half = Avx512Vnni::look_halves(&Avx512Vnni::table_of_halves(p), _mm512_loadu_si512(all.as_ptr().cast()));
+            [half[0], half[1], half[0], half[1]]
+        };
+        look_halves(table: &[I; 4], u: I) -> [I; 2] =
+            [_mm512_permutexvar_epi8(u, table[0]), _mm512_permutexvar_epi8(u, table[1])];
     }
 }

@@ -1,0 +1,65 @@
+//! Integer products by tiles of weights whose integers take two bytes.
+use crate::buf::Buf;
+use crate::error::Result;
+use crate::gemm::{grown, IntJob};
+use crate::kernel::x86::{amx, halves};
+use crate::kernel::ScalePtr;
+use crate::pack::{BLOCK, PANEL};
+
+/// Blocks of K that are unpacked at a time: 64 KiB of the second-level cache, so that sums are fetched and stored seldom.
+const WINDOW: usize = 32;
+
+impl IntJob<'_> {
+    /// Adds the products of some blocks to float sums, or to `RAW` int32 sums of all of K; `c` has whole tiles.
+    pub(crate) fn halved_tiles<const RAW: bool>(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: *mut f32,
+        ldc: usize,
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
+        let per = if RAW { 1 } else { self.segs.blocks().max(1) };
+        let window = ((WINDOW / per).max(1) * per).min(blocks.max(1));
+        let buf = grown(bytes, window * self.w.unpacked_block())?.as_mut_ptr();
+        // SAFETY: the plan chose tiles, so permission was granted; the buffer holds a window, `c` whole tiles.
+        unsafe {
+            let _tiles = amx::Tiles::new(if RAW { BLOCK } else { self.segs.len.min(BLOCK) });
+            for k in (0..blocks).step_by(window) {
+                let n = window.min(blocks - k);
+                for p in 0..np {
+                    // What finishes raw sums takes the zero away.
+                    self.unpack(p0 + p, b0 + k, n, !RAW, buf);
+                    let scales = if RAW { ScalePtr::F32(std::ptr::null()) } else { self.scales(p0 + p) };
+                    for m in (0..rows).step_by(16) {
+                        let act = self.act.rows((m0 + m) / 16, b0 + k);
+                        let a = amx::TileGrp {
+                            a0: act.codes,
+                            a1: std::ptr::null(),
+                            b: [buf.cast_const(); 2],
+                            steps: n,
+                            seg_steps: self.segs.blocks(),
+                            parts: BLOCK / self.segs.len.clamp(1, BLOCK),
+                            seg0: k * BLOCK / self.segs.len,
+                            seg_group: self.segs.group.as_ptr(),
+                            scales: [scales; 2],
+                            zeros: [std::ptr::null(); 2],
+                            fzeros: [std::ptr::null(); 2],
+                            act0: act,
+                            act1: act,
+                            c: c.add(m * ldc + p * PANEL),
+                            ldc,
+                            dbl: 0,
+                        };
+                        halves::kernel(!act.scales.is_null(), RAW)(&a);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,110 @@
+//! Tiles of integers beyond a byte: two products for each step, of the low and of the high halves, put together in int32.
+use super::amx::{TileFn, TileGrp};
+use super::avx512::Avx512Vnni as V;
+use crate::kernel::generic;
+use crate::kernel::simd::Simd;
+use std::arch::asm;
+
+/// The products of a segment of `$n` steps from nothing, low halves before high ones. Neighbours are given different tiles.
+macro_rules! products {
+    ($low:tt, $high:tt, $x:tt, $a:expr, $b:expr, $n:expr, $o:expr) => {
+        asm!(
+            concat!("tilezero ", $low),
+            concat!("tilezero ", $high),
+            "2:",
+            concat!("tileloadd ", $x, ", [{a} + {s}]"),
+            "tileloadd tmm6, [{b} + {s}]",
+            concat!("tdpbssd ", $low, ", ", $x, ", tmm6"),
+            "tileloadd tmm7, [{b} + {s} + 1024]",
+            concat!("tdpbssd ", $high, ", ", $x, ", tmm7"),
+            "add {a}, 1024",
+            "add {b}, 2048",
+            "dec {n}",
+            "jnz 2b",
+            concat!("tilestored [{o} + {s}], ", $low),
+            concat!("tilestored [{o} + {s} + 1024], ", $high),
+            a = inout(reg) $a => _, b = inout(reg) $b => _, n = inout(reg) $n => _,
+            o = in(reg) $o, s = in(reg) 64usize,
+            out($low) _, out($high) _, out($x) _, out("tmm6") _, out("tmm7") _,
+            options(nostack),
+        )
+    };
+}
+
+/// 16 rows by the first panel of a [`TileGrp`], whose steps are 2 KiB of signed halves: `c = fma(f32(16*high + low), s, c)` for
+/// its segments; `RAW`: one segment, added to int32 sums. Sums stay in registers, and a segment is added while the tiles work on
+/// the next.
+#[inline(always)]
+unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp) {
+    #[repr(align(64))]
+    #[allow(dead_code)]
+    struct Ring([[i32; 512]; 2]);
+    // SAFETY: as the contract of `kernel` says.
+    unsafe {
+        let mut ring = std::mem::MaybeUninit::<Ring>::uninit();
+        let ring = ring.as_mut_ptr().cast::<i32>();
+        let (count, per) = match (RAW, a.seg_steps) {
+            (true, _) => (1, a.steps),
+            (_, 0) => (a.steps * a.parts, 0),
+            (_, per) => (a.steps.div_ceil(per), per),
+        };
+        let mut f = [V::splatf(0.0); 16];
+        for (r, f) in f.iter_mut().enumerate() {
+            *f = V::loadf(a.c.add(r * a.ldc));
+        }
+        for i in 0..=count {
+            if i < count {
+                let (x, w, n) = if per == 0 {
+                    let (step, part) = (i / a.parts, i % a.parts);
+                    (step * 1024 + part * 64 / a.parts, step * 2048 + part * 1024 / a.parts, 1)
+                } else {
+                    (i * per * 1024, i * per * 2048, per.min(a.steps - i * per))
+                };
+                let (x, w, o) = (a.a0.add(x), a.b[0].add(w), ring.add(i % 2 * 512));
+                if i % 2 == 0 {
+                    products!("tmm0", "tmm1", "tmm4", x, w, n, o);
+                } else {
+                    products!("tmm2", "tmm3", "tmm5", x, w, n, o);
+                }
+            }
+            if i > 0 {
+                let seg = a.seg0 + i - 1;
+                let s = if RAW {
+                    V::splatf(1.0)
+                } else {
+                    generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16)
+                };
+                let rows = a.act0.scales.wrapping_add(seg * a.act0.rows);
+                for (r, f) in f.iter_mut().enumerate() {
+                    let at = ring.add((i - 1) % 2 * 512 + r * 16);
+                    let d = V::add(V::load(at.cast()), V::shl32(V::load(at.add(256).cast()), 4));
+                    *f = if RAW {
+                        V::from_bits(V::add(V::bits(*f), d))
+                    } else {
+                        let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
+                        V::fma(V::cvt(d), s, *f)
+                    };
+                }
+            }
+        }
+        for (r, f) in f.iter().enumerate() {
+            V::storef(a.c.add(r * a.ldc), *f);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn entry<const ACT: bool, const RAW: bool>(a: &TileGrp) {
+    // SAFETY: as the caller says.
+    unsafe { body::<ACT, RAW>(a) }
+}
+
+/// The kernel of 16 rows by the first panel for groups of activations or none, or for one segment whose int32 sums `c` holds.
+/// Tiles are configured for a segment, or for 64 places.
+pub fn kernel(act_groups: bool, raw: bool) -> TileFn {
+    match (act_groups, raw) {
+        (_, true) => entry::<false, true>,
+        (false, false) => entry::<false, false>,
+        (true, false) => entry::<true, false>,
+    }
+}
