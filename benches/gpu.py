@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import cupy
 import gpu_peers
+import gpu_results
+import report
 
 import nibblas as nb
 from nibblas.cuda import Storage
@@ -226,8 +229,11 @@ def bit_rows() -> list[tuple[int, int, int, int]]:
     return [(b, *size) for b in (1, 2) for size in sizes]
 
 
-def bits_entry(bits: int, n: int, k: int, m: int) -> dict[str, Any]:
-    """Time the raw sums of two bipolar tensors, both packed; the weights are not rotated."""
+def bits_entries(bits: int, n: int, k: int, m: int) -> list[dict[str, Any]]:
+    """Time the raw sums of two bipolar tensors, both packed; the weights are not rotated.
+
+    For few rows also from float16, quantising them as part of the work.
+    """
     sides = [
         nb.QTensor._wrap(Storage(random_storage(f"bipolar{bits}", r, k, r), 0)) for r in (m, n)
     ]
@@ -237,33 +243,98 @@ def bits_entry(bits: int, n: int, k: int, m: int) -> dict[str, Any]:
     want = x[: min(m, 64)].codes().astype(np.int64) @ w[-64:].codes().astype(np.int64).T
     if (y[: min(m, 64), -64:].get() != want).any():
         raise AssertionError(f"bipolar{bits}: wrong sums")
-    us = microseconds([lambda: nb.matmul(x, w.T, dtype=np.int32, out=y)])
-    row = f"nibblas W{bits}A{bits} bit planes, raw sums"
-    return {"row": row, "n": n, "k": k, "m": m, "us": us, "tops": 2.0 * m * n * k / us / 1e6}
+    name = f"nibblas W{bits}A{bits} bit planes, "
+    timed = {"raw sums": microseconds([lambda: nb.matmul(x, w.T, dtype=np.int32, out=y)])}
+    if m <= 16:
+        half, form = random_half(m, k), f"bipolar{bits}"
 
+        def both() -> None:
+            nb.cuda.activations(half, form).matmul(w.T, dtype=np.int32, out=y)
 
-def write(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
-    """Write the rows so far as JSON and as a table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = name.lower().replace(" ", "-")
-    record = {"device": name, "cupy": cupy.__version__, "rows": table}
-    (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [
-        f"# {name}",
-        "",
-        "Made by `python benches/gpu.py --out benches/results`; how is said in its first lines.",
-        "",
-        "| row | N x K | M | us | x cuBLAS f16 | GB/s | T/s |",
-        "|---|---|---|---|---|---|---|",
+        both()
+        want = nb.quantize(half.get(), form).codes().astype(np.int64)
+        if (y[:, -64:].get() != want @ w[-64:].codes().astype(np.int64).T).any():
+            raise AssertionError(f"bipolar{bits}: wrong sums from float16")
+        timed["from float16"] = microseconds([both])
+    flops = 2.0 * m * n * k
+    return [
+        {"row": name + what, "n": n, "k": k, "m": m, "us": us, "tops": flops / us / 1e6}
+        for what, us in timed.items()
     ]
-    for r in sorted(table, key=lambda r: (r["n"], r["k"], r["m"], r["row"])):
-        ratio = f"{r['x']:.2f}" if "x" in r else ""
-        rate = f"{r['gb_s']:.0f}" if "gb_s" in r else ""
-        lines.append(
-            f"| {r['row']} | {r['n']}x{r['k']} | {r['m']} | {r['us']:.2f} | {ratio} | {rate} | "
-            f"{r['tops']:.0f} |"
-        )
-    (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+
+
+FIRST = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import numpy as np, cupy, nibblas as nb
+q = nb.quantize(np.ones((256, 512), np.float32), "int4_g128").to("cuda:0")
+for m in (1, 200):
+    x, out = cupy.ones((m, 512), np.float16), cupy.ones((m, 256), np.float16)
+    cupy.cuda.Device().synchronize()
+    start = time.perf_counter()
+    nb.matmul(x, q.T, out=out)
+    cupy.cuda.Device().synchronize()
+    print(time.perf_counter() - start)
+"""
+
+
+def host_rows() -> list[dict[str, Any]]:
+    """Return what the host spends: on calls, and on a kernel the first time it is used."""
+    q = nb.QTensor._wrap(Storage(random_storage("int4_g128", 64, 128), 0))
+    x, y = random_half(1, 128), cupy.empty((1, 64), np.float16)
+    empty = cupy.RawKernel('extern "C" __global__ void empty() {}', "empty")
+    calls: dict[str, Callable[[], Any]] = {
+        "nibblas product": lambda: nb.matmul(x, q.T, out=y),
+        "nibblas.cuda.graph of it": nb.cuda.graph(lambda: nb.matmul(x, q.T, out=y)),
+        "CuPy RawKernel, empty": lambda: empty((1,), (32,), ()),
+    }
+    table = []
+    for name, call in calls.items():
+        call()
+        times = []
+        for _ in range(25):
+            # Few enough for the queue of the device to take them.
+            cupy.cuda.Device().synchronize()
+            start = time.perf_counter()
+            for _ in range(200):
+                call()
+            times.append((time.perf_counter() - start) / 200 * 1e6)
+        table.append({"row": name, "us": statistics.median(times)})
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first product, compiling", "first product, from the cache"):
+            run = subprocess.run(
+                [sys.executable, "-c", FIRST, str(Path(nb.__file__).parents[1])],
+                env={**os.environ, "NIBBLAS_CUDA_CACHE": folder},
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+            for m, seconds in zip((1, 200), run.stdout.split(), strict=True):
+                table.append({"row": f"{name}, M = {m}", "us": float(seconds) * 1e6})
+    return table
+
+
+def write(
+    folder: Path, name: str, rows: list[dict[str, Any]], host: list[dict[str, Any]] | None = None
+) -> None:
+    """Write the rows so far as JSON and as a table."""
+    rows = sorted(rows, key=lambda r: (r["n"], r["k"], r["m"], r["row"]))
+    how = "Made by `python benches/gpu.py --out benches/results`; how is said in its first lines."
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "row": lambda r: r["row"],
+        "N x K": lambda r: f"{r['n']}x{r['k']}",
+        "M": lambda r: str(r["m"]),
+        "us": lambda r: f"{r['us']:.2f}",
+        "x cuBLAS f16": lambda r: f"{r['x']:.2f}" if "x" in r else "",
+        "GB/s": lambda r: f"{r['gb_s']:.0f}" if "gb_s" in r else "",
+        "T/s": lambda r: f"{r['tops']:.0f}",
+    }
+    tail = gpu_results.goals(rows)
+    if host:
+        lines = [[r["row"], f"{r['us']:.2f}"] for r in host]
+        tail += "\n## Host\n\n" + report.table(["call", "us"], lines) + "\n"
+    head = [f"# {name}", "", how]
+    gpu_results.write(folder, name, rows, head, columns, tail=tail, more={"host": host or []})
 
 
 def plot(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
@@ -299,7 +370,7 @@ def plot(folder: Path, name: str, table: list[dict[str, Any]]) -> None:
     axes[0][0].set_ylabel("times faster than cuBLAS float16")
     figure.suptitle(name)
     figure.tight_layout()
-    figure.savefig(folder / f"{name.lower().replace(' ', '-')}.png", dpi=100)
+    figure.savefig(folder / f"{gpu_results.stem(name)}.png", dpi=100)
     plt.close(figure)
 
 
@@ -359,12 +430,26 @@ def main() -> None:
             "error": error,
             "plan": str(nb.explain(x, tensors[0].T, compute=compute)),
         }
-        table.append(r)
-        print(
-            f"{r['row']:28s} {n:6d}x{k:<6d} M={m:<5d} {us:9.2f} us  {r['x']:5.2f}x  "
-            f"{r['gb_s']:7.0f} GB/s {r['tops']:7.1f} T/s  err {error:.1e}",
-            flush=True,
-        )
+        found = [r]
+        if compute == "int8" and m >= 1024:
+            # As the peers of these rows are timed.
+            ready = nb.cuda.activations(x)
+            nb.matmul(x, tensors[0].T, compute="int8", out=(twin := cupy.empty_like(y)))
+            if (ready.matmul(tensors[0].T, out=y) != twin).any():
+                raise AssertionError(f"{fmt}: another result with activations quantised before")
+            calls = [lambda q=q, a=ready, y=y: a.matmul(q.T, out=y) for q in tensors]
+            us = microseconds(calls)
+            row, speed = f"{r['row']}, quantised before", 2.0 * m * n * k / us / 1e6
+            found.append({**r, "row": row, "us": us, "x": base[n, k, m] / us, "tops": speed})
+            del found[1]["gb_s"]
+        for r in found:
+            table.append(r)
+            rate = f"{r['gb_s']:7.0f} GB/s" if "gb_s" in r else ""
+            print(
+                f"{r['row']:28s} {n:6d}x{k:<6d} M={m:<5d} {r['us']:9.2f} us  {r['x']:5.2f}x  "
+                f"{rate} {r['tops']:7.1f} T/s  err {error:.1e}",
+                flush=True,
+            )
         if options.out:
             write(options.out, name, table)
     tensors = []
@@ -373,12 +458,17 @@ def main() -> None:
         table.append(r)
         print(f"{r['row']} {r['m']}x4096 {r['us']:.2f} us {r['gb_s']:.0f} GB/s", flush=True)
     for bits, n, k, m in [] if options.only else bit_rows():
-        r = bits_entry(bits, n, k, m)
-        table.append(r)
-        print(f"{r['row']} {n}x{k} M={m} {r['us']:.2f} us {r['tops'] / 1000:.2f} POPS", flush=True)
+        for r in bits_entries(bits, n, k, m):
+            table.append(r)
+            pops = r["tops"] / 1000
+            print(f"{r['row']} {n}x{k} M={m} {r['us']:.2f} us {pops:.2f} POPS", flush=True)
         if options.out:
             write(options.out, name, table)
+    host = [] if options.only else host_rows()
+    for r in host:
+        print(f"host: {r['row']} {r['us']:.2f} us", flush=True)
     if options.out:
+        write(options.out, name, table, host)
         plot(options.out, name, table)
     print(f"{time.perf_counter() - began:.0f} s")
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
 
 import cupy
 import gpu_peers
+import gpu_results
 from gpu import BYTES, copies, cublas, microseconds, random_half, random_storage
 
 import nibblas as nb
@@ -190,26 +190,21 @@ class Table:
 
     def write(self, folder: Path) -> None:
         """Write JSON and a table."""
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = self.device.lower().replace(" ", "-") + "-sparse"
-        record = {"device": self.device, "cupy": cupy.__version__, "rows": self.rows}
-        (folder / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        lines = [
+        head = [
             f"# {self.device}: sparse weights",
             "",
             "Made by `python benches/gpu_sparse.py --out benches/results`; its head says how.",
             "Numbers and int8: 28672 x 7168; groups: 28672 x 8192.",
-            "",
-            "| row | M | us | x dense | goal | GB/s |",
-            "|---|---|---|---|---|---|",
         ]
-        for r in self.rows:
-            rate = f"{r['gb_s']:.0f}" if "gb_s" in r else ""
-            goal = f"{r['goal']}x" if r.get("goal") else ""
-            lines.append(
-                f"| {r['row']} | {r['m']} | {r['us']:.2f} | {r['x']:.2f} | {goal} | {rate} |"
-            )
-        (folder / f"{stem}.md").write_text("\n".join(lines) + "\n")
+        columns: dict[str, Callable[[dict[str, Any]], str]] = {
+            "row": lambda r: r["row"],
+            "M": lambda r: str(r["m"]),
+            "us": lambda r: f"{r['us']:.2f}",
+            "x dense": lambda r: f"{r['x']:.2f}",
+            "goal": lambda r: f"{r['goal']}x" if r.get("goal") else "",
+            "GB/s": lambda r: f"{r['gb_s']:.0f}" if "gb_s" in r else "",
+        }
+        gpu_results.write(folder, self.device, self.rows, head, columns, "-sparse")
 
 
 def race(
