@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
-    if (tid == 0) ring_init(ready, 1, empty, 4 * WG);
+    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * ARRIVALS);
     __syncthreads();
     const int tiles = a.m_blocks * a.n_blocks, levels = a.p + a.q - 1;
     int stage = 0, phase = 0;
@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
-                if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
+                if (held >= 0) ring_release(shared_address(&empty[held]), lane);
                 held = stage;
                 if (++stage == STAGES) {
                     stage = 0;
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             pin(acc);
         }
         // The copies of the next tile need this slot while results leave.
-        if (held >= 0 && lane == 0) barrier_arrive(shared_address(&empty[held]));
+        if (held >= 0) ring_release(shared_address(&empty[held]), lane);
         held = -1;
 #if NB_OUT
         // 64 rows by 32 numbers at a time, in two halves of what the warpgroup has.

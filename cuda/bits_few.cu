@@ -22,7 +22,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     __shared__ u64 ready[STAGES], empty[STAGES];
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     int *parts = (int *)(shared + STAGES * SLOT);
-    if (tid == 0) ring_init(ready, 1, empty, 4);
+    if (tid == 0) ring_init(ready, 1, empty, 4 * ARRIVALS);
     __syncthreads();
 
     if (tid >= THREADS) {
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                                                 k || (i && j < Q - 1) || chunk != group);
             wgmma_commit();
             wgmma_wait<0>();
-            if (lane == 0) barrier_arrive(shared_address(&empty[stage]));
+            ring_release(shared_address(&empty[stage]), lane);
             chunk += KG;
         } while (chunk < a.chunks);
 #pragma unroll

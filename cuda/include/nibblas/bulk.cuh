@@ -12,7 +12,13 @@ DEVICE void barrier_init(u32 bar, int arrivals) {
 }
 // Makes the initialisation visible to the copy engine.
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// Barriers of a ring of slots: what is copied into one completes `ready`, which `fills` threads announce; `users` warps
+// A warp gives a slot back by one arrival, of a lane that has met the others. racecheck follows arrivals thread by thread and
+// does not see such meetings: for it, with NB_EVERY_LANE, each lane arrives for itself.
+#ifndef NB_EVERY_LANE
+#define NB_EVERY_LANE 0
+#endif
+constexpr int ARRIVALS = NB_EVERY_LANE ? 32 : 1; // of a warp, by `ring_release`
+// Barriers of a ring of slots: what is copied into one completes `ready`, which `fills` threads announce; `users` arrivals
 // give it back. A barrier of the block must follow.
 template <int SLOTS> DEVICE void ring_init(u64 (&ready)[SLOTS], int fills, u64 (&empty)[SLOTS], int users) {
 #pragma unroll
@@ -27,6 +33,11 @@ DEVICE void barrier_expect(u32 bar, int bytes) {
 }
 DEVICE void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
+}
+// Gives a slot back, once for a warp; its lanes have read what they need.
+DEVICE void ring_release(u32 empty, int lane) {
+    __syncwarp();
+    if (NB_EVERY_LANE || lane == 0) barrier_arrive(empty);
 }
 DEVICE void barrier_wait(u32 bar, int phase) {
     asm volatile("{\n.reg .pred p;\n"
@@ -78,6 +89,16 @@ DEVICE void barrier_arrive(u32 bar, int block) {
                  "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
                  "r"(block)
                  : "memory");
+}
+// Gives a slot back to all blocks of a cluster.
+DEVICE void ring_release(u32 empty, int lane, int blocks) {
+    __syncwarp();
+    if (NB_EVERY_LANE) {
+#pragma unroll 1
+        for (int b = 0; b < blocks; b++) barrier_arrive(empty, b);
+    } else if (lane < blocks) {
+        barrier_arrive(empty, lane);
+    }
 }
 // As copy_box, to the same place in every block whose bit is set, completing the barrier at the same place there.
 DEVICE void copy_box(u32 to, const Map *map, u32 bar, int column, int row, u32 blocks) {

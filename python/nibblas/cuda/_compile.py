@@ -34,6 +34,7 @@ def sources() -> dict[str, bytes]:
 def _options(arch: str, defines: tuple[tuple[str, int], ...]) -> tuple[str, ...]:
     return (
         *_OPTIONS,
+        *(["-DNB_EVERY_LANE=1"] if os.environ.get("NIBBLAS_CUDA_RACECHECK") == "1" else []),
         f"--gpu-architecture={arch}",
         *(f"-DNB_{name}={value}" for name, value in defines),
     )
