@@ -48,8 +48,12 @@ extern "C" __global__ void place(const Args a) {
             out[(i64)(3 * m + 1) * a.places + p] = (u16)(__float_as_uint(middle) >> 16);
             out[(i64)(3 * m + 2) * a.places + p] = bf16_of_f32(low);
         } else {
-            // Same type in and out: bits.
-            out[(i64)m * a.places + p] = k < 0 ? 0 : ((const u16 *)a.x)[m * a.x_row + k * a.x_col];
+            u16 v = 0;
+            if (k >= 0 && a.kind == a.out_kind)
+                v = ((const u16 *)a.x)[m * a.x_row + k * a.x_col];
+            else if (k >= 0) // to bfloat16 by name
+                v = bf16_of_f32(load_float(a.x, m * a.x_row + k * a.x_col, a.kind));
+            out[(i64)m * a.places + p] = v;
         }
     }
 }

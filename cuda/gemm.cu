@@ -302,19 +302,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             finish(a, m, n, v);
         };
         if (WK > 1) {
+            // Eight columns at a time: room for all would be missing in the rings.
             float *red = (float *)rest;
-            each([&](int i, int j, int e, int row, int col) {
-                if (col < columns) red[(wk * T + col) * R + row] = value(i, j, e);
-            });
-            __syncthreads();
-            for (int q = tid; q < R * columns; q += THREADS) {
-                float v = red[q];
 #pragma unroll
-                for (int w = 1; w < WK; w++) v = add(v, red[w * R * T + q]);
-                if (whole)
-                    out(q % R, q / R, v);
-                else
-                    mine[q] = v;
+            for (int j = 0; j < NT; j++) {
+                if (j * 8 >= columns) break;
+                if (j) __syncthreads();
+#pragma unroll
+                for (int i = 0; i < WN; i++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        red[(wk * 8 + 2 * t + (e & 1)) * R + (wr * WN + i) * 16 + (e >> 1) * 8 + g] = value(i, j, e);
+                __syncthreads();
+                const int places = R * min(8, columns - j * 8);
+                for (int q = tid; q < places; q += THREADS) {
+                    float v = red[q];
+#pragma unroll
+                    for (int w = 1; w < WK; w++) v = add(v, red[w * R * 8 + q]);
+                    if (whole)
+                        out(q % R, j * 8 + q / R, v);
+                    else
+                        mine[j * 8 * R + q] = v;
+                }
             }
         } else {
             each([&](int i, int j, int e, int row, int col) {
@@ -446,7 +455,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                 if (GROUPED > 1 && (block + 1) % (4 / GROUPED) == 0) {
                     const int q = block / (4 / GROUPED);
                     const int group = chunk * GROUPED + q;
-                    if (group < a.groups)
+                    // After the last group of a row X is 0, and a branch would keep the next block's codes waiting for
+                    // these products.
+                    if (!PARK && !ASCALE)
+                        flush(stage, q, group);
+                    else if (group < a.groups)
                         flush(stage, q, group);
                     else
                         clear();

@@ -11,12 +11,12 @@
 // int8 products of codes that stand for u - 2^(BITS-1): LIFT leaves a code at the top of its byte, where the offset is one
 // bit, and a power of two is taken out of the scale.
 //
-// Where a group ends its sums have to be scaled. PING: there are two sets of sums, and one is scaled a part at a time while
-// products add to the other.
+// Where a group ends its sums have to be scaled. HALVES = 2, for groups of a chunk: the rows of X are multiplied in two halves,
+// a chunk of W at a time, and the sums of one are scaled while products of the other are under way.
 //
-// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu; PING; LIFT;
-// WHOLE: blocks take all of K, as CL > 1 wants it; OUT: Y has 16 bits and aligned rows; RESIDENT: blocks of a
-// multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8 products stand for u - 128.
+// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu; HALVES; LIFT;
+// WHOLE: blocks take all of K, as CL > 1 wants it; CHAIN: they hand sums on in order where they do not; OUT: Y has 16 bits
+// and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8 products stand for u - 128.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -24,7 +24,7 @@
 #include <nibblas/wgmma.cuh>
 
 constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, CL = NB_CL, STAGES = NB_STAGES, MUL = NB_MUL;
-constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, PING = NB_PING, OUT = NB_OUT, WHOLE = NB_WHOLE;
+constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, HALVES = NB_HALVES, OUT = NB_OUT, WHOLE = NB_WHOLE, CHAIN = NB_CHAIN;
 constexpr int LIFT = NB_LIFT ? 8 - BITS : 0;
 
 constexpr int R = 64 * WG, THREADS = 128 * WG; // threads that multiply
@@ -47,7 +47,21 @@ constexpr int OUT_ROW = 64 + 4;   // floats of a row of X on its way out: no two
 constexpr int OUT_PART = OUT ? 8192 : 32 * OUT_ROW * 4; // of a warpgroup; OUT: two times 32 rows of 128 bytes
 constexpr bool FLUSH = GROUPED && !INNER; // sums of a group are scaled when it ends
 constexpr int PER = GROUPED ? 4 / GROUPED : 4; // blocks of 32 k that share a scale, or all
-static_assert(!PING || FLUSH, "only scaled sums need two sets");
+static_assert(HALVES == 1 || (HALVES == 2 && INT && FLUSH && GROUPED == 1), "only scaled sums are to be taken in turns");
+static_assert(!CHAIN || (FLUSH && !WHOLE && CL == 1), "other sums may be cut anywhere");
+
+// What a block goes through, of `rows` blocks of Y that those of one blockIdx.y have.
+template <int CHAINED> struct Walk : Place<1> {
+    DEVICE Walk(const Args &a, int) {
+        // Blocks that take all of K count their own units from 0.
+        const int block = blockIdx.x / CL;
+        const int begin = WHOLE ? 0 : span_start(block, a);
+        start(begin, WHOLE ? (a.per + (block < a.rest)) * a.chunks : span_start(block + 1, a), a.chunks);
+    }
+};
+template <> struct Walk<1> : Chained {
+    DEVICE Walk(const Args &a, int rows) { start(rows, a); }
+};
 
 template <bool I> struct Number {
     typedef float type;
@@ -140,27 +154,23 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     char *leaving = table + Book<ACT>::BYTES + (warp >> 2) * OUT_PART;
     Book<ACT> book;
     book.load(table, a.book, tid, THREADS + EXTRA);
-    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * CL);
+    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * CL * ARRIVALS);
     if (CL > 1)
         cluster_sync();
     else
         __syncthreads();
-    // Blocks that take all of K count their own units from 0.
     const int index = blockIdx.x / CL;
-    const int begin = WHOLE ? 0 : span_start(index, a);
-    const int end = WHOLE ? (a.per + (index < a.rest)) * a.chunks : span_start(index + 1, a);
-    Place<1> here;
-    here.start(begin, end, a.chunks);
+    Walk<CHAIN> here(a, a.row_blocks * ((a.m + T - 1) / T / gridDim.y));
     int stage = 0, phase = 0;
-    // Where a unit lies. Blocks that take all of K go through Y side by side, gridDim.y tiles of X at a time: what these
-    // read stays in the cache.
+    // Where a unit lies. Blocks that take all of K, or hand it on, go through Y side by side, gridDim.y tiles of X at a
+    // time: what these read stays in the cache.
     struct Tile {
         int row_block, m0;
     };
     auto tile_at = [&](int unit) -> Tile {
         int at = unit, pass = 0;
-        if (WHOLE) {
-            at = index + unit * (gridDim.x / CL);
+        if (WHOLE || CHAIN) {
+            if (WHOLE) at = index + unit * (gridDim.x / CL);
             pass = at / a.row_blocks;
             at -= pass * a.row_blocks;
         }
@@ -217,23 +227,20 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     }
 
     if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
-    Sum acc[PING ? 2 : 1][C];
+    constexpr int CH = C / HALVES;
+    Sum acc[HALVES][CH];
     float total[FLUSH ? C : 1];
-    u32 w[2][8]; // a block that is multiplied and the one after it
+    u32 w[2][HALVES == 2 ? 16 : 8]; // a block that is multiplied and the one after it, or chunks of blocks of four
     // 1024 or 128, whose lowest bits are worth 1; in a register, for `and_or`.
     u32 magic;
     asm volatile("mov.b32 %0, %1;" : "=r"(magic) : "n"(ACT == ACT_F16 ? 0x64006400 : 0x43004300));
 #pragma unroll
-    for (int i = 0; i < C; i++)
-#pragma unroll
-        for (int set = 0; set <= PING; set++) acc[set][i] = 0;
+    for (int i = 0; i < C; i++) acc[i / CH][i % CH] = 0;
     auto release = [&](int slot) {
-        __syncwarp(); // every lane has read
-        if (CL == 1) {
-            if (lane == 0) barrier_arrive(shared_address(&empty[slot]));
-        } else {
-            if (lane < CL) barrier_arrive(shared_address(&empty[slot]), lane);
-        }
+        if (CL == 1)
+            ring_release(shared_address(&empty[slot]), lane);
+        else
+            ring_release(shared_address(&empty[slot]), lane, CL);
     };
     Words<BITS> words;
     u32 by[2][2]; // [row][step]
@@ -280,7 +287,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             set_centre(1, ((const u8 *)a.zeros)[n + 8]);
         }
     };
-    auto decode = [&](int block) {
+    auto decode = [&](int block, u32 *r) {
         if (INNER && block % PER == 0) {
             const u8 *t = (const u8 *)shared + stage * SLOT + S_AT + block / PER * R + warp * 16;
             times[0] = t[g];
@@ -295,7 +302,6 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             set_centre(0, z[g]);
             set_centre(1, z[g + 8]);
         }
-        u32 *r = w[block & 1];
 #pragma unroll
         for (int step = 0; step < 2; step++) {
             if (BYTES) {
@@ -330,104 +336,138 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             }
         }
     };
+    // The first block of a chunk, or all of it.
+    auto decode_ahead = [&](u32 *r) {
+#pragma unroll
+        for (int block = 0; block < (HALVES == 2 ? 4 : 1); block++) decode(block, r + 4 * block);
+    };
     load(tile_at(here.row_block).row_block, !here.done());
-    decode(0);
+    decode_ahead(w[0]);
     int turn = 0; // which half of `leaving` is written next
     while (!here.done()) {
         const int row_block = tile_at(here.row_block).row_block, m0 = tile_at(here.row_block).m0;
+        const Chain<THREADS> chain(a, R * T);
         if (FLUSH)
 #pragma unroll
             for (int i = 0; i < C; i++) total[FLUSH ? i : 0] = 0.0f;
+        if (CHAIN && here.first) {
+            chain.take();
+#pragma unroll
+            for (int i = 0; i < C; i++) total[FLUSH ? i : 0] = __ldcg(chain.before() + i * THREADS + tid);
+        }
         int fresh = 1; // the next product starts the sums anew
         int held = -1; // the slot of the chunk before, whose last products may be under way
         int left = GROUPED == 1 ? a.chunks_per_group - here.chunk % a.chunks_per_group : 1; // chunks of the group
-        int pending = 0; // PING: there is a group before, with scales s0 and s1
-        float s0 = 1.0f, s1 = 1.0f;
-        // Adds sums from `from` on, scaled.
-        auto flush = [&](Sum (&sums)[C], int from, int count) {
+        float s0 = 1.0f, s1 = 1.0f; // scales of the group
+        // Adds the sums of a half, scaled.
+        auto flush = [&](int half) {
 #pragma unroll
-            for (int i = from; i < from + count; i++) {
-                pin(sums[i]);
-                float &y = total[FLUSH ? i : 0];
-                y = __fmaf_rn((float)sums[i], i & 2 ? s1 : s0, y);
+            for (int i = 0; i < CH; i++) {
+                pin(acc[half][i]);
+                float &y = total[FLUSH ? half * CH + i : 0];
+                y = __fmaf_rn((float)acc[half][i], i & 2 ? s1 : s0, y);
             }
         };
-        // Multiplies a chunk. PING: its first group has the sums `set`.
-        auto step = [&](auto set, int chunk) {
+        auto read_scales = [&](const char *slot, int q) {
+            const char *s_at = slot + S_AT + (q * R + warp * 16) * SB;
+            s0 = scale_of(s_at, g);
+            s1 = scale_of(s_at, g + 8);
+        };
+        // Where X of a slot lies. The compiler is to see that a warp has one.
+        auto x_of = [&](const char *slot) { return describe(__shfl_sync(0xffffffffu, shared_address(slot), 0)); };
+        // Goes on to the next slot, and reads what is there.
+        auto advance = [&](bool last, u32 *r) {
+            if (++stage == STAGES) {
+                stage = 0;
+                phase ^= 1;
+            }
+            const int after = last ? here.after(a.chunks) : here.row_block;
+            load(tile_at(max(after, 0)).row_block, after >= 0);
+            decode_ahead(r);
+        };
+        // Multiplies a chunk.
+        auto step = [&](int chunk) {
             const int at_hand = stage;
             const char *slot = shared + at_hand * SLOT;
-            // The compiler is to see that a warp has one.
-            const u64 x_at = describe(__shfl_sync(0xffffffffu, shared_address(slot), 0));
-            const bool last = chunk + 1 == here.stop;
+            const u64 x_at = x_of(slot);
             const bool ends = !INT || --left == 0 || chunk == a.chunks - 1; // whether the sums have to be scaled now
             if (left == 0) left = a.chunks_per_group;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 u32 *r = w[block & 1];
-                Sum (&sums)[C] = acc[PING ? (set.value + block / PER) & 1 : 0];
-                const int add = PING ? block % PER != 0 : !fresh;
                 wgmma_fence();
                 if (BYTES) {
-                    Wgmma<ACT, T>::multiply(sums, r, x_at + block * 2, add);
+                    Wgmma<ACT, T / HALVES>::multiply(acc[0], r, x_at + block * 2, !fresh);
                 } else {
                     const u64 at = x_at + (block >> 1) * (T * 128 / 16) + (block & 1) * 4;
-                    Wgmma<ACT, T>::multiply(sums, r, at, add);
-                    Wgmma<ACT, T>::multiply(sums, r + 4, at + 2, 1);
+                    Wgmma<ACT, T / HALVES>::multiply(acc[0], r, at, !fresh);
+                    Wgmma<ACT, T / HALVES>::multiply(acc[0], r + 4, at + 2, 1);
                 }
                 wgmma_commit();
                 fresh = 0;
                 // The registers of the block before are free now, and the slot of the chunk before.
                 wgmma_wait<1>();
                 if (block == 0 && held >= 0) release(held);
-                if (block < 3) {
-                    decode(block + 1);
-                } else {
-                    if (++stage == STAGES) {
-                        stage = 0;
-                        phase ^= 1;
-                    }
-                    load(tile_at(here.row_block + last).row_block, !last || here.row_block * a.chunks + here.stop < here.end);
-                    decode(0);
-                }
-                const bool group_ends = (block + 1) % PER == 0;
-                const char *s_at = slot + S_AT + (block / PER * R + warp * 16) * SB;
-                if (PING) {
-                    if (pending) flush(acc[(set.value + block / PER + 1) & 1], block % PER * (C / PER), C / PER);
-                    if (group_ends) {
-                        s0 = scale_of(s_at, g);
-                        s1 = scale_of(s_at, g + 8);
-                        pending = 1;
-                    }
-                } else if (FLUSH && group_ends && (GROUPED > 1 || ends)) {
-                    s0 = scale_of(s_at, g);
-                    s1 = scale_of(s_at, g + 8);
+                if (block < 3)
+                    decode(block + 1, w[(block + 1) & 1]);
+                else
+                    advance(chunk + 1 == here.stop, w[0]);
+                if (FLUSH && (block + 1) % PER == 0 && (GROUPED > 1 || ends)) {
+                    read_scales(slot, block / PER);
                     wgmma_wait<0>();
-                    flush(acc[0], 0, C);
+                    flush(0);
                     fresh = 1;
                 }
             }
             held = at_hand;
         };
-        auto finish = [&](auto set) {
-            wgmma_wait<0>();
-            if (PING)
-                flush(acc[PING ? (set.value + 3 / PER) & 1 : 0], 0, C);
-            else
-                pin(acc[0]);
+        // Multiplies a chunk that is a group, in two halves; its codes are in w[SET].
+        auto step_halves = [&](auto set, int chunk) {
+            const int at_hand = stage;
+            const char *slot = shared + at_hand * SLOT;
+            const u64 x_at = x_of(slot);
+            auto multiply = [&](int half) {
+                wgmma_fence();
+#pragma unroll
+                for (int block = 0; block < 4; block++)
+                    Wgmma<ACT, T / HALVES>::multiply(acc[half], w[set.value] + 4 * block,
+                                                     x_at + half * (T / HALVES * 128 / 16) + block * 2, block > 0);
+                wgmma_commit();
+            };
+            multiply(0);
+            wgmma_wait<1>();
+            if (held >= 0) {
+                release(held);
+                flush(HALVES - 1);
+            }
+            multiply(HALVES - 1);
+            read_scales(slot, 0);
+            advance(chunk + 1 == here.stop, w[1 - set.value]);
+            wgmma_wait<1>();
+            flush(0);
+            held = at_hand;
         };
-        if (!PING || PER < 4) {
-            for (int chunk = here.chunk; chunk < here.stop; chunk++) step(Const<0>(), chunk);
-            finish(Const<0>());
-        } else { // a chunk is one group: the next has the other sums
+        if constexpr (HALVES == 1) {
+            for (int chunk = here.chunk; chunk < here.stop; chunk++) step(chunk);
+            wgmma_wait<0>();
+            pin(acc[0]);
+        } else {
+            auto finish = [&]() {
+                wgmma_wait<0>();
+                flush(HALVES - 1);
+            };
             for (int chunk = here.chunk;;) {
-                step(Const<0>(), chunk);
+                step_halves(Const<0>(), chunk);
                 if (++chunk == here.stop) {
-                    finish(Const<0>());
+                    finish();
+                    // The next run begins with w[0].
+#pragma unroll
+                    for (int i = 0; i < 16; i++) w[0][i] = w[HALVES - 1][i];
                     break;
                 }
-                step(Const<1>(), chunk);
+                step_halves(Const<1>(), chunk);
                 if (++chunk == here.stop) {
-                    finish(Const<1>());
+                    finish();
                     break;
                 }
             }
@@ -526,8 +566,12 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
         };
 #endif
         const Share share(a, row_block, R * T);
-        bool out = whole;
-        if (!whole) {
+        bool out = CHAIN ? here.stop == a.chunks : whole;
+        if (CHAIN && !out) {
+#pragma unroll
+            for (int i = 0; i < C; i++) chain.mine()[i * THREADS + tid] = total[FLUSH ? i : 0];
+            chain.give();
+        } else if (!CHAIN && !whole) {
             // Threads keep their own outputs: the last block adds in registers.
             float *mine = share.slot(blockIdx.x, a);
 #pragma unroll
@@ -540,7 +584,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                 float v[16];
 #pragma unroll
                 for (int i = 0; i < 16; i++) v[i] = bits(from + i);
-                if (!whole)
+                if (!CHAIN && !whole)
 #pragma unroll
                     for (int i = 0; i < 16; i++) {
                         const int place = (from + i) * THREADS + tid;

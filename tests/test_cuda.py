@@ -134,7 +134,10 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     limit = 232448 if wgmma or bits % 2 else 101376
                     p = problem(m, n, k, act, bits, grouped, wgmma=wgmma, limit=limit)
                     plan = _plan.plan(p)
+                    chained = ("CHAIN", 1) in plan.defines
                     passes = plan.units // plan.row_blocks if plan.whole else 1
+                    if chained:
+                        passes = -(-m // plan.tokens) // plan.grid[1]
                     assert plan.grid[1] * plan.tokens * passes >= m
                     assert plan.row_blocks * plan.rows * plan.cluster >= n
                     assert plan.whole or plan.cluster == 1
@@ -142,8 +145,23 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     assert plan.shared <= limit - 256
                     assert plan.threads <= 1024
                     if p.ordered:
-                        assert plan.whole
+                        assert plan.whole or chained
                     assert str(plan).startswith(plan.nest)
+
+
+@pytest.mark.parametrize(("m", "n"), [(600, 14336), (1024, 28672), (2048, 4096), (5000, 12700)])
+def test_sums_that_are_handed_on(m: int, n: int) -> None:
+    """Rounds of whole rows and then spans of at least one: together all of the work."""
+    plan = _plan.plan(problem(m, n, 4096, 2, 4, 1, wgmma=True, lift=True, lines=True))
+    assert ("CHAIN", 1) in plan.defines
+    blocks, side = plan.grid
+    tiles = -(-m // plan.tokens)
+    assert tiles % side == 0
+    rows = plan.row_blocks * (tiles // side)
+    whole = max(rows // blocks - 1, 0) * blocks
+    assert whole * 32 + plan.units == rows * 32
+    assert plan.units // blocks >= 32  # of one row
+    assert blocks * side <= 132
 
 
 def test_zero_points_that_do_not_fit_a_byte_take_another_nest() -> None:
@@ -245,7 +263,7 @@ def check(name: str, plan: Any, instruction: str) -> None:
 @pytest.mark.parametrize(
     ("m", "act", "bits", "grouped", "worth"),
     [
-        *((m, act, 4, 1, LINE) for m in (1, 16, 64, 128, 1024) for act in (0, 2)),
+        *((m, act, 4, 1, LINE) for m in (1, 16, 64, 128, 1024, 4096) for act in (0, 2)),
         *((m, 2, 8, 0, LINE) for m in (64, 2048)),
         *((m, 0, 4, 4, PAIRS) for m in (1, 128)),
         (16, 0, 6, 1, FLOAT),

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -454,6 +460,49 @@ def test_graph(compute: str) -> None:
             check_float(y, values, q)
 
 
+def test_nothing_waits() -> None:
+    """A product returns while the device is still busy with what came before."""
+    d = tensor("int4_g128", 512, 2048).to("cuda:0")
+    c = cupy.asarray(activations(40, 2048, np.float16))
+    spin = cupy.RawKernel(
+        r"""extern "C" __global__ void spin(long long cycles) {
+            const long long start = clock64();
+            while (clock64() - start < cycles) {}
+        }""",
+        "spin",
+    )
+    for compute in ("f32", "int8"):
+        nb.matmul(c, d.T, compute=compute)  # compiles
+        spin((1,), (1,), (1,))
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            nb.matmul(c, d.T, compute=compute)
+            stream.synchronize()
+            spin((1,), (1,), (400_000_000,))
+            y = nb.matmul(c, d.T, compute=compute)
+            assert not stream.done
+            stream.synchronize()
+        np.testing.assert_array_equal(y.get(), nb.matmul(c, d.T, compute=compute).get())
+
+
+def test_sums_that_are_handed_on() -> None:
+    """Many rows of X and groups in order: spans end inside of K."""
+    for m, n, k, fmt in [
+        (600, 12700, 384, "int4_g128"),
+        (1600, 4096, 640, "uint4_g64"),
+        (2048, 4096, 512, "int8_g32"),
+    ]:
+        q = tensor(fmt, n, k, m)
+        d, x = q.to("cuda:0"), activations(m, k, np.float16, m)
+        bias = np.linspace(-1, 1, n, dtype=np.float32)
+        plan = nb.explain(cupy.asarray(x), d.T, compute="int8")
+        if nb.cuda._launch.has_wgmma(0):
+            assert "CHAIN=1" in str(plan)
+        want = nb.matmul(x, q.T, compute="int8", bias=bias)
+        for _ in range(3):  # the flags are as they were
+            same_bits(nb.matmul(cupy.asarray(x), d.T, compute="int8", bias=bias), want)
+
+
 def test_batch_invariance() -> None:
     """A row does not depend on the others, within one plan; integers never."""
     d = tensor("int4_g128", 256, 1024).to("cuda:0")
@@ -466,6 +515,16 @@ def test_batch_invariance() -> None:
     a = (cupy.asarray(x[:1]) @ d.T).get()
     b = (cupy.asarray(x[:8]) @ d.T).get()
     np.testing.assert_array_equal(a[0], b[0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, BF16])
+def test_compute_bf16(dtype: Any) -> None:
+    """Activations of every type are rounded to bfloat16, once."""
+    for m, n, k, fmt in [(9, 130, 1160, "int4_g32"), (40, 64, 256, "int8")]:
+        q = tensor(fmt, n, k, m)
+        x = activations(m, k, dtype, m)
+        got = nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute="bf16", dtype=np.float32)
+        check_float(got, x.astype(np.float32).astype(BF16), q)
 
 
 def test_places_that_do_not_fit() -> None:
@@ -489,6 +548,74 @@ def test_places_that_do_not_fit() -> None:
     long = nb.QTensor.from_parts("int8", np.zeros((1, 200_000), np.int8), np.ones((1, 1)))
     with pytest.raises(ValueError, match="int32"):
         nb.matmul(cupy.ones((1, 200_000)), long.T, compute="int8")
+
+
+def test_operands_of_another_device() -> None:
+    """Refused by their number, before anything reads them."""
+
+    class Elsewhere(cupy.ndarray):
+        device = types.SimpleNamespace(id=1)
+
+    d = tensor("int4_g32", 48, 96).to("cuda:0")
+    x = cupy.ones((2, 96), np.float16)
+    there = copy.copy(d._storage)
+    there.number, there.device = 1, "cuda:1"
+    with pytest.raises(ValueError, match=r"the array on cuda:0, the tensor on cuda:1"):
+        x @ nb.QTensor._wrap(there).T
+    with pytest.raises(ValueError, match="out is on cuda:1"):
+        nb.matmul(x, d.T, out=cupy.empty((2, 48), np.float16).view(Elsewhere))
+    with pytest.raises(ValueError, match="bias is on cuda:1"):
+        nb.matmul(x, d.T, bias=cupy.empty(48, np.float32).view(Elsewhere))
+    with pytest.raises(ValueError, match="norm is on cuda:1"):
+        nb.cuda.activations(x, norm=cupy.ones(96, np.float32).view(Elsewhere))
+
+
+def test_out_of_memory() -> None:
+    """CuPy's exception, a MemoryError or its like, and the tensor works afterwards."""
+    q = tensor("int4_g128", 4096, 256)
+    d, x = q.to("cuda:0"), cupy.ones((4096, 256), np.float32)
+    nb.matmul(x[:4], d.T)
+    pool = cupy.get_default_memory_pool()
+    pool.free_all_blocks()
+    pool.set_limit(size=pool.used_bytes() + (1 << 20))
+    try:
+        for compute in ("f32", "int8"):
+            with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+                nb.matmul(x, d.T, compute=compute)
+        with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
+            tensor("int8", 4096, 1024).to("cuda:0")
+    finally:
+        pool.set_limit(size=0)
+    check_float(nb.matmul(x[:4], d.T), np.ones((4, 256), np.float32), q)
+
+
+FIRST = """
+import time
+import numpy as np, cupy, nibblas as nb
+q = nb.quantize(np.ones((256, 512), np.float32), "int4_g128").to("cuda:0")
+x = [cupy.ones((m, 512), np.float16) for m in (1, 64, 200)]
+out = cupy.ones((200, 256), np.float16)
+cupy.cuda.Device().synchronize()
+for a in x:
+    start = time.perf_counter()
+    nb.matmul(a, q.T, out=out[: len(a)])
+    cupy.cuda.Device().synchronize()
+    print(time.perf_counter() - start)
+"""
+
+
+def test_first_use_of_a_kernel(tmp_path: Path) -> None:
+    """Compiled within 2 s each, and from the cache of another process within 30 ms."""
+    python = str(Path(nb.__file__).parents[1])
+    env = {**os.environ, "NIBBLAS_CUDA_CACHE": str(tmp_path), "PYTHONPATH": python}
+    for most in (2.0, 0.03):
+        run = subprocess.run(
+            [sys.executable, "-c", FIRST], env=env, capture_output=True, text=True, check=True
+        )
+        times = [float(line) for line in run.stdout.split()]
+        print(most, times)
+        assert len(times) == 3
+        assert max(times) < most
 
 
 @pytest.mark.parametrize("element", ELEMENTS)
@@ -554,6 +681,21 @@ def test_torch_tensors() -> None:
     check_float(cupy.from_dlpack(y), x.cpu().numpy(), q)
 
 
+def test_jax_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    jax = pytest.importorskip("jax")
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        pytest.skip("JAX has no CUDA device")
+    q = tensor("int4_g32", 48, 96)
+    host = activations(5, 96, np.float32)
+    x = jax.device_put(host, device)
+    y = nb.matmul(x, q.to("cuda:0").T)
+    assert isinstance(y, jax.Array)
+    check_float(cupy.asarray(np.asarray(y)), host, q)
+
+
 def bipolar(bits: int, n: int, k: int, seed: int) -> nb.QTensor:
     return tensor(f"bipolar{bits}", n, k, seed)
 
@@ -580,7 +722,7 @@ def test_two_tensors_as_integers() -> None:
 
 
 def test_activations_of_int8_are_those_of_products() -> None:
-    for fmt in ("int4_g128", "int8", "uint4_g64", "nf4_g32", "mxfp4", "int4_g32_si8", "nvfp4"):
+    for fmt in ("int4_g128", "int8", "uint4_g64", "nf4_g32", "mxfp4", "int4_g32_si8"):
         for m, k in [(1, 256), (40, 640), (300, 17408)]:
             # Scales of two levels are the quantiser's to choose.
             host = (
@@ -693,8 +835,9 @@ def test_activations_that_are_refused() -> None:
         nb.cuda.activations(x, norm=np.ones(96, np.float32), eps=-1)
     with pytest.raises(TypeError, match="expected floats"):
         nb.cuda.activations(cupy.ones((4, 96), np.int8))
-    with pytest.raises(ValueError, match="side by side"):
-        nb.cuda.activations(x) @ d.T
+    for fmt in ("int4_g48", "nvfp4"):  # groups that are padded
+        with pytest.raises(ValueError, match="side by side"):
+            nb.cuda.activations(x) @ tensor(fmt, 48, 96).to("cuda:0").T
     with pytest.raises(ValueError, match="mismatch in its core dimension"):
         nb.cuda.activations(x[:, :95]) @ d.T
     with pytest.raises(ValueError, match="bipolar tensors"):

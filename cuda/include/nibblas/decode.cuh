@@ -189,6 +189,16 @@ template <int ACT, int BITS, int HALF> DEVICE u32 small_float(u32 q) {
     return v;
 }
 
+// Small floats of four bits as float16, both steps of a word alike: the number is in the upper byte, so a quad is put in
+// order at once and its bytes then go to the halves.
+template <int STEP> DEVICE void small_floats4(u32 word, u32 &low, u32 &high) {
+    constexpr int up = 2 - NB_MANTISSA; // from the nibble to exponent and mantissa in that byte
+    u32 v = shifted<up - 4 * STEP>(word) & (0x0f0f0f0fu << up);
+    v += (v & (0x08080808u << up)) * ((16u >> up) - 1); // the sign goes on to the top
+    low = permute(v, 0, 0x2404);
+    high = v & 0xff00ff00u;
+}
+
 // A fragment of mma.m16n8k16 for one step of a block.
 template <int ACT, int BITS> DEVICE void decode16(const Book<ACT> &book, const Words<BITS> &x, int block, int step, u32 a[4]) {
 #pragma unroll
@@ -198,6 +208,12 @@ template <int ACT, int BITS> DEVICE void decode16(const Book<ACT> &book, const W
             const u32 w = x.w[block * 2 + row];
             low = step ? book.template pair<2>(w) : book.template pair<0>(w);
             high = step ? book.template pair<3>(w) : book.template pair<1>(w);
+        } else if (NB_WORTH == FLOAT && ACT == ACT_F16 && BITS == 4) {
+            const u32 w = x.w[block * 2 + row];
+            if (step)
+                small_floats4<1>(w, low, high);
+            else
+                small_floats4<0>(w, low, high);
         } else if (NB_WORTH == FLOAT) {
             const u32 q = quad<BITS>(x, block, row, step);
             low = small_float<ACT, BITS, 0>(q);

@@ -53,6 +53,8 @@ template <int STEP> struct Place {
     DEVICE bool done() const { return unit >= end; }
     // Whether this is the last step of a run of chunks.
     DEVICE bool last() const { return chunk + STEP >= stop; }
+    // The row block of the next run, or -1.
+    DEVICE int after(int chunks) const { return row_block * chunks + stop < end ? row_block + 1 : -1; }
     DEVICE void next(int chunks) {
         chunk += STEP;
         if (chunk >= stop) finish(chunks);
@@ -117,5 +119,73 @@ struct Share {
             out(q + 2, v.z);
             out(q + 3, v.w);
         }
+    }
+};
+
+// Sums that run along K in order although K is cut: where a span ends inside of a row of chunks, its block hands what it
+// has to the next block, which goes on from there. A span has at least a row of chunks and is gone through backward (K runs
+// forward all the same), so what a block takes was given long before. Whole rows come after the span, one for every block
+// of the grid at a time, `waves` of them; rows are counted through all of Y that the blocks of one blockIdx.y have.
+struct Chained {
+    int begin, unit, waves, row_block = 0, chunk = 0, stop = 0, first = 0;
+    DEVICE void start(int rows, const Args &a) {
+        waves = max(rows / (int)gridDim.x - 1, 0);
+        const int at = waves * gridDim.x * a.chunks;
+        begin = at + span_start(blockIdx.x, a);
+        unit = at + span_start(blockIdx.x + 1, a);
+        enter(a.chunks);
+    }
+    DEVICE int after(int chunks) const {
+        return unit > begin ? (unit - 1) / chunks : waves > 0 ? (waves - 1) * (int)gridDim.x + (int)blockIdx.x : -1;
+    }
+    DEVICE void enter(int chunks) {
+        row_block = after(chunks);
+        if (unit > begin) {
+            first = max(begin - row_block * chunks, 0);
+            stop = unit - row_block * chunks;
+            unit = row_block * chunks + first;
+        } else {
+            waves--;
+            first = 0;
+            stop = chunks;
+        }
+        chunk = first;
+    }
+    DEVICE bool done() const { return row_block < 0; }
+    DEVICE void next(int chunks) {
+        if (++chunk >= stop) enter(chunks);
+    }
+    DEVICE void finish(int chunks) { enter(chunks); }
+};
+
+// How sums are handed on: a warp to the same warp of the next block, by a flag of its own.
+template <int THREADS> struct Chain {
+    float *slots; // a part of `size` for every block, in the order of the threads
+    int *flags, size;
+    DEVICE Chain(const Args &a, int size_) : size(size_) {
+        const i64 block = blockIdx.y * gridDim.x + blockIdx.x;
+        slots = a.work + block * size;
+        flags = a.counters + block * (THREADS / 32) + threadIdx.x / 32;
+    }
+    DEVICE float *mine() const { return slots; }
+    DEVICE const float *before() const { return slots - size; }
+    // Once the warp's part is written.
+    DEVICE void give() const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            __threadfence();
+            atomicExch(flags, 1);
+        }
+    }
+    // Waits for the part of the block before.
+    DEVICE void take() const {
+        if (threadIdx.x % 32 == 0) {
+            int *flag = flags - THREADS / 32;
+            while (atomicAdd(flag, 0) == 0) {
+            }
+            *flag = 0; // as the next launch expects it
+            __threadfence();
+        }
+        __syncwarp();
     }
 };

@@ -17,6 +17,7 @@ from ._plan import CHUNK
 from ._product import (
     _ActArgs,
     _bias,
+    _check_here,
     _export,
     _final,
     _import,
@@ -151,6 +152,7 @@ def _gain(norm: Any, k: int, cupy: ModuleType) -> Any:
     if norm is None:
         return None
     g = _import(norm, cupy) if is_device_array(norm) else cupy.asarray(norm)
+    _check_here(g, "norm", cupy)
     if g.shape != (k,):
         raise ValueError(f"norm must have shape ({k},), one factor per column, got {g.shape}")
     if _kind_of(g.dtype) not in (0, 1, 2):

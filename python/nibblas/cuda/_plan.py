@@ -200,7 +200,9 @@ def choose(p: Problem) -> Cut:
             if p.book > 8192:
                 return Cut(nt, 4, 4, 4 if nt == 1 else 3, stages=3, whole=p.grouped < 2)
             if p.worth == FLOAT and p.bits <= 4:
-                return Cut(1, 4, 4, 4, whole=True) if nt == 1 else Cut(2, 4, 2, 3, resident=2)
+                return Cut(nt, 4, 4, 4, whole=True)
+            if p.worth == FLOAT and nt == 2 and p.grouped > 1:
+                return Cut(nt, 4, 4, 3, whole=True)
             if p.worth == FLOAT and nt == 2 and 0.9 * most <= -(-n // 224) <= most:
                 return Cut(nt, 2, 7, 2, whole=True)
             wk = (4, 3)[nt - 1] if p.worth == LINE else (3, 2)[nt - 1]
@@ -222,7 +224,7 @@ def build(p: Problem, cut: Cut) -> Plan:
     scale_bytes = SCALE_BYTES[p.scale] + (0, 1, 4)[p.zero]
     stage = wr * wk * (wn * 256 * p.bits + p.grouped * wn * 16 * scale_bytes)
     stage += wk * tokens * CHUNK * width
-    rest = wk * rows * tokens * 4 if wk > 1 else 0
+    rest = wk * rows * 8 * 4 if wk > 1 else 0
     if cut.park:
         rest = p.groups * rows * tokens * 4
     rest += p.book + 1024
@@ -272,6 +274,8 @@ class HopperCut(NamedTuple):
     """Blocks that share the activations they fetch, where they take all of K."""
     side: int = 0
     """Blocks side by side along the activations, a divisor of all there are; 0: as many as fit."""
+    chain: bool = False
+    """Whether blocks hand sums that run along K in order to the next one."""
 
 
 def has_hopper(p: Problem) -> bool:
@@ -285,6 +289,13 @@ def has_hopper(p: Problem) -> bool:
     return p.act == F16 or p.bits == 8 or p.zero_top < 128
 
 
+def _prefer_256(p: Problem) -> bool:
+    """Whether 256 activation rows of a block take less time than twice 128, in rounds of blocks."""
+    bands = -(-p.n_padded // 128)
+    long, short = (-(-bands * -(-p.m // t) // p.multiprocessors) for t in (256, 128))
+    return p.m >= 2048 or 1.75 * long <= short
+
+
 def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
     wide = p.n_padded >= 96 * p.multiprocessors
@@ -296,14 +307,22 @@ def choose_hopper(p: Problem) -> HopperCut:
     if p.m <= 128 and not wide:
         return HopperCut(128, 1, 4, resident=2, whole=whole)
     scaled = p.grouped > 0 and p.scale != 3
-    if p.width == 1 and not scaled and (wide or (whole and p.m >= 2048)):
+    if p.width == 1 and not scaled and (wide or (whole and _prefer_256(p))):
         # Without totals beside them a thread has the registers for twice the sums.
         return HopperCut(256, 2, 4, whole=True)
     # Sums of groups become floats meanwhile: that takes warps.
-    return HopperCut(128, 3 if p.ordered and wide and p.m >= 512 else 2, whole=wide)
+    tiles = -(-p.n_padded // 192) * -(-p.m // 128)
+    if p.ordered and p.m >= 512 and p.groups >= p.chunks:
+        # Evens out the rounds of blocks; handing sums on costs some 5 us.
+        worth = 2 if p.chunks < 64 else 1
+        if tiles > worth * p.multiprocessors:
+            return HopperCut(128, 3, chain=True)
+    three = p.m >= 512 if p.ordered else p.m >= 2048 and p.bits < 8 and not p.zero
+    three = three and (p.ordered or p.worth == LINE)
+    return HopperCut(128, 3 if wide and three else 2, whole=wide)
 
 
-def _side(p: Problem, t: int, row_blocks: int, slots: int) -> int:
+def _side(p: Problem, t: int, row_blocks: int, slots: int, chain: bool = False) -> int:
     """Return how many tiles of activations are multiplied at a time.
 
     What they read should stay in the cache, and no block should have more to do than others.
@@ -311,8 +330,9 @@ def _side(p: Problem, t: int, row_blocks: int, slots: int) -> int:
     tiles = -(-p.m // t)
     nbytes = t * p.chunks * CHUNK * p.width
 
-    def rounds(side: int) -> int:
-        return -(-row_blocks * (tiles // side) // max(slots // side, 1))
+    def rounds(side: int) -> float:
+        work, blocks = row_blocks * (tiles // side), max(slots // side, 1)
+        return max(work / blocks, 1) if chain else -(-work // blocks)
 
     some = [s for s in range(1, min(tiles, slots) + 1) if tiles % s == 0]
     some = [s for s in some if s * nbytes <= 18 << 20] or [1]
@@ -337,15 +357,22 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     shared = stages * stage + rest
     resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
     m_blocks = -(-p.m // t)
-    whole = cut.whole or p.ordered
+    whole = (cut.whole or p.ordered) and not cut.chain
     cluster = cut.cluster if whole and row_blocks > 1 else 1
     row_blocks = -(-row_blocks // cluster)
     slots = p.multiprocessors * resident // cluster
-    side = cut.side or (_side(p, t, row_blocks, slots) if whole else m_blocks)
-    units = row_blocks * (m_blocks // side if whole else p.chunks)
+    side = cut.side or (
+        _side(p, t, row_blocks, slots, cut.chain) if whole or cut.chain else m_blocks
+    )
+    rounds = row_blocks * (m_blocks // side)
+    units = rounds if whole else row_blocks * p.chunks
     blocks = min(units, max(1, slots // side))
-    # Pays where conversions of sums take longer than products; two sets of 64 and totals fit.
-    ping = p.act == S8 and p.ordered and p.groups == p.chunks and (t, wg) == (128, 2)
+    if cut.chain:
+        # Whole rounds and, last, spans of at least all of K: no row of chunks meets three blocks.
+        blocks = min(rounds, max(1, slots // side))
+        units = (rounds - max(rounds // blocks - 1, 0) * blocks) * p.chunks
+    # Pays where conversions of sums take longer than products; takes registers.
+    halves = p.act == S8 and p.ordered and p.groups == p.chunks and (t, wg) == (128, 2)
     defines = (
         *p.decode,
         ("T", t),
@@ -353,10 +380,11 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         ("CL", cluster),
         ("STAGES", stages),
         ("MUL", p.mul),
-        ("PING", int(ping)),
+        ("HALVES", 1 + halves),
         ("LIFT", int(p.lift)),
         ("OUT", int(p.lines)),
         ("WHOLE", int(whole)),
+        ("CHAIN", int(cut.chain)),
         ("RESIDENT", resident),
     )
     size = (blocks * cluster, side)

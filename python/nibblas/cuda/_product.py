@@ -99,7 +99,8 @@ def _export(y: Any, like: Any, cupy: Any) -> Any:
     if isinstance(like, cupy.ndarray):
         return y
     root = type(like).__module__.partition(".")[0]
-    module = sys.modules.get(root)
+    # Arrays of JAX are jaxlib's.
+    module = sys.modules.get("jax.numpy" if root in ("jax", "jaxlib") else root)
     convert = getattr(module, "from_dlpack", None) or getattr(
         getattr(module, "dlpack", None), "from_dlpack", None
     )
@@ -329,8 +330,7 @@ def _final(out: Any, shape: tuple[int, ...], result: np.dtype[Any], cupy: Any) -
         if not is_device_array(out):
             raise TypeError(f"return arrays must be arrays of the device, got {_kind(out)}")
         out = _import(out, cupy)
-    if out.device.id != cupy.cuda.Device().id:
-        raise ValueError(f"out is on cuda:{out.device.id}, the operand on another device")
+    _check_here(out, "out", cupy)
     if out.shape != shape:
         raise ValueError(f"matmul: Output operand 0 has shape {out.shape}, the result has {shape}")
     if not np.can_cast(result, out.dtype, "same_kind"):
@@ -338,10 +338,17 @@ def _final(out: Any, shape: tuple[int, ...], result: np.dtype[Any], cupy: Any) -
     return out
 
 
+def _check_here(a: Any, name: str, cupy: Any) -> None:
+    """Raise where an array is not on the current device."""
+    if a.device.id != cupy.cuda.Device().id:
+        raise ValueError(f"{name} is on cuda:{a.device.id}, the operand on another device")
+
+
 def _bias(bias: Any, rows: int, cupy: Any) -> Any:
     if bias is None:
         return None
     b = _import(bias, cupy) if is_device_array(bias) else cupy.asarray(bias)
+    _check_here(b, "bias", cupy)
     if b.dtype.kind not in "fiub" and np.dtype(b.dtype).name != "bfloat16":
         raise TypeError(f"bias of type {b.dtype} is not supported: expected real numbers")
     if b.shape != (rows,):
@@ -549,7 +556,8 @@ class _Call:
         g.work = workspace(
             p.device, stream, "sums", pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
         )
-        g.counters = workspace(p.device, stream, "counters", pl.grid[1] * pl.row_blocks * 4)
+        flags = max(pl.row_blocks, pl.grid[0] * pl.threads // 32)
+        g.counters = workspace(p.device, stream, "counters", pl.grid[1] * flags * 4)
         g.ldx = self.row_bytes
         g.y_row, g.y_col = (p.rows, 1) if self.split else _strides(y)
         size = 4 if self.split else y.itemsize
