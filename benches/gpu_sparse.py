@@ -68,10 +68,10 @@ def half_tensor(fmt: str, w: Any) -> nb.QTensor:
     return tensor(_Storage(nb.Format(fmt), *w.shape, {}), w.view(np.uint16))
 
 
-def byte_tensor(w: Any) -> nb.QTensor:
-    """Return a 2:4 tensor of int8 weights of the device."""
+def byte_tensor(w: Any, fmt: str = "int8_2of4") -> nb.QTensor:
+    """Return a sparse tensor of int8 weights of the device."""
     scales = {"scales": np.full((w.shape[0], 1), 2.0**-7, np.float32)}
-    host = _Storage(nb.Format("int8_2of4"), *w.shape, scales)
+    host = _Storage(nb.Format(fmt), *w.shape, scales)
     return tensor(host, w.view(np.uint8) ^ np.uint8(128))
 
 
@@ -279,6 +279,34 @@ def main() -> None:
             us = cusparselt(w, m)
             if us is not None:
                 table.add("cuSPARSELt int8", m, us, peer or dense(m), w.nbytes * 5 // 8)
+        del w, q
+        pool.free_all_blocks()
+    for fmt, density in (("int8_bitmap", 0.5), ("int8_bitmap", 0.2), ("int8_block16x64", 0.5)):
+        name = f"{fmt} {density:.0%}"
+        if not wanted(name):
+            continue
+        w = cupy.random.randint(1, 128, (n, k), dtype=np.int32).astype(np.int8)
+        high, wide = (1, 1) if fmt == "int8_bitmap" else (16, 64)
+        w *= cupy.repeat(
+            cupy.repeat(kept_entries(n // high, k // wide, density), high, axis=0), wide, axis=1
+        )
+        q = byte_tensor(w, fmt)
+        compile_all(q, (8, 16, 64), "int8", 4)
+        for m in (8, 16, 64):
+            race(table, name, q, w, m, int_mm(n, k, m) or dense(m), None)
+        del w, q
+        pool.free_all_blocks()
+    for density in (0.5, 0.25):
+        name = f"f16_block16x64 {density:.0%}"
+        if not wanted(name):
+            continue
+        blocks = kept_entries(n // 16, k // 64, density)
+        w = thinned(n, k, 1.0)
+        w[~cupy.repeat(cupy.repeat(blocks, 16, axis=0), 64, axis=1)] = 0
+        q = half_tensor("f16_block16x64", w)
+        compile_all(q, (8, 16, 64), "f32", 0)
+        for m in (8, 16, 64):
+            race(table, name, q, w, m, dense(m), None)
         del w, q
         pool.free_all_blocks()
     if wanted("int4_g128_bsr32"):

@@ -1,11 +1,13 @@
 // Y = X W^T for sparse W, which is loaded as stored and multiplied by the tensor cores as if dense.
 //
-// A block owns R = 32*WR rows of W and T = 8*NT rows of X. Its warps lie WR along the rows of W and WK along K: a warp takes
-// every WK-th run of SPAN records, of 128 k each. WK more warps drive the copy engine, a lane for each of the WR warps that share X: their
-// records go to rings of their own. The grid is persistent, as in gemm.cu: spans of equally many runs.
+// A block owns R = 32*WR rows of W and T = 8*NT rows of X. The grid is persistent, as in gemm.cu: spans of equally many
+// chunks, here runs of SPAN records of 128 k each. The warps of a block:
+//   DRAIN   bring away the sums of a row block while the others go on
+//   WR x WK multiply, WR along the rows of W, WK along K: chunks i, i + WK, ... of the matrix, wherever a span begins
+//   WK      drive the copy engine, a lane for each of the WR warps that share X: their records go to rings of their own
 //
 // Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, SPAN, STAGES, RESIDENT (blocks of a
-// multiprocessor); SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
+// multiprocessor), DRAIN; SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -13,12 +15,15 @@
 #include <nibblas/scheduler.cuh>
 #include <nibblas/sparse.cuh>
 
-constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK = NB_WK, SPAN = NB_SPAN, STAGES = NB_STAGES;
+constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK = NB_WK, SPAN = NB_SPAN, STAGES = NB_STAGES, DRAIN = NB_DRAIN;
 constexpr bool INT = ACT == ACT_S8, BF16 = ACT == ACT_BF16;
 constexpr bool FOURS = STRUCTURE == TWO_OF_FOUR, KEPT_GROUPS = STRUCTURE == GROUPS;
-constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, THREADS = 32 * WARPS; // that multiply
+constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, DRAINERS = 32 * DRAIN;
+constexpr int PITCH = R + 4; // of sums in shared memory: the lanes that write them meet no bank twice
 constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; runs of 128 bytes in a row of a record's X
-constexpr int X_RECORD = T * 128 * PARTS, X_STAGE = SPAN * X_RECORD;
+constexpr int STEPS = 4 * WIDTH; // products of a record, along K
+constexpr int HALVES = halves_of(STRUCTURE), PLACES = RECORD_K * HALVES; // of a record along K
+constexpr int X_HALF = T * 128 * PARTS, X_RECORD = HALVES * X_HALF, X_STAGE = SPAN * X_RECORD;
 constexpr int SETS = KEPT_GROUPS ? Sets<ACT, 4>::value : 1;
 
 template <bool I> struct Number {
@@ -60,82 +65,204 @@ DEVICE u32 add_product(u32 x, u32 y, u32 z) {
     return r;
 }
 
-// Keeps the rings of one WK full: lane q copies the records of its warp q along the rows, lane 0 also X.
-DEVICE void feed(const SparseArgs &a, const Map *map, int begin, int end, int m0, int wk, int wr, u32 x_ring, u32 w_rings, u32 ready,
+// Keeps the rings of one WK full: lane q copies the records of its warp q along the rows, lane 0 also X. Runs of records are
+// of many lengths, so a ring holds as many as fit; `places` says where they begin.
+DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0, int wr, u32 x_ring, u32 w_ring, u32 *places, u32 ready,
                  u32 empty) {
     if (wr >= WR) return;
+    constexpr u32 LANES = (1u << WR) - 1;
     struct Bounds {
         u32 first, last;
     };
     const int tiles = a.n_padded / RECORD_ROWS;
-    Place<WK> place, ahead;
-    place.start(begin, end, a.chunks);
-    ahead.start(begin, end, a.chunks);
     // Where records begin is read two steps ahead of the copies.
-    auto look = [&]() {
-        Bounds b = {0, 0};
-        if (ahead.done()) return b;
-        if (ahead.chunk + wk < ahead.stop) {
-            const int from = (ahead.chunk + wk) * SPAN;
-            const u32 *row = a.offsets + (i64)min(ahead.row_block * WR + wr, tiles - 1) * a.records;
-            b = {row[from], row[min(from + SPAN, a.records)]};
-        }
-        ahead.next(a.chunks);
-        return b;
+    auto look = [&](int at) {
+        if (at >= end) return Bounds{0, 0};
+        const int row_block = at / a.chunks, from = (at - row_block * a.chunks) * SPAN;
+        const u32 *row = a.offsets + (i64)min(row_block * WR + wr, tiles - 1) * a.records;
+        return Bounds{row[from], row[min(from + SPAN, a.records)]};
     };
-    Bounds now = look(), then = look();
+    Bounds now = look(unit), then = look(unit + WK);
     u32 phases = 0; // of the barriers, a bit per stage
-    int stage = 0;
-    while (!place.done()) {
-        const Bounds after = look();
-        const int chunk = place.chunk + wk;
-        if (chunk < place.stop) {
-            const u32 bar = ready + stage * 8;
-            const int bytes = (int)(now.last - now.first) * 16;
-            barrier_wait(empty + stage * 8, ~phases >> stage & 1);
-            phases ^= 1u << stage;
-            barrier_expect(bar, bytes + (wr == 0 ? X_STAGE : 0));
-            copy_run(w_rings + (wr * STAGES + stage) * a.slot, a.planes[0] + (i64)now.first * 16, bytes, bar);
-            if (wr == 0)
-#pragma unroll
-                for (int p = 0; p < SPAN * PARTS; p++)
-                    copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, chunk * SPAN * RECORD_K + p * (128 / WIDTH), m0);
+    int stage = 0, oldest = 0, held = 0; // stages in use
+    int next = 0, tail = 0; // of the ring: where there is room, and where the oldest run begins
+    for (; unit < end; unit += WK) {
+        const Bounds after = look(unit + 2 * WK);
+        const int bytes = (int)(now.last - now.first) * 16;
+        // Room for this run: none is cut in two.
+        while (true) {
+            if (held == 0) next = tail = 0;
+            bool room = held == 0 || (next > tail ? next + bytes <= a.slot : next + bytes <= tail);
+            if (!room && next > tail && bytes <= tail) {
+                next = 0;
+                room = true;
+            }
+            if (__all_sync(LANES, room) && held < STAGES) break;
+            barrier_wait(empty + oldest * 8, phases >> oldest & 1);
+            phases ^= 1u << oldest;
+            oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
+            held--;
+            tail = places[oldest];
         }
+        const u32 bar = ready + stage * 8;
+        places[stage] = next;
+        barrier_expect(bar, bytes + (wr == 0 ? X_STAGE : 0));
+        copy_run(w_ring + next, a.planes[0] + (i64)now.first * 16, bytes, bar);
+        if (wr == 0) {
+            const int k = unit % a.chunks * SPAN * PLACES;
+#pragma unroll
+            for (int p = 0; p < SPAN * HALVES * PARTS; p++) copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, k + p * (128 / WIDTH), m0);
+        }
+        next += bytes;
+        held++;
         now = then;
         then = after;
-        place.next(a.chunks);
         stage = stage + 1 == STAGES ? 0 : stage + 1;
+    }
+}
+
+// Brings sums away, row block after row block. A run that is not all of K goes to the workspace, but that from the first
+// chunk on: its block comes to it last and adds those of the others, which came to theirs first. So no block waits
+// for one with a lower number, and the order of the sum is always the same.
+DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 *not_finite, u32 full, u32 free) {
+    // A lane has four rows of every 128, a warp every DRAIN-th column, TOGETHER of them at a time.
+    constexpr int BANDS = (R + 127) / 128, EACH = (T + DRAIN - 1) / DRAIN, MOST = INT ? 2 : 3, TOGETHER = EACH < MOST ? EACH : MOST;
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, columns = min(T, a.m - m0);
+    // Sums of int8 are integers until they are whole.
+    auto add = [&](float4 &v, float4 p) {
+        auto plus = [](float p, float q) { return INT ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q; };
+        v = make_float4(plus(v.x, p.x), plus(v.y, p.y), plus(v.z, p.z), plus(v.w, p.w));
+    };
+    Place<1> here;
+    int phase = 0;
+    for (here.start(span_start(block, a), span_start(block + 1, a), a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
+        const Share share(a, here.row_block, R * T);
+        const bool collects = here.first == 0 && share.last > block, whole = here.first == 0;
+        float *mine = share.slot(block, a);
+        int *counter = a.counters + blockIdx.y * a.row_blocks + here.row_block;
+        // What the rows need is read before the sums are there.
+        float scale[BANDS][4], bias[BANDS][4];
+#pragma unroll
+        for (int i = 0; i < BANDS; i++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int n = min(here.row_block * R + i * 128 + 4 * lane + e, a.n - 1);
+                scale[i][e] = INT ? scale_at(a.scales, n) : 1.0f;
+                bias[i][e] = a.bias ? a.bias[n] : 0.0f;
+            }
+        float4 others[TOGETHER];
+        auto read_others = [&](int row, int col) {
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) others[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            for (int b = block + 1; b <= share.last; b++)
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++)
+                    add(others[c], __ldcg((const float4 *)(share.slots + (i64)(2 * b) * share.size + min(col + c * DRAIN, columns - 1) * R + row)));
+        };
+        if (collects) {
+            int there;
+            while (true) {
+                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
+                if (there >= share.last - block) break;
+                __nanosleep(500);
+            }
+            read_others(min(4 * lane, R - 4), min(warp, columns - 1));
+        }
+        barrier_wait(full, phase);
+#pragma unroll
+        for (int i = 0; i < BANDS; i++) {
+            const int row = i * 128 + 4 * lane, n = here.row_block * R + row;
+            if (row >= R) continue;
+            for (int col = warp; col < columns; col += DRAIN * TOGETHER) {
+                if (collects && (i > 0 || col > warp)) read_others(row, col);
+                float4 v[TOGETHER];
+                float row_scale[TOGETHER];
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++) {
+                    const int at = min(col + c * DRAIN, columns - 1);
+                    row_scale[c] = INT && a.row_scale ? a.row_scale[m0 + at] : 1.0f;
+                    v[c] = *(const float4 *)(sums + at * PITCH + row);
+#pragma unroll
+                    for (int w = 1; w < WK; w++) add(v[c], *(const float4 *)(sums + (w * T + at) * PITCH + row));
+                    // A column of X that is not finite is so for every row.
+                    if (FOURS && !INT && not_finite[at]) v[c].x = v[c].y = v[c].z = v[c].w = __uint_as_float(0x7fc00000u);
+                    if (collects) add(v[c], others[c]);
+                }
+#pragma unroll
+                for (int c = 0; c < TOGETHER; c++) {
+                    const int at = col + c * DRAIN, m = m0 + at;
+                    if (at >= columns) break;
+                    if (!whole) {
+                        *(float4 *)(mine + at * R + row) = v[c];
+                        continue;
+                    }
+                    const float sum[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
+                    float y[4];
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        y[e] = INT ? __fmul_rn(__fmul_rn((float)__float_as_int(sum[e]), scale[i][e]), row_scale[c]) : sum[e];
+                        if (a.bias) y[e] = __fadd_rn(y[e], bias[i][e]);
+                    }
+                    if (a.wide && n + 3 < a.n)
+                        store_four(a.y, m * a.y_row + n, a.y_kind, y);
+                    else
+#pragma unroll
+                        for (int e = 0; e < 4; e++)
+                            if (n + e < a.n) store_float(a.y, m * a.y_row + (n + e) * a.y_col, a.y_kind, y[e]);
+                }
+            }
+        }
+        if (FOURS && !INT) {
+            meet<DRAINERS, 2>();
+            for (int q = tid; q < T; q += DRAINERS) not_finite[q] = 0;
+        }
+        __syncwarp();
+        if (lane == 0) barrier_arrive(free);
+        if (!whole) __threadfence();
+        if (!whole || collects) meet<DRAINERS, 1>();
+        if (!whole && tid == 0) atomicAdd(counter, 1);
+        if (collects && tid == 0) *counter = 0; // as the next launch expects it
     }
 }
 
 extern __shared__ __align__(1024) char dynamic[];
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) sparse(const __grid_constant__ SparseArgs a, const __grid_constant__ Map map) {
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESIDENT) sparse(const __grid_constant__ SparseArgs a, const __grid_constant__ Map map) {
+    const int tid = threadIdx.x, lane = tid & 31, warp = (tid >> 5) - DRAIN;
     const int m0 = blockIdx.y * T;
-    const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
+    const int block = gridDim.x - 1 - blockIdx.x; // the last spans start first: see drain
+    const int begin = span_start(block, a), end = span_start(block + 1, a);
 
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     const u32 x_rings = shared_address(shared), w_rings = x_rings + WK * STAGES * X_STAGE;
-    float *sums = (float *)(shared + WK * STAGES * X_STAGE + WARPS * STAGES * a.slot);
+    float *sums = (float *)(shared + WK * STAGES * X_STAGE + WARPS * a.slot);
 
     __shared__ u8 not_finite[FOURS ? T : 1];
-    __shared__ u64 ready[WK * STAGES], empty[WK * STAGES];
+    __shared__ u32 places[WARPS * STAGES];
+    __shared__ u64 ready[WK * STAGES], empty[WK * STAGES], full[1], free[1]; // the last two: of the sums
     if (FOURS && tid < T) not_finite[tid] = 0;
-    if (tid == 0) ring_init(ready, WR, empty, WR);
+    if (tid == 0) {
+        ring_init(ready, WR, empty, WR);
+        ring_init(full, WARPS, free, DRAIN);
+    }
     __syncthreads();
+    if (warp < 0) {
+        drain(a, block, m0, sums, not_finite, shared_address(full), shared_address(free));
+        return;
+    }
 
     const bool feeds = warp >= WARPS;
     const int wr = warp % WR, wk = feeds ? warp - WARPS : warp / WR;
     const u32 x_ring = x_rings + wk * STAGES * X_STAGE;
     const u32 bar = shared_address(ready) + wk * STAGES * 8, back = shared_address(empty) + wk * STAGES * 8;
+    int unit = begin + (wk + WK - begin % WK) % WK; // the first of this WK
     if (feeds) {
-        feed(a, &map, begin, end, m0, wk, lane, x_ring, w_rings + wk * WR * STAGES * a.slot, bar, back);
+        const int fed = wk * WR + min(lane, WR - 1);
+        feed(a, &map, unit, end, m0, lane, x_ring, w_rings + fed * a.slot, places + fed * STAGES, bar, back);
         return;
     }
     const int g = lane >> 2, t = lane & 3;
-    const int columns = min(T, a.m - m0);
-    const u32 w_ring = w_rings + warp * STAGES * a.slot;
+    const u32 w_ring = w_rings + warp * a.slot;
 
     Sum acc[2][NT][SETS][4]; // kept groups: of the record at hand
     float ones[KEPT_GROUPS ? NT : 1][4]; // sums of X, which take the zero of the codes out
@@ -188,6 +315,18 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
             }
         }
     };
+    u32 x_steps[NT][4]; // of two steps
+    auto load_steps = [&](u32 xs, int two) {
+        if (INT)
+            load_bytes(xs, two, x_steps);
+        else
+            load_x(xs, two, x_steps);
+    };
+    auto multiply = [&](int tile, int step, const u32 w[4]) {
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+            mma(acc[tile][j][0], w, x_steps[j][step % 2 * 2], x_steps[j][step % 2 * 2 + 1], INT ? 1 : BF16);
+    };
     // Each multiplies by one record, and returns where the next begins.
     auto multiply_fours8 = [&](u32 record, u32 xs) {
 #pragma unroll
@@ -229,24 +368,41 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
         return record + 4608;
     };
     auto multiply_bits = [&](u32 record, u32 xs) {
-        Bits<STRUCTURE == BITMAP_PAIRS ? 2 : 1> bits;
-        bits.open(record, lane);
+        Bits<STRUCTURE == BITMAP_PAIRS ? 2 : 1, WIDTH> bits;
+#pragma unroll 1
+        for (int half = 0; half < 2; half++, xs += X_HALF) {
+            bits.open(record, half, lane);
 #pragma unroll
-        for (int block = 0; block < 4; block++) {
-            u32 b[NT][4];
-            load_x(xs, block, b);
-#pragma unroll
-            for (int step = 0; step < 2; step++)
+            for (int step = 0; step < STEPS; step++) {
+                if (step % 2 == 0) load_steps(xs, step / 2);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
                     u32 w[4];
 #pragma unroll
-                    for (int r = 0; r < 4; r++) w[r] = bits.expand(((block * 2 + step) * 2 + i) * 4 + r);
-#pragma unroll
-                    for (int j = 0; j < NT; j++) mma(acc[i][j][0], w, b[j][2 * step], b[j][2 * step + 1], BF16);
+                    for (int r = 0; r < 4; r++) w[r] = bits.expand(bits.number(i, step, r));
+                    multiply(i, step, w);
                 }
+            }
         }
-        return bits.end;
+        return SPAN == 1 ? record : bits.end(record);
+    };
+    auto multiply_tiles = [&](u32 record, u32 xs) {
+        u32 mask;
+        asm volatile("ld.shared.u32 %0, [%1];" : "=r"(mask) : "r"(record));
+        record += 16;
+#pragma unroll
+        for (int step = 0; step < STEPS; step++) {
+            if (step % 2 == 0 && mask >> (step * 2) & 15u) load_steps(xs, step / 2);
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                if (!(mask >> (step * 2 + i) & 1u)) continue;
+                u32 w[4];
+                load_four(w, record + lane * 16);
+                multiply(i, step, w);
+                record += 512;
+            }
+        }
+        return record;
     };
     // The record's scales meet its sums, less the zero of the codes.
     auto flush = [&](u32 record) {
@@ -290,7 +446,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
             for (int i = 0; i < 2; i++) {
                 Words<4> words;
 #pragma unroll
-                for (int row = 0; row < 2; row++) words.w[block * 2 + row] = kept.word(block * 4 + i * 2 + row);
+                for (int row = 0; row < 2; row++) words.w[block * 2 + row] = kept.word(i * 8 + block * 2 + row);
 #pragma unroll
                 for (int step = 0; step < 2; step++) {
                     u32 w[4];
@@ -304,94 +460,35 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
         return kept.end;
     };
 
-    // Sums leave a warp at the end of a run of records: as results, or to the workspace where a run is not all of K.
-    auto leave = [&](int row_block, int from, int to) {
-        const bool whole = from == 0 && to == a.chunks;
-        const Share share(a, row_block, R * T);
-        float *mine = share.slot(blockIdx.x, a);
-        // Sums of int8 are integers until they are whole.
-        auto add = [&](float p, float q) { return INT ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q; };
-        auto out = [&](int row, int col, float v) {
-            const int n = row_block * R + row, m = m0 + col;
-            if (n >= a.n || m >= a.m) return;
-            if (INT) {
-                v = __fmaf_rn((float)__float_as_int(v), scale_at(a.scales, n), 0.0f);
-                if (a.row_scale) v = __fmul_rn(v, a.row_scale[m]);
-            }
-            if (a.bias) v = __fadd_rn(v, a.bias[n]);
-            store_float(a.y, m * a.y_row + n * a.y_col, a.y_kind, v);
-        };
-        if (FOURS && !INT) {
-            // A column of X that is not finite is so for every row.
+    // Sums leave a warp at the end of a row block.
+    auto leave = [&](int phase) {
+        barrier_wait(shared_address(free), phase ^ 1);
+        if (FOURS && !INT)
 #pragma unroll
             for (int j = 0; j < NT; j++)
                 if (nothing[j] & 0x7fff7fffu) not_finite[j * 8 + g] = 1;
-            meet<THREADS, 2>();
-        }
-        auto value = [&](int i, int j, int e) -> float {
-            if (KEPT_GROUPS) return total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e];
-            if (INT) return __int_as_float((int)acc[i][j][0][e]);
-            if (FOURS && not_finite[j * 8 + 2 * t + (e & 1)]) return __uint_as_float(0x7fc00000u);
-            return (float)acc[i][j][0][e];
-        };
-        if (WK > 1) {
-            each([&](int i, int j, int e, int row, int col) {
-                if (col < columns) sums[(wk * T + col) * R + row] = value(i, j, e);
-            });
-            meet<THREADS, 2>();
-            for (int q = tid; q < R * columns; q += THREADS) {
-                float v = sums[q];
-#pragma unroll
-                for (int w = 1; w < WK; w++) v = add(v, sums[w * R * T + q]);
-                if (whole)
-                    out(q % R, q / R, v);
-                else
-                    mine[q] = v;
-            }
-        } else {
-            each([&](int i, int j, int e, int row, int col) {
-                if (whole)
-                    out(row, col, value(i, j, e));
-                else if (col < columns)
-                    mine[col * R + row] = value(i, j, e);
-            });
-        }
-        if (!whole && share.complete<THREADS>(a, row_block)) {
-            for (int q = 4 * tid; q < R * columns; q += 4 * THREADS) {
-                float4 v = __ldcg((const float4 *)(share.slot(share.first, a) + q));
-#pragma unroll 4
-                for (int b = share.first + 1; b <= share.last; b++) {
-                    const float4 p = __ldcg((const float4 *)(share.slots + (i64)(2 * b) * share.size + q));
-                    v.x = add(v.x, p.x);
-                    v.y = add(v.y, p.y);
-                    v.z = add(v.z, p.z);
-                    v.w = add(v.w, p.w);
-                }
-                out(q % R, q / R, v.x);
-                out(q % R + 1, q / R, v.y);
-                out(q % R + 2, q / R, v.z);
-                out(q % R + 3, q / R, v.w);
-            }
-        }
-        if (WK > 1 || (FOURS && !INT)) meet<THREADS, 2>();
-        if (FOURS && !INT) {
-            if (tid < T) not_finite[tid] = 0;
-            meet<THREADS, 2>();
-        }
+        each([&](int i, int j, int e, int row, int col) {
+            float &sum = sums[(wk * T + col) * PITCH + row];
+            if (KEPT_GROUPS)
+                sum = total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e];
+            else
+                sum = INT ? __int_as_float((int)acc[i][j][0][e]) : (float)acc[i][j][0][e];
+        });
+        __syncwarp();
+        if (lane == 0) barrier_arrive(shared_address(full));
     };
 
-    clear();
-    clear_total();
-    Place<WK> here;
-    here.start(begin, end, a.chunks);
     u32 phases = 0;
-    int stage = 0;
-    while (!here.done()) {
-        if (here.chunk + wk < here.stop) {
+    int stage = 0, left = 0;
+    for (int row_block = begin / a.chunks; row_block * a.chunks < end; row_block++) {
+        const int stop = min(end, (row_block + 1) * a.chunks);
+        clear();
+        clear_total();
+        for (; unit < stop; unit += WK) {
             barrier_wait(bar + stage * 8, phases >> stage & 1);
             phases ^= 1u << stage;
-            const int count = SPAN == 1 ? 1 : min(SPAN, a.records - (here.chunk + wk) * SPAN);
-            u32 record = w_ring + stage * a.slot, xs = x_ring + stage * X_STAGE;
+            const int count = SPAN == 1 ? 1 : min(SPAN, a.records - (unit - row_block * a.chunks) * SPAN);
+            u32 record = w_ring + places[warp * STAGES + stage], xs = x_ring + stage * X_STAGE;
 #pragma unroll 1
             for (int i = 0; i < count; i++, xs += X_RECORD) {
                 if constexpr (KEPT_GROUPS)
@@ -400,18 +497,16 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32 * WK, NB_RESIDENT) spa
                     record = multiply_fours8(record, xs);
                 else if constexpr (FOURS)
                     record = multiply_fours(record, xs);
+                else if constexpr (STRUCTURE == TILES)
+                    record = multiply_tiles(record, xs);
                 else
                     record = multiply_bits(record, xs);
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(back + stage * 8);
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
-        if (here.last()) {
-            leave(here.row_block, here.first, here.stop);
-            clear();
-            clear_total();
-        }
-        here.next(a.chunks);
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        leave(left);
+        left ^= 1;
     }
 }

@@ -60,7 +60,8 @@ def check(y: Any, x: np.ndarray, q: nb.QTensor, bias: Any = None) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("value", ["f16", "bf16"])
 @pytest.mark.parametrize(
-    ("structure", "density"), [("bitmap", 0.1), ("bitmap", 0.4), ("bitmap", 1.0), ("2of4", 0.5)]
+    ("structure", "density"),
+    [("bitmap", 0.1), ("bitmap", 0.4), ("bitmap", 1.0), ("2of4", 0.5), ("block16x64", 0.4)],
 )
 def test_edges(structure: str, density: float, value: str, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
@@ -109,27 +110,57 @@ def test_not_finite(fmt: str) -> None:
         assert np.isfinite(np.delete(y, 3, 0)).all()
 
 
-@pytest.mark.parametrize("fmt", ["f16_bitmap", "f16_2of4"])
-def test_no_entries_uneven_rows_and_empty_shapes(fmt: str) -> None:
-    none = nb.quantize(np.zeros((40, 300), np.float32), fmt).to("cuda:0")
-    x = cupy.asarray(activations(3, 300, np.float16))
-    assert (x @ none.T == 0).all()
-    assert (x[:0] @ none.T).shape == (0, 40)
-    if fmt == "f16_bitmap":
-        w = np.zeros((70, 300), np.float32)
-        w[::13] = activations(6, 300, np.float32)
-        q = nb.quantize(w, fmt)
-        check(x @ q.to("cuda:0").T, x.get(), q)
+EVERY = ["f16_bitmap", "f16_2of4", "bf16_block16x64", "int8_bitmap", "int8_2of4", "int8_block16x64"]
+EVERY += ["int4_g128_bsr32"]
 
 
-@pytest.mark.parametrize("cut", [(1, 1), (2, 3, 1, 2), (4, 2, 2, 1), (4, 2, 2, 2)], ids=str)
-@pytest.mark.parametrize("fmt", ["f16_bitmap", "bf16_2of4", "int8_2of4", "int4_g128_bsr32"])
+@pytest.mark.parametrize("fmt", EVERY)
+def test_no_entries_all_entries_uneven_rows_and_empty_shapes(fmt: str) -> None:
+    """None of the patterns divides 300, nor 40 rows."""
+    x = activations(3, 300, np.float32).astype(DTYPES.get(fmt.split("_")[0], np.float32))
+    none = nb.quantize(np.zeros((40, 300), np.float32), fmt)
+    y = cupy.asarray(x) @ none.to("cuda:0").T
+    # Codes of four bits are less 8 only when they are summed.
+    check(y, x, none) if fmt.startswith("int4") else cupy.testing.assert_array_equal(y, 0)
+    assert (cupy.asarray(x)[:0] @ none.to("cuda:0").T).shape == (0, 40)
+    full = weights(fmt, 40, 300, 1.0)
+    w = np.zeros((70, 300), np.float32)
+    w[13::16] = full.dequantize()[:4]
+    for q in (full, nb.quantize(w, fmt)):
+        check(nb.matmul(cupy.asarray(x), q.to("cuda:0").T, dtype=np.float32), x, q)
+        if not q.format.is_plain:
+            same_as_dense(q, x)
+
+
+@pytest.mark.parametrize("fmt", EVERY)
+def test_weights_that_are_refused(fmt: str) -> None:
+    """Those of the device as those of the host, with the same words."""
+    bad = np.zeros((8, 256), np.float32)
+    bad[5, 70] = np.nan
+    cases = [(bad, "row 5, column 70")]
+    if fmt.endswith("2of4"):
+        cases.append((np.ones((8, 256), np.float32), "1024 entries are in the way"))
+    for w, words in cases:
+        with pytest.raises(ValueError, match=words) as host:
+            nb.quantize(w, fmt)
+        with pytest.raises(ValueError, match=words) as device:
+            nb.quantize(cupy.asarray(w), fmt)
+        assert str(host.value) == str(device.value)
+
+
+@pytest.mark.parametrize(
+    "cut", [(1, 1), (2, 2, 1, 2), (4, 2, 2, 1), (1, 3, 2, 1, 6, 2), (4, 2, 1, 1, 6, 3)], ids=str
+)
+@pytest.mark.parametrize(
+    "fmt",
+    ["f16_bitmap", "bf16_2of4", "int8_2of4", "int4_g128_bsr32", "int8_bitmap", "int8_block16x32"],
+)
 def test_every_cut(fmt: str, cut: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Warps, blocks of a multiprocessor and records of a run change where sums meet, no more."""
     monkeypatch.setattr(_sparse, "plan_sparse", lambda p: build_sparse(p, SparseCut(*cut)))
     for n, k in ((300, 1400), (40, 4480)):
         q, x = weights(fmt, n, k, 0.3), activations(11, k, np.float16)
-        if fmt == "int8_2of4":
+        if q.format.element.name == "int8":
             same_as_dense(q, x)
         else:
             x = x.astype(DTYPES.get(fmt.split("_")[0], x.dtype))
@@ -185,10 +216,45 @@ def same_as_dense(q: nb.QTensor, x: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("fmt", ["int8_2of4", "int4_g128_bsr32"])
-def test_codes(fmt: str, shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize(
+    ("fmt", "density"),
+    [
+        ("int8_2of4", 0.5),
+        ("int4_g128_bsr32", 0.5),
+        ("int8_bitmap", 0.1),
+        ("int8_bitmap", 0.5),
+        ("int8_bitmap", 1.0),
+        ("int8_block16x64", 0.4),
+        ("int8_bsr32", 0.5),
+    ],
+)
+def test_codes(fmt: str, density: float, shape: tuple[int, int, int]) -> None:
     m, n, k = shape
-    same_as_dense(weights(fmt, n, k, 0.5), activations(m, k, np.float16))
+    same_as_dense(weights(fmt, n, k, density), activations(m, k, np.float16))
+
+
+@pytest.mark.parametrize(
+    ("fmt", "density", "structure"),
+    [
+        ("f16_bitmap", 0.3, _sparse.ENTRIES),
+        ("f16_bitmap", 0.1, _sparse.PAIRS),
+        ("f16_block16x16", 0.3, _sparse.TILES),
+        ("bf16_block16x64", 0.3, _sparse.TILES),
+        ("f16_block8x64", 0.3, _sparse.ENTRIES),
+        ("int8_bitmap", 0.5, _sparse.ENTRIES),
+        ("int8_bitmap", 0.1, _sparse.PAIRS),
+        ("int8_block16x32", 0.3, _sparse.TILES),
+        ("int8_block16x16", 0.3, _sparse.ENTRIES),
+    ],
+)
+def test_what_is_kept_whole(fmt: str, density: float, structure: int) -> None:
+    """Tiles of one product are kept or dropped; what does not fit them is a bitmap."""
+    q = weights(fmt, 256, 1024, density).to("cuda:0")
+    panels = q._storage.panels  # type: ignore[attr-defined]
+    (records,) = panels.held[panels.own]
+    assert records.structure == structure
+    size = 2 if q.format.is_plain else 1
+    assert panels.nbytes < (density + 0.35) * size * 256 * 1024
 
 
 @pytest.mark.parametrize("m", [3, 20])
@@ -202,7 +268,7 @@ def test_kept_groups(fmt: str, dtype: Any, m: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "fmt", ["int8_bitmap", "int4_2of4", "int4_bsr32", "int4_g32_bitmap", "uint4_g64_bsr64"]
+    "fmt", ["int8_g32_bitmap", "int4_2of4", "int4_bsr32", "int4_g32_bitmap", "uint4_g64_bsr64"]
 )
 def test_formats_without_a_kernel_are_spread(fmt: str) -> None:
     same_as_dense(weights(fmt, 90, 512, 0.5), activations(9, 512, np.float16))

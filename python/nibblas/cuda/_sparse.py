@@ -26,14 +26,23 @@ __all__ = [
 ]
 
 # Which structure a record has; see sparse.cuh.
-ENTRIES, PAIRS, FOURS, GROUPS = 1, 2, 3, 4
+ENTRIES, PAIRS, FOURS, GROUPS, TILES = 1, 2, 3, 4, 5
 ROWS, PLACES = 32, 128
+# Places of a record along K.
+_RECORD = {ENTRIES: 256, PAIRS: 256, FOURS: 128, GROUPS: 128, TILES: 128}
 # int8 among the element types of activations.
 _INT8 = 4
 _FOURS_BYTES = {2: 4608, 1: 2560}
 # Below this fraction of kept entries a pair at a time is quicker: fewer reads of shared memory for
-# more bytes.
-_PAIRS_BELOW = 0.15
+# more bytes. By the bytes of a number.
+_PAIRS_BELOW = {2: 0.15, 1: 0.25}
+# Tiles that a product takes at once are kept whole where that is not much more than the entries.
+_TILES_BELOW = 1.2
+
+
+# Above so many rows of activations the arithmetic decides, and dense panels are quicker: a product
+# then makes them beside.
+_MOST_ROWS = {"int8": 64, "int4": 32}
 
 
 class _SparseArgs(_GemmArgs):
@@ -47,7 +56,7 @@ class _SparseArgs(_GemmArgs):
 class _PackArgs(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("w", "offsets", "records")),
-        *((name, ctypes.c_int) for name in ("n", "k", "chunks", "tiles", "structure")),
+        *((name, ctypes.c_int) for name in ("n", "k", "chunks", "tiles", "structure", "bytes")),
     ]
 
 
@@ -68,13 +77,15 @@ class SparseProblem(NamedTuple):
     tiles: int
     """Runs of 32 rows of weights."""
     chunks: int
-    """Runs of 128 along K."""
+    """Records along K."""
     act: int
     """0 float16, 1 bfloat16, 2 int8."""
     structure: int
-    """1 bitmap of entries, 2 of pairs, 3 two of four, 4 groups."""
-    slots: tuple[int, int]
-    """Bytes of the longest record, and of two that follow each other."""
+    """1 bitmap of entries, 2 of pairs, 3 two of four, 4 groups, 5 tiles."""
+    longest: tuple[int, int, int]
+    """Bytes of the longest record, and of the longest two and four that follow each other."""
+    mean: int
+    """Bytes of a record, on average."""
     multiprocessors: int
     shared_limit: int
     natural: bool = False
@@ -94,22 +105,38 @@ class SparseCut(NamedTuple):
     """Records that are copied together."""
     stages: int = 6
     """Such runs in flight, at most."""
+    drain: int = 1
+    """Warps that bring sums away."""
+
+
+def _tokens(p: SparseProblem) -> int:
+    """Return the rows of activations of a block."""
+    few = p.structure == GROUPS or (p.act == S8 and p.structure in (ENTRIES, PAIRS))
+    return 8 if p.m <= 8 else 16 if p.m <= 16 else 32 if p.m <= 32 or few else 64
+
+
+def _beside_rings(p: SparseProblem, cut: SparseCut, stages: int) -> int:
+    """Return the bytes of shared memory that are not rings of records."""
+    tokens = _tokens(p)
+    x = tokens * _RECORD[p.structure] * cut.span * (1 if p.act == S8 else 2)
+    return 1024 + cut.wk * (stages * x + tokens * (ROWS * cut.wr + 4) * 4)
 
 
 def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     """Return the launch of a cut."""
-    nt = 1 if p.m <= 8 else 2 if p.m <= 16 else 4 if p.m <= 32 or p.structure == GROUPS else 8
     wr, wk = cut.wr, cut.wk
-    tokens, rows, warps = 8 * nt, ROWS * wr, wr * wk
-    stage = warps * p.slots[cut.span - 1]
-    stage += wk * tokens * PLACES * cut.span * (1 if p.act == S8 else 2)
-    rest = 1024 + (wk * tokens * rows * 4 if wk > 1 else 0)
+    tokens, rows, warps = _tokens(p), ROWS * wr, wr * wk
     # The barriers take some, too. Few numbers of stages make few kernels.
-    limit = (p.shared_limit + 1024) // cut.resident - 2048
-    stages = max(2, min(cut.stages, (limit - rest) // stage))
-    stages = max(n for n in (2, 3, 4, 6) if n <= stages)
-    shared = stages * stage + rest
-    resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
+    limit = (p.shared_limit + 1024) // cut.resident - 3072
+    longest, mean = p.longest[cut.span // 2], p.mean * cut.span
+    for stages in (n for n in (6, 4, 3, 2) if n <= cut.stages):
+        beside = _beside_rings(p, cut, stages)
+        ring = min((limit - beside) // warps // 128 * 128, stages * longest)
+        if ring >= max(longest, stages * mean):
+            break
+    ring = max(ring, longest)
+    shared = beside + warps * ring
+    resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 3072)))
     m_blocks = -(-p.m // tokens)
     row_blocks = -(-p.tiles // wr)
     units = row_blocks * -(-p.chunks // cut.span)
@@ -118,37 +145,56 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     defines = (
         ("STRUCTURE", p.structure),
         ("ACT", p.act),
-        ("NT", nt),
+        ("NT", tokens // 8),
         ("WR", wr),
         ("WK", wk),
         ("SPAN", cut.span),
         ("STAGES", stages),
         ("RESIDENT", resident),
+        ("DRAIN", cut.drain),
         ("NATURAL", int(p.natural)),
-        ("SETS", 2 if p.structure == GROUPS and p.act == F16 and nt == 1 else 1),
+        ("SETS", 2 if p.structure == GROUPS and p.act == F16 and tokens == 8 else 1),
     )
     size = (blocks, m_blocks)
-    threads = 32 * (warps + wk)
+    threads = 32 * (cut.drain + warps + wk)
     return Plan("sparse", defines, size, threads, shared, row_blocks, rows, tokens, units, False)
+
+
+def ring_of(p: SparseProblem, pl: Plan) -> int:
+    """Return the bytes of the ring of a warp."""
+    d = dict(pl.defines)
+    cut = SparseCut(d["WR"], d["WK"], span=d["SPAN"])
+    return (pl.shared - _beside_rings(p, cut, d["STAGES"])) // (cut.wr * cut.wk)
+
+
+# As measured, by eights of rows of activations. Warps of a multiprocessor come in fours, so those
+# that drain are what is left.
+_WIDE, _DEEP, _LEAN = SparseCut(4, 3, drain=5), SparseCut(4, 2, drain=6), SparseCut(4, 2, drain=2)
+_FULL = SparseCut(4, 4, drain=4)
+_CUTS = {
+    ENTRIES: {1: _WIDE, 2: _LEAN, 4: _DEEP, 8: SparseCut(8, 1, drain=3)},
+    PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: SparseCut(8, 1, drain=3)},
+    FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _DEEP},
+    GROUPS: {1: SparseCut(4, 3, span=2, drain=5), 2: SparseCut(4, 2, span=2, drain=6), 4: _LEAN},
+    TILES: {1: _LEAN, 2: _LEAN, 4: _LEAN, 8: _LEAN},
+}
+_CUTS_OF_INT8 = {
+    ENTRIES: {1: _LEAN, 2: _LEAN, 4: _LEAN},
+    FOURS: {1: _FULL, 2: _WIDE, 4: _WIDE, 8: _DEEP},
+}
 
 
 def plan_sparse(p: SparseProblem) -> Plan:
     """Return the launch for a problem."""
-    # (warps along the rows, along K, blocks of a multiprocessor, records of a run), as measured.
-    cuts: list[tuple[int, ...]] = [(4, 2, 2), (4, 2, 1)]
-    if p.m > 32 and p.structure != GROUPS:
-        cuts = [(4, 3, 1), (4, 2, 1), (8, 1, 1)] if p.act == S8 else [(4, 2, 1), (8, 1, 1)]
-    elif p.m > 16 and p.structure != FOURS:
-        cuts = [(4, 2, 1)]  # two blocks would leave too few registers
-    elif p.structure == PAIRS:
-        cuts.insert(0, (4, 4, 1, 2))
-    elif p.structure == FOURS and p.act == S8:
-        cuts.insert(0, (4, 2, 2, 2) if p.m <= 16 else (4, 4, 1))
-    elif p.structure == FOURS:
-        cuts.insert(0, (4, 2, 1, 2) if p.m <= 8 else (4, 3, 1))
-    # Long records: the widest cut may not fit.
-    plans = (build_sparse(p, SparseCut(*c)) for c in (*cuts, (4, 1, 1), (2, 1, 1), (1, 1, 1)))
-    return next(q for q in plans if q.shared <= p.shared_limit - 1024)
+    eights = _tokens(p) // 8
+    cuts = _CUTS_OF_INT8.get(p.structure) if p.act == S8 else None
+    first = (cuts or _CUTS[p.structure])[eights]
+    small = (SparseCut(wr, 1, drain=3) for wr in (4, 2, 1))
+    plans = [build_sparse(p, c) for c in (first, _DEEP, *small)]
+    plans = [q for q in plans if q.shared <= p.shared_limit - 2048]
+    # Long records: rather fewer warps than rings of two.
+    deep = (q for q in plans[:2] if dict(q.defines)["STAGES"] > 2)
+    return next(deep, plans[0])
 
 
 class Records:
@@ -157,8 +203,8 @@ class Records:
     def __init__(self, shape: tuple[int, int], structure: int, device: int) -> None:
         self.shape, self.structure, self.device = shape, structure, device
         self.tiles = -(-max(shape[0], 1) // ROWS)
-        self.chunks = -(-max(shape[1], 1) // PLACES)
-        self.slots = 0, 0
+        self.chunks = -(-max(shape[1], 1) // _RECORD[structure])
+        self.longest, self.mean = (0, 0, 0), 0
         self.records: Any = None
         self.offsets: Any = None
 
@@ -169,14 +215,15 @@ class Records:
 
         self = cls(numbers.shape, structure, device)
         a = _PackArgs(numbers.data.ptr)
-        a.n, a.k, a.chunks, a.tiles, a.structure = *self.shape, self.chunks, self.tiles, structure
+        a.n, a.k, a.chunks, a.tiles = *self.shape, self.chunks, self.tiles
+        a.structure, a.bytes = structure, numbers.itemsize
         if structure == FOURS:
             size = _FOURS_BYTES[numbers.itemsize]
             self._place(cupy.full(self.tiles * self.chunks, size // 16, np.uint32))
             self._run("write_fours" if numbers.itemsize == 2 else "write_fours8", a)
         else:
             self._place(self._count("count_units", a))
-            self._run("write_bits", a)
+            self._run("write_units", a)
         return self
 
     @classmethod
@@ -222,8 +269,10 @@ class Records:
         size = 16 * int(ends[-1])
         if size >= 1 << 36 or pieces.size >= 1 << 30:
             raise ValueError(f"a matrix of shape {self.shape} is too large for CUDA")
-        runs = [16 * int((ends[n:] - ends[:-n]).max()) if pieces.size >= n else 0 for n in (1, 2)]
-        self.slots = runs[0], max(runs)
+        one, two, four = (
+            16 * int((ends[n:] - ends[:-n]).max()) for n in (min(n, pieces.size) for n in (1, 2, 4))
+        )
+        self.longest, self.mean = (one, two, four), size // pieces.size
         self.offsets, self.records = ends.astype(np.uint32), cupy.empty(size, np.uint8)
 
     @property
@@ -241,6 +290,24 @@ def _bf16_parts(numbers: NDArray[Any]) -> list[NDArray[np.uint16]]:
         parts.append((bits >> 16).astype(np.uint16))
         rest = rest - bits.view(np.float32)
     return parts or [np.zeros(numbers.shape, np.uint16)]
+
+
+def _tile_entries(numbers: Any, zero: int) -> int:
+    """Return how many entries the tiles have that are not all zeros."""
+    import cupy
+
+    high, wide = 16, 32 // numbers.itemsize
+    n, k = numbers.shape
+    total = 0
+    # A band at a time: what is compared is as large as the matrix.
+    for first in range(0, n, 4096):
+        band = numbers[first : first + 4096] != zero
+        rows, cols = -(-band.shape[0] // high), -(-k // wide)
+        padded = cupy.zeros((rows * high, cols * wide), bool)
+        padded[: band.shape[0], :k] = band
+        kept = padded.reshape(rows, high, cols, wide).any(axis=(1, 3))
+        total += high * wide * int(kept.sum())
+    return total
 
 
 class SparsePanels(Panels):
@@ -281,10 +348,14 @@ class SparsePanels(Panels):
         """Pack numbers or codes of the device in the structure that is quicker."""
         import cupy
 
-        structure = FOURS
-        if self.host.format.structure != "2of4":
-            kept = int(cupy.count_nonzero(numbers)) / max(numbers.size, 1)
-            structure = PAIRS if kept < _PAIRS_BELOW else ENTRIES
+        if self.host.format.structure == "2of4":
+            return Records.of_numbers(numbers, FOURS, self.device)
+        size = numbers.itemsize
+        zero = 128 if size == 1 else 0
+        kept = int(cupy.count_nonzero(numbers != zero))
+        structure = PAIRS if kept < _PAIRS_BELOW[size] * numbers.size else ENTRIES
+        if _tile_entries(numbers, zero) <= _TILES_BELOW * kept:
+            structure = TILES
         return Records.of_numbers(numbers, structure, self.device)
 
     def parts(self, act: int) -> list[Records]:
@@ -310,11 +381,13 @@ class SparsePanels(Panels):
         more = [self.scales, self.spread]
         return sum(int(a.nbytes) for a in (*unique.values(), *more) if a is not None)
 
-    def act(self, compute: str, kind: int) -> tuple[int, bool] | None:
+    def act(self, m: int, compute: str, kind: int) -> tuple[int, bool] | None:
         """Return the class of arithmetic, and whether rows are split in three of bfloat16.
 
-        None where the records do not serve.
+        None where the records do not serve, or serve worse than dense panels.
         """
+        if m > _MOST_ROWS.get(self.element.name, m):
+            return None
         if self.own == S8:
             return (S8, False) if compute == "int8" else None
         if compute == "bf16" and kind == BF16 and len(self.held.get(BF16, ())) == 1:
@@ -337,12 +410,12 @@ class SparsePanels(Panels):
 
     def problem(self, r: Records, m: int, act: int, natural: bool = False) -> SparseProblem:
         """Return what the plan of a product with `m` rows depends on."""
-        properties = device_properties(self.device)
-        return SparseProblem(m, r.tiles, r.chunks, act, r.structure, r.slots, *properties, natural)
+        shape = r.tiles, r.chunks, act, r.structure, r.longest, r.mean
+        return SparseProblem(m, *shape, *device_properties(self.device), natural)
 
     def plan(self, m: int, compute: str, kind: int) -> Plan:
         """Return the plan of a product with `m` rows of activations."""
-        found = self.act(compute, kind)
+        found = self.act(m, compute, kind)
         if found is None:
             return self.dense(compute).plan(m, compute, kind)
         act, split = found
@@ -353,7 +426,7 @@ class SparsePanels(Panels):
         """Prepare a product for operands like these."""
         kind = _kind_of(x.dtype)
         assert kind is not None
-        found = self.act(compute, kind)
+        found = self.act(x.shape[0], compute, kind)
         if found is None:
             return self.dense(compute).call(x, y, compute, stream, placed)
         return SparseCall(self, x, y, *found, stream, placed)
@@ -380,7 +453,7 @@ class SparseCall(_Call):
         self.act, self.split, self.rows = act, split, 3 * m if split else m
         self.width = 1 if act == S8 else 2
         parts = p.parts(act)
-        self.places = parts[0].chunks * PLACES
+        self.places = parts[0].chunks * _RECORD[parts[0].structure]
         plain = x.strides[1] == x.itemsize and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
         same = kind == (_INT8 if act == S8 else act)
         self.direct = placed or (plain and same and not split and k % 8 == 0)
@@ -410,11 +483,12 @@ class SparseCall(_Call):
         """Return the launch of one of the matrices that add up to the weights."""
         p = self.panels
         assert isinstance(p, SparsePanels)
-        pl = plan_sparse(p.problem(r, self.rows, self.act, self.natural))
+        problem = p.problem(r, self.rows, self.act, self.natural)
+        pl = plan_sparse(problem)
         g = _SparseArgs()
         g.planes[0], g.offsets = r.records.data.ptr, r.offsets.data.ptr
         span = dict(pl.defines)["SPAN"]
-        g.slot, g.records = r.slots[span - 1], r.chunks
+        g.slot, g.records = ring_of(problem, pl), r.chunks
         g.scales = None if p.scales is None else p.scales.data.ptr
         sums = pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
         g.work = workspace(p.device, self.stream, "sums", sums)
@@ -422,6 +496,8 @@ class SparseCall(_Call):
         g.counters = workspace(p.device, self.stream, "counters", counters)
         g.ldx = self.row_bytes
         g.y_row, g.y_col = (p.rows, 1) if split else _strides(y)
+        lines = g.y_col == 1 and g.y_row % 4 == 0 and p.rows % 4 == 0
+        g.wide = lines and (split or y.data.ptr % min(4 * y.itemsize, 16) == 0)
         g.m, g.n, g.n_padded, g.k_bytes = self.rows, p.rows, r.tiles * ROWS, self.k_bytes
         g.chunks, g.row_blocks = -(-r.chunks // span), pl.row_blocks
         g.y_kind = 2 if split else _kind_of(y.dtype)
@@ -460,7 +536,7 @@ def panels_of(host: _Storage, device: int) -> Panels:
     whole = fmt.group is not None and fmt.group % PLACES == 0 and fmt.group < host.cols
     served = (
         fmt.is_plain
-        or str(fmt) == "int8_2of4"
+        or str(fmt) == f"int8_{structure}"
         or (fmt.element.name == "int4" and runs and whole and fmt.scale == "f16")
     )
     if served and has_wgmma(device):
