@@ -4,7 +4,7 @@ use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::isa::Isa;
-use crate::kernel::generic::{Finish, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
+use crate::kernel::generic::{Finish, IN_ORDER, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, HALF_ZERO, PANEL};
@@ -391,12 +391,35 @@ pub(crate) fn tile_ldc(b: &Blocking, np: usize) -> usize {
     }
 }
 
-/// Blocks of K that integer tiles work on at a time: two decoded panels fill two thirds of a 48 KiB first-level cache.
+/// Blocks of K that integer tiles work on at a time. With few rows decoding is most of the work, and stores that miss the
+/// first-level cache are most of decoding: a window's decoded panels, codes, rows and sums have to fit there. With many it
+/// counts that sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
-const RAW_WINDOW: usize = 16;
-/// The same where float sums stay in registers: 64 KiB of the second-level cache, so that they are fetched and stored seldom.
+fn raw_window(rows: usize) -> usize {
+    match rows {
+        0..=16 => 4,
+        17..=64 => 8,
+        _ => 16,
+    }
+}
+
+/// The same where float sums are fetched and stored for every segment of `per` blocks whatever the window is.
 #[cfg(target_arch = "x86_64")]
-const SHORT_WINDOW: usize = 64;
+fn grouped_window(rows: usize, per: usize) -> usize {
+    let blocks = if rows <= 64 { 2 } else { 8 };
+    (blocks / per).max(1) * per
+}
+
+/// The same where float sums stay in registers for a window.
+#[cfg(target_arch = "x86_64")]
+fn short_window(rows: usize) -> usize {
+    match rows {
+        0..=16 => 4,
+        17..=64 => 8,
+        _ => 64,
+    }
+}
+
 /// The same for codes that are tiles already: they come from the second-level cache either way, so what counts is that
 /// the sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
@@ -468,6 +491,16 @@ fn finish_wide(
     }
 }
 
+/// Bytes (wrapping) from the codes of a window to those that are unpacked next in their place: the same window of the panel
+/// `count` on, and after the last panels of a task the next window of the first.
+pub(crate) fn ahead(w: &Packed, p: usize, np: usize, count: usize, window: usize) -> usize {
+    if p + count < np {
+        count * w.panel_bytes()
+    } else {
+        (window * w.block_bytes()).wrapping_sub(p * w.panel_bytes())
+    }
+}
+
 /// One integer product: what every task shares.
 pub(crate) struct IntJob<'a> {
     pub w: &'a Packed,
@@ -479,18 +512,19 @@ pub(crate) struct IntJob<'a> {
 
 impl IntJob<'_> {
     fn codes(&self, panel: usize, block: usize) -> *const u8 {
-        self.w.codes.as_ptr().wrapping_add(panel * self.w.panel_bytes() + block * self.w.block_bytes())
+        self.w.codes_at(panel, block)
     }
 
     /// Unpacks blocks of one panel to bytes `u` (or values, where they fit a signed byte and `signed` is set).
-    pub unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, out: *mut u8) {
+    /// `ahead`: bytes to prefetch ahead.
+    pub unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, signed: bool, ahead: usize, out: *mut u8) {
         let (dbl, sub) = if signed { (doubling(self.w) as u8, self.w.sum_sub() as u8) } else { (0, 0) };
         if let Some(bytes) = &self.w.bytes {
             // SAFETY: the caller's buffer holds the unpacked blocks, the table has 64 entries.
             unsafe {
                 if self.w.is_halved() {
                     let codes = out.add(blocks * 1024);
-                    self.w.unpack(self.t, panel, block, blocks, 0, 0, codes);
+                    self.w.unpack(self.t, panel, block, blocks, 0, 0, ahead, codes);
                     (self.t.look_up_halves)(
                         codes,
                         out,
@@ -500,7 +534,7 @@ impl IntJob<'_> {
                     );
                     return;
                 }
-                self.w.unpack(self.t, panel, block, blocks, 0, 0, out);
+                self.w.unpack(self.t, panel, block, blocks, 0, 0, ahead, out);
                 (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
             }
             return;
@@ -517,13 +551,14 @@ impl IntJob<'_> {
                 mul: inner.mul[at..].as_ptr(),
                 add: inner.add[at..].as_ptr(),
                 sub,
+                ahead,
             };
             // SAFETY: as above; a panel has 16 inner scales in each of its groups.
             unsafe { (self.t.unpack_inner[self.w.bits - 2])(&a) };
             return;
         }
         // SAFETY: as above.
-        unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, out) };
+        unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, ahead, out) };
     }
 
     /// The scales that the sums of a panel meet.
@@ -563,9 +598,9 @@ impl IntJob<'_> {
             if self.w.is_halved() {
                 return self.halved_tiles::<true>(p0, np, m0, rows, b0, blocks, c.as_mut_ptr().cast(), ldc, bytes);
             }
-            let window = if self.w.is_bytes() { BYTE_WINDOW } else { RAW_WINDOW };
-            let buf = grown(bytes, 2 * RAW_WINDOW * 1024)?;
-            let second = buf.as_mut_ptr().wrapping_add(RAW_WINDOW * 1024);
+            let window = if self.w.is_bytes() { BYTE_WINDOW } else { raw_window(rows) };
+            let buf = grown(bytes, 2 * window * 1024)?;
+            let second = buf.as_mut_ptr().wrapping_add(window * 1024);
             // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
             unsafe {
                 let _tiles = amx::Tiles::new(64);
@@ -577,8 +612,9 @@ impl IntJob<'_> {
                         let pair = if self.w.is_bytes() {
                             [self.codes(p0 + p, b0 + k), self.codes(p0 + last, b0 + k)]
                         } else {
-                            self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr());
-                            self.unpack(p0 + last, b0 + k, n, false, second);
+                            let ahead = ahead(self.w, p, np, 2, window);
+                            self.unpack(p0 + p, b0 + k, n, false, ahead, buf.as_mut_ptr());
+                            self.unpack(p0 + last, b0 + k, n, false, ahead, second);
                             [buf.as_ptr(), second.cast_const()]
                         };
                         for m in (0..rows).step_by(32) {
@@ -634,7 +670,7 @@ impl IntJob<'_> {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
                 // SAFETY: the buffer holds a window.
-                unsafe { self.unpack(p0 + p, b0 + k, n, false, buf.as_mut_ptr()) };
+                unsafe { self.unpack(p0 + p, b0 + k, n, false, IN_ORDER, buf.as_mut_ptr()) };
                 for m in (0..rows).step_by(mr) {
                     call((self.t.raw_bytes)(self.w.byte_top, mr), buf.as_ptr(), 0, b0 + k, n, p, m, c, 0);
                 }
@@ -759,7 +795,7 @@ impl IntJob<'_> {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
                 // SAFETY: the buffer holds a window.
-                unsafe { self.unpack(p0 + p, k, n, false, buf.as_mut_ptr()) };
+                unsafe { self.unpack(p0 + p, k, n, false, IN_ORDER, buf.as_mut_ptr()) };
                 for m in (0..rows).step_by(mr) {
                     call(f, buf.as_ptr(), 0, k, n, p, m, 0);
                 }
@@ -784,7 +820,7 @@ impl IntJob<'_> {
         use crate::kernel::x86::amx;
         let w = self.w;
         let blocks = w.geometry.blocks();
-        let window = SHORT_WINDOW.min(blocks);
+        let window = short_window(rows).min(blocks);
         let buf = grown(bytes, window * 1024)?;
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
         unsafe {
@@ -792,7 +828,7 @@ impl IntJob<'_> {
             for k in (0..blocks).step_by(window) {
                 let n = window.min(blocks - k);
                 for p in 0..np {
-                    self.unpack(p0 + p, k, n, true, buf.as_mut_ptr());
+                    self.unpack(p0 + p, k, n, true, ahead(w, p, np, 1, window), buf.as_mut_ptr());
                     for m in (0..rows).step_by(16) {
                         let act = self.act.rows((m0 + m) / 16, k);
                         let a = amx::TileGrp {
@@ -846,7 +882,7 @@ impl IntJob<'_> {
             return self.short_tiles(p0, np, m0, rows, c, ldc, bytes);
         }
         let per = self.segs.blocks().max(1);
-        let window = (RAW_WINDOW / per).max(1) * per;
+        let window = grouped_window(rows, per);
         let buf = grown(bytes, 2 * window * 1024)?;
         let second = buf.as_mut_ptr().wrapping_add(window * 1024);
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
@@ -856,8 +892,9 @@ impl IntJob<'_> {
                 let n = window.min(blocks - k);
                 for p in (0..np).step_by(2) {
                     let last = (p + 1).min(np - 1);
-                    self.unpack(p0 + p, k, n, signed, buf.as_mut_ptr());
-                    self.unpack(p0 + last, k, n, signed, second);
+                    let ahead = ahead(w, p, np, 2, window);
+                    self.unpack(p0 + p, k, n, signed, ahead, buf.as_mut_ptr());
+                    self.unpack(p0 + last, k, n, signed, ahead, second);
                     let (z0, f0) = sum_zero_ptrs(w, p0 + p);
                     let (z1, f1) = sum_zero_ptrs(w, p0 + last);
                     for m in (0..rows).step_by(32) {
@@ -1017,9 +1054,13 @@ fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Ta
     Ok(own)
 }
 
-/// Blocks of K that bf16 tiles work on at a time; see [`RAW_WINDOW`].
+/// Blocks of K that bf16 tiles work on at a time; see [`raw_window`].
 #[cfg(target_arch = "x86_64")]
 const BF16_WINDOW: usize = 4;
+/// The same where scales come after the sums of a group: float sums are fetched and stored then either way, so what counts
+/// is that decoded panels stay in the first-level cache beside rows and sums.
+#[cfg(target_arch = "x86_64")]
+const LATE_WINDOW: usize = 2;
 
 /// The shortest group whose scales are worth applying after its sums: at 32, one step of tiles, storing and adding the sums
 /// costs more than scaling the codes.
@@ -1036,8 +1077,8 @@ struct LateScales {
     steps: usize,
     /// Places of a segment.
     places: usize,
-    /// Whether a table of 32 entries decodes.
-    small: bool,
+    /// Bits of the codes that a table of 32 entries decodes: 8 where they are unpacked first.
+    table: Option<usize>,
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -1054,14 +1095,15 @@ impl LateScales {
         }
         let per = g.padded.div_ceil(BLOCK);
         let (window, places) = if per <= BF16_WINDOW {
-            ((BF16_WINDOW / per) * per, g.padded)
+            (((LATE_WINDOW / per).max(1) * per), g.padded)
         } else {
             // Long groups are cut where windows end.
             let fits = |n: &usize| g.groups <= 1 || per.is_multiple_of(*n);
             let n = (1..=BF16_WINDOW).rev().find(fits).unwrap_or(1);
             (n, n * BLOCK)
         };
-        Some(Self { window, steps: places / 32, places, small })
+        let table = small.then_some(if w.sparse.is_some() { 8 } else { w.bits });
+        Some(Self { window, steps: places / 32, places, table })
     }
 }
 
@@ -1085,9 +1127,12 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
             let decode = words::decoder(words::is_symmetric(&w.values, w.bits), late.is_some());
             (decode, late.as_ref().map_or(BF16_WINDOW, |l| l.window))
         }
-        Some(l) => (amx::bf16_unit_decoder(weight_mode(w), l.small), l.window),
+        Some(LateScales { table: Some(bits), window, .. }) => (amx::bf16_table_decoder(*bits), *window),
+        Some(l) => (amx::bf16_unit_decoder(weight_mode(w)), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
     };
+    // Packed codes that their decoder unpacks itself.
+    let fused = !long && w.sparse.is_none() && late.as_ref().is_some_and(|l| l.table.is_some());
     let kernels = amx::grouped_bf16();
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);
@@ -1117,8 +1162,14 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                             panels.tiles(t, panel, k * BLOCK, n * BLOCK, &mut s.weights, to)?;
                             continue;
                         }
-                        w.unpack(t, panel, k, n, 0, 0, bytes.as_mut_ptr());
-                        let args = F32Args { bytes: bytes.as_ptr(), ..decode_args(w, panel, k, n) };
+                        let ahead = ahead(w, p, np, 2, window);
+                        let codes = if fused {
+                            w.codes_at(panel, k)
+                        } else {
+                            w.unpack(t, panel, k, n, 0, 0, ahead, bytes.as_mut_ptr());
+                            bytes.as_ptr()
+                        };
+                        let args = F32Args { bytes: codes, prefetch: ahead, ..decode_args(w, panel, k, n) };
                         decode(&args, tiles.wrapping_add(i * window * 2048));
                     }
                     let second = tiles.wrapping_add((count - 1) * window * 2048);
@@ -1287,7 +1338,9 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 let coded = if w.dense.is_some() { 0 } else { count };
                 for i in 0..coded {
                     // SAFETY: see above.
-                    unsafe { w.unpack(t, p0 + p + i, k, n, 0, 0, bytes.as_mut_ptr().add(i * b.window * 1024)) };
+                    unsafe {
+                        w.unpack(t, p0 + p + i, k, n, 0, 0, IN_ORDER, bytes.as_mut_ptr().add(i * b.window * 1024));
+                    };
                 }
                 if b.path == Path::Gemv {
                     let mut m = 0;

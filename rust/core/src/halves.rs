@@ -1,7 +1,7 @@
 //! Integer products by tiles of weights whose integers take two bytes.
 use crate::buf::Buf;
 use crate::error::Result;
-use crate::gemm::{grown, IntJob};
+use crate::gemm::{ahead, grown, IntJob};
 use crate::kernel::x86::{amx, halves};
 use crate::kernel::ScalePtr;
 use crate::pack::{BLOCK, PANEL};
@@ -33,7 +33,7 @@ impl IntJob<'_> {
                 let n = window.min(blocks - k);
                 for p in 0..np {
                     // What finishes raw sums takes the zero away.
-                    self.unpack(p0 + p, b0 + k, n, !RAW, buf);
+                    self.unpack(p0 + p, b0 + k, n, !RAW, ahead(self.w, p, np, 1, window), buf);
                     let scales = if RAW { ScalePtr::F32(std::ptr::null()) } else { self.scales(p0 + p) };
                     for m in (0..rows).step_by(16) {
                         let act = self.act.rows((m0 + m) / 16, b0 + k);

@@ -366,6 +366,7 @@ impl Packed {
         blocks: usize,
         dbl: u8,
         sub: u8,
+        ahead: usize,
         out: *mut u8,
     ) {
         // SAFETY: the caller's buffer; panels are whole.
@@ -373,8 +374,7 @@ impl Packed {
             if let Some(s) = &self.sparse {
                 s.unpack(t, panel, blocks, &self.fill(panel, block, dbl, sub), out);
             } else {
-                let src = self.codes.as_ptr().wrapping_add(panel * self.panel_bytes() + block * self.block_bytes());
-                (t.unpack[self.bits])(src, out, blocks, dbl, sub);
+                (t.unpack[self.bits])(self.codes_at(panel, block), out, blocks, dbl, sub, ahead);
             }
         }
     }
@@ -387,6 +387,11 @@ impl Packed {
         };
         let (padded, groups) = (self.geometry.padded, self.geometry.groups);
         Fill { code: self.format.element.zero_code(), zeros, padded, groups, block0: block, dbl, sub }
+    }
+
+    /// The codes of a panel from a block on.
+    pub(crate) fn codes_at(&self, panel: usize, block: usize) -> *const u8 {
+        self.codes.as_ptr().wrapping_add(panel * self.panel_bytes() + block * self.block_bytes())
     }
 
     /// Bytes of one block.

@@ -3,7 +3,7 @@ use crate::activation::Segments;
 use crate::gemm::Compute;
 use crate::isa::Isa;
 use crate::kernel;
-use crate::pack::{Geometry, Packed, PANEL};
+use crate::pack::{Geometry, Packed, BLOCK, PANEL};
 use crate::sparse::Panels;
 use std::fmt;
 
@@ -112,7 +112,9 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     }
     let base =
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
-    if isa == Isa::Amx && m > 8 && (raw || segs.len >= 16) {
+    // Half a tile of rows is enough where sums are stored seldom and need no correction.
+    let few = w.sparse.is_none() && (raw || (segs.len > BLOCK && signed_bytes(w)));
+    if isa == Isa::Amx && m > if few { 4 } else { 8 } && (raw || segs.len >= 16) {
         let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
     }

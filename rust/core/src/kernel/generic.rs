@@ -241,6 +241,7 @@ macro_rules! regs {
     };
     (@ $r:ident, $body:block, $($i:literal),*) => { $( { const $r: usize = $i; $body } )* };
 }
+pub(crate) use regs;
 
 /// Adds one block's dot products to `acc[panel][row][part]`, for registers `r0..r0 + len` of each part.
 ///
@@ -424,16 +425,17 @@ pub(crate) unsafe fn scales<S: Simd>(p: ScalePtr, at: usize) -> S::F {
     }
 }
 
-/// Bytes that unpacking prefetches ahead: the next panel follows in memory, so running over the end is useful too.
-const UNPACK_AHEAD: usize = 4096;
+/// Bytes that unpacking prefetches ahead where codes are unpacked in the order of memory: the next panel follows, so
+/// running over the end is useful too.
+pub const IN_ORDER: usize = 4096;
 
-/// Stores what an expression makes of the codes `$u` of every register of some blocks; `$r` is the register. A closure in
-/// its place might stay a call, and a call has no features.
+/// Stores what an expression makes of the codes `$u` of every register of some blocks; `$r` is the register, `$ahead` the
+/// bytes to prefetch ahead. A closure in its place might stay a call, and a call has no features.
 macro_rules! each_register {
-    ($u:ident, $r:ident in $src:expr, $dst:expr, $blocks:expr => $e:expr) => {
+    ($u:ident, $r:ident in $src:expr, $dst:expr, $blocks:expr, $ahead:expr => $e:expr) => {
         for b in 0..$blocks {
             let (p, q) = ($src.add(b * 128 * U::BITS), $dst.add(b * 1024));
-            fetch::<S, 1>(p, 0, 128 * U::BITS, UNPACK_AHEAD, usize::MAX);
+            fetch::<S, 1>(p, 0, 128 * U::BITS, $ahead, usize::MAX);
             regs!(R => {
                 let ($u, $r) = (U::reg::<S>(p, R), R);
                 S::store(q.add(64 * R), $e);
@@ -442,19 +444,20 @@ macro_rules! each_register {
     };
 }
 
-/// Decodes `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in register order.
+/// Decodes `blocks` blocks to bytes `v = u + (u & dbl) - sub` (wrapping), in register order; prefetches `ahead` bytes on
+/// (wrapping).
 ///
 /// # Safety
 /// `src` holds the blocks, `dst` 1024 bytes for each; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: usize, dbl: u8, sub: u8) {
+pub unsafe fn unpack<S: Simd, U: Unpack>(src: *const u8, dst: *mut u8, blocks: usize, dbl: u8, sub: u8, ahead: usize) {
     // SAFETY: as the contract says.
     unsafe {
         let (twice, less) = (S::splat8(dbl), S::splat8(sub));
         match (dbl, sub) {
-            (0, 0) => each_register!(u, _r in src, dst, blocks => u),
-            (0, _) => each_register!(u, _r in src, dst, blocks => S::sub8(u, less)),
-            _ => each_register!(u, _r in src, dst, blocks => S::sub8(S::add8(u, S::and(u, twice)), less)),
+            (0, 0) => each_register!(u, _r in src, dst, blocks, ahead => u),
+            (0, _) => each_register!(u, _r in src, dst, blocks, ahead => S::sub8(u, less)),
+            _ => each_register!(u, _r in src, dst, blocks, ahead => S::sub8(S::add8(u, S::and(u, twice)), less)),
         }
     }
 }
@@ -483,7 +486,7 @@ pub unsafe fn unpack_inner<S: Simd, U: Unpack>(a: &Inner) {
             let (src, dst) = (a.codes.add(b * 128 * U::BITS), a.bytes.add(b * 1024));
             if a.padded >= 64 {
                 let (mul, add) = factors!(group);
-                each_register!(u, _r in src, dst, 1 => S::add8(S::mul16(u, mul), add));
+                each_register!(u, _r in src, dst, 1, a.ahead => S::add8(S::mul16(u, mul), add));
                 into += 1;
                 if into == long {
                     (group, into) = (group + 1, 0);
@@ -496,7 +499,7 @@ pub unsafe fn unpack_inner<S: Simd, U: Unpack>(a: &Inner) {
             for (i, f) in of[..64 >> shift].iter_mut().enumerate() {
                 *f = factors!((((a.block0 + b) << 6 >> shift) + i));
             }
-            each_register!(u, r in src, dst, 1 => {
+            each_register!(u, r in src, dst, 1, a.ahead => {
                 let (mul, add) = of[((4 * r) >> shift) & 7];
                 S::add8(S::mul16(u, mul), add)
             });
@@ -652,7 +655,13 @@ pub unsafe fn grouped<
 /// Prefetches a block of each panel, `ahead` bytes on; beyond the panel's end, of which `left` blocks are left, that is the
 /// start of the panel that comes after these `NP`.
 #[inline(always)]
-unsafe fn fetch<S: Simd, const NP: usize>(w: *const u8, panel_stride: usize, block: usize, ahead: usize, left: usize) {
+pub(crate) unsafe fn fetch<S: Simd, const NP: usize>(
+    w: *const u8,
+    panel_stride: usize,
+    block: usize,
+    ahead: usize,
+    left: usize,
+) {
     if ahead > 0 {
         let over = left <= ahead.div_ceil(block);
         let ahead = ahead + if over { (NP - 1) * panel_stride } else { 0 };

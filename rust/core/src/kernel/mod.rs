@@ -132,6 +132,8 @@ pub struct Inner {
     pub add: *const u8,
     /// What is subtracted from every byte.
     pub sub: u8,
+    /// Bytes to prefetch ahead (wrapping).
+    pub ahead: usize,
 }
 
 /// Arguments of the float kernels that decode as they go.
@@ -217,7 +219,7 @@ pub struct Kernels {
     /// Activation rows a byte kernel takes at most.
     pub max_mr: usize,
     /// `unpack[bits]`.
-    pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8); 9],
+    pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8, usize); 9],
     /// See [`generic::look_up_all`].
     pub look_up: unsafe fn(*mut u8, usize, *const u8, u8),
     /// See [`generic::look_up_halves`].
@@ -305,9 +307,9 @@ macro_rules! instantiate {
             use crate::kernel::generic::{self, *};
             use crate::kernel::*;
             $(#[$feature])*
-            unsafe fn unpack<U: Unpack>(src: *const u8, dst: *mut u8, n: usize, dbl: u8, sub: u8) {
+            unsafe fn unpack<U: Unpack>(src: *const u8, dst: *mut u8, n: usize, dbl: u8, sub: u8, ahead: usize) {
                 // SAFETY: the caller's contract is that of the generic kernel.
-                unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub) }
+                unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub, ahead) }
             }
             $(#[$feature])*
             unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {

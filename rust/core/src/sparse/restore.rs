@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::format::ScaleType;
 use crate::isa;
 use crate::kernel;
+use crate::kernel::generic::IN_ORDER;
 use crate::pack::{Packed, Shared, BLOCK, PANEL};
 use crate::pool;
 use crate::qtensor::zeros_vec;
@@ -130,7 +131,7 @@ impl Packed {
         }
         let mut bytes = Taken::<u8>::new(kp * PANEL)?;
         // SAFETY: 1024 bytes for each block of an existing panel; the level is available.
-        unsafe { self.unpack(kernel::table(isa::active()), panel, 0, blocks, 0, 0, bytes.as_mut_ptr()) };
+        unsafe { self.unpack(kernel::table(isa::active()), panel, 0, blocks, 0, 0, IN_ORDER, bytes.as_mut_ptr()) };
         for (b, block) in bytes[..kp * PANEL].chunks_exact(BLOCK * PANEL).enumerate() {
             for (r, register) in block.chunks_exact(4 * PANEL).enumerate() {
                 for (i, four) in register.as_chunks::<4>().0.iter().enumerate() {

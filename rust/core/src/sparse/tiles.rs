@@ -6,6 +6,7 @@ use super::mask::Mask;
 use super::{Patch, Structure};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+use crate::kernel::generic::IN_ORDER;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
 #[cfg(target_arch = "x86_64")]
@@ -177,7 +178,7 @@ impl TilePanels {
             // SAFETY: the caller's buffer; a kept block has its codes.
             unsafe {
                 if next.next_if_eq(&b).is_some() {
-                    (t.unpack[self.bits])(src, out.add(b * 1024), 1, dbl, sub.wrapping_sub(self.offset));
+                    (t.unpack[self.bits])(src, out.add(b * 1024), 1, dbl, sub.wrapping_sub(self.offset), IN_ORDER);
                     src = src.wrapping_add(128 * self.bits);
                 } else {
                     out.add(b * 1024).write_bytes(zero, 1024);

@@ -5,7 +5,10 @@
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
 use super::avx512::Avx512Vnni as V;
-use crate::kernel::generic::{self, group, weight, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
+use crate::kernel::generic::{
+    self, group, regs, weight, Unpack, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64,
+};
+use crate::kernel::generic::{U1, U2, U3, U4, U5, U8};
 use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
@@ -490,10 +493,10 @@ unsafe fn decode_entry<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8)
     unsafe { decode_bf16::<W, UNIT>(a, out) }
 }
 
-/// As [`decode_bf16`] with `UNIT`, for values that one table of 32 entries holds: those of codes below 32, or `u - z + 16`
-/// where zeros are stored.
+/// As [`decode_bf16`] with `UNIT`, straight from packed codes (or unpacked ones: `U` is [`U8`]) in groups of 64 and more, for
+/// values that one table of 32 entries holds: those of codes below 32, or `u - z + 16` where zeros are stored.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn decode_table(a: &F32Args, out: *mut u8) {
+unsafe fn decode_table<U: Unpack>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe {
         let stored = !a.zeros.is_null();
@@ -507,26 +510,23 @@ unsafe fn decode_table(a: &F32Args, out: *mut u8) {
             let lane: [i32; 4] = std::array::from_fn(|d| base + 0x0004_0004 * d as i32);
             _mm512_broadcast_i32x4(_mm_loadu_si128(lane.as_ptr().cast()))
         });
-        let step = a.padded.min(64) / 4;
         for b in 0..a.blocks {
-            let mut g = (a.block0 + b) * 64 / a.padded;
-            for r0 in (0..16).step_by(step) {
-                let shift = if stored {
-                    let z = V::load_u8(a.zeros.add(g.min(a.groups - 1) * 16));
-                    // 16 - z in each byte of the row.
-                    _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), z), _mm512_set1_epi32(0x0101_0101))
-                } else {
-                    _mm512_setzero_si512()
-                };
-                g += 1;
-                for r in r0..r0 + step {
-                    let w = _mm512_add_epi8(V::load(a.bytes.add(b * 1024 + 64 * r)), shift);
-                    for (half, pick) in pick.iter().enumerate() {
-                        let pair = _mm512_permutexvar_epi16(_mm512_shuffle_epi8(w, *pick), table);
-                        V::store(out.add(b * 2048 + (2 * r + half) * 64), pair);
-                    }
+            let (codes, tiles) = (a.bytes.add(b * 128 * U::BITS), out.add(b * 2048));
+            generic::fetch::<V, 1>(codes, 0, 128 * U::BITS, a.prefetch, usize::MAX);
+            let shift = if stored {
+                let z = V::load_u8(a.zeros.add(((a.block0 + b) * 64 / a.padded).min(a.groups - 1) * 16));
+                // 16 - z in each byte of the row.
+                _mm512_mullo_epi32(_mm512_sub_epi32(_mm512_set1_epi32(16), z), _mm512_set1_epi32(0x0101_0101))
+            } else {
+                _mm512_setzero_si512()
+            };
+            regs!(R => {
+                let w = _mm512_add_epi8(U::reg::<V>(codes, R), shift);
+                for (half, pick) in pick.iter().enumerate() {
+                    let pair = _mm512_permutexvar_epi16(_mm512_shuffle_epi8(w, *pick), table);
+                    V::store(tiles.add((2 * R + half) * 64), pair);
                 }
-            }
+            });
         }
     }
 }
@@ -543,12 +543,23 @@ pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     }
 }
 
-/// The same without scales, exact; for integer zeros or none. `small`: [`decode_table`] serves.
-pub fn bf16_unit_decoder(mode: u8, small: bool) -> unsafe fn(&F32Args, *mut u8) {
+/// The same without scales, exact; for integer zeros or none.
+pub fn bf16_unit_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     match mode {
-        _ if small => decode_table,
         W_MUL2 => decode_entry::<W_MUL2, true>,
         _ => decode_entry::<W_MUL1, true>,
+    }
+}
+
+/// The same where a table of 32 entries serves, from codes of so many bits (8: unpacked ones).
+pub fn bf16_table_decoder(bits: usize) -> unsafe fn(&F32Args, *mut u8) {
+    match bits {
+        1 => decode_table::<U1>,
+        2 => decode_table::<U2>,
+        3 => decode_table::<U3>,
+        4 => decode_table::<U4>,
+        5 => decode_table::<U5>,
+        _ => decode_table::<U8>,
     }
 }
 
