@@ -460,6 +460,23 @@ def test_graph(compute: str) -> None:
             check_float(y, values, q)
 
 
+@pytest.mark.parametrize("fmt", ["int4_g128", "uint4_g128", "int8_g128", "int8_g64", "uint7_g32"])
+def test_largest_sums(fmt: str) -> None:
+    """Every product of a group as large as it gets, of either sign."""
+    e = nb.Format(fmt).element
+    rows = np.array([e.minimum, e.maximum])[np.arange(320) % 2]
+    codes = np.repeat(rows[:, None], 512, axis=1)
+    f = nb.Format(fmt)
+    scales = np.full((320, f.groups(512)), 0.37, np.float32)
+    zeros = np.zeros_like(scales, dtype=np.int64) if f.has_zeros else None
+    q = nb.QTensor.from_parts(fmt, codes, scales, zeros)
+    x = np.where(np.arange(200)[:, None] % 2, 127, -127).astype(np.int8).repeat(512, axis=1)
+    want = nb.matmul(x, q.T, compute="int8")
+    for m in (5, 40, 200):
+        got = nb.matmul(cupy.asarray(x[:m]), q.to("cuda:0").T, compute="int8")
+        same_bits(got, want[:m])
+
+
 def test_nothing_waits() -> None:
     """A product returns while the device is still busy with what came before."""
     d = tensor("int4_g128", 512, 2048).to("cuda:0")

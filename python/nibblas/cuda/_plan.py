@@ -381,6 +381,8 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         ("STAGES", stages),
         ("MUL", p.mul),
         ("HALVES", 1 + halves),
+        # Sums of 128 products of bytes are below 2^21.
+        ("SHORT", int(p.act == S8 and p.ordered and p.groups >= p.chunks)),
         ("LIFT", int(p.lift)),
         ("OUT", int(p.lines)),
         ("WHOLE", int(whole)),
