@@ -125,10 +125,10 @@ def corpus() -> None:
         want = x.codes().astype(np.float32) @ w.codes().astype(np.float32).T
         compare(y, want, f"bipolar{bx} by bipolar{bw} {m}x{n}x{k}", True)
     for fmt in SPARSE:
-        q = tensor(nb, fmt, 200, 1152, 3)
+        q = tensor(nb, fmt, 2048, 4096, 3)
         for m in (3, 20):
-            x = np.random.default_rng(m).normal(size=(m, 1152)).astype(np.float16)
-            y = cupy.full((m, 200), np.nan, np.float32)
+            x = np.random.default_rng(m).normal(size=(m, 4096)).astype(np.float16)
+            y = cupy.full((m, 2048), np.nan, np.float32)
             compute = "int8" if fmt.startswith("int8") else "f32"
             nb.matmul(cupy.asarray(x), q.to("cuda:0").T, compute=compute, out=y, dtype=np.float32)
             want = x.astype(np.float32)

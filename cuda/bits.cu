@@ -86,7 +86,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                 }
                 wgmma_commit();
                 wgmma_wait<1>();
-                if (held >= 0) ring_release(shared_address(&empty[held]), lane);
+                if (held >= 0) warp_arrive(shared_address(&empty[held]), lane);
                 held = stage;
                 if (++stage == STAGES) {
                     stage = 0;
@@ -102,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
             pin(acc);
         }
         // The copies of the next tile need this slot while results leave.
-        if (held >= 0) ring_release(shared_address(&empty[held]), lane);
+        if (held >= 0) warp_arrive(shared_address(&empty[held]), lane);
         held = -1;
 #if NB_OUT
         // 64 rows by 32 numbers at a time, in two halves of what the warpgroup has.

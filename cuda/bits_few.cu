@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
                                                 k || (i && j < Q - 1) || chunk != group);
             wgmma_commit();
             wgmma_wait<0>();
-            ring_release(shared_address(&empty[stage]), lane);
+            warp_arrive(shared_address(&empty[stage]), lane);
             chunk += KG;
         } while (chunk < a.chunks);
 #pragma unroll

@@ -246,9 +246,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     for (int i = 0; i < C; i++) acc[i / CH][i % CH] = 0;
     auto release = [&](int slot) {
         if (CL == 1)
-            ring_release(shared_address(&empty[slot]), lane);
+            warp_arrive(shared_address(&empty[slot]), lane);
         else
-            ring_release(shared_address(&empty[slot]), lane, CL);
+            warp_arrive(shared_address(&empty[slot]), lane, CL);
     };
     Words<BITS> words;
     u32 by[2][2]; // [row][step]

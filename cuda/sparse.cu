@@ -216,8 +216,7 @@ DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 
             meet<DRAINERS, 2>();
             for (int q = tid; q < T; q += DRAINERS) not_finite[q] = 0;
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(free);
+        warp_arrive(free, lane);
         if (!whole) __threadfence();
         if (!whole || collects) meet<DRAINERS, 1>();
         if (!whole && tid == 0) atomicAdd(counter, 1);
@@ -242,8 +241,8 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     __shared__ u64 ready[WK * STAGES], empty[WK * STAGES], full[1], free[1]; // the last two: of the sums
     if (FOURS && tid < T) not_finite[tid] = 0;
     if (tid == 0) {
-        ring_init(ready, WR, empty, WR);
-        ring_init(full, WARPS, free, DRAIN);
+        ring_init(ready, WR, empty, WR * ARRIVALS);
+        ring_init(full, WARPS * ARRIVALS, free, DRAIN * ARRIVALS);
     }
     __syncthreads();
     if (warp < 0) {
@@ -474,8 +473,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
             else
                 sum = INT ? __int_as_float((int)acc[i][j][0][e]) : (float)acc[i][j][0][e];
         });
-        __syncwarp();
-        if (lane == 0) barrier_arrive(shared_address(full));
+        warp_arrive(shared_address(full), lane);
     };
 
     u32 phases = 0;
@@ -502,8 +500,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
                 else
                     record = multiply_bits(record, xs);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(back + stage * 8);
+            warp_arrive(back + stage * 8, lane);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
         leave(left);

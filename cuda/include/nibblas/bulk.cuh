@@ -12,12 +12,12 @@ DEVICE void barrier_init(u32 bar, int arrivals) {
 }
 // Makes the initialisation visible to the copy engine.
 DEVICE void barrier_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-// A warp gives a slot back by one arrival, of a lane that has met the others. racecheck follows arrivals thread by thread and
+// A warp arrives once, by a lane that has met the others. racecheck follows arrivals thread by thread and
 // does not see such meetings: for it, with NB_EVERY_LANE, each lane arrives for itself.
 #ifndef NB_EVERY_LANE
 #define NB_EVERY_LANE 0
 #endif
-constexpr int ARRIVALS = NB_EVERY_LANE ? 32 : 1; // of a warp, by `ring_release`
+constexpr int ARRIVALS = NB_EVERY_LANE ? 32 : 1; // of a warp, by `warp_arrive`
 // Barriers of a ring of slots: what is copied into one completes `ready`, which `fills` threads announce; `users` arrivals
 // give it back. A barrier of the block must follow.
 template <int SLOTS> DEVICE void ring_init(u64 (&ready)[SLOTS], int fills, u64 (&empty)[SLOTS], int users) {
@@ -34,8 +34,8 @@ DEVICE void barrier_expect(u32 bar, int bytes) {
 DEVICE void barrier_arrive(u32 bar) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(bar) : "memory");
 }
-// Gives a slot back, once for a warp; its lanes have read what they need.
-DEVICE void ring_release(u32 empty, int lane) {
+// Arrives for a warp: what its lanes have read and written until now is over.
+DEVICE void warp_arrive(u32 empty, int lane) {
     __syncwarp();
     if (NB_EVERY_LANE || lane == 0) barrier_arrive(empty);
 }
@@ -90,8 +90,8 @@ DEVICE void barrier_arrive(u32 bar, int block) {
                  "r"(block)
                  : "memory");
 }
-// Gives a slot back to all blocks of a cluster.
-DEVICE void ring_release(u32 empty, int lane, int blocks) {
+// The same at the barriers at this place in all blocks of a cluster.
+DEVICE void warp_arrive(u32 empty, int lane, int blocks) {
     __syncwarp();
     if (NB_EVERY_LANE) {
 #pragma unroll 1
