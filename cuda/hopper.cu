@@ -15,9 +15,9 @@
 // a chunk of W at a time, and the sums of one are scaled while products of the other are under way.
 //
 // Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu; HALVES; LIFT;
-// SHORT: integer sums of a group are below 2^22; WHOLE: blocks take all of K, as CL > 1 wants it; CHAIN: they hand sums on
-// in order where they do not; OUT: Y has 16 bits and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1,
-// with zero points below 128; 8-bit codes of int8 products stand for u - 128.
+// WHOLE: blocks take all of K, as CL > 1 wants it; CHAIN: they hand sums on in order where they do not; OUT: Y has 16 bits
+// and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8
+// products stand for u - 128.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -117,13 +117,6 @@ DEVICE u32 centred(u32 word, u32 field, u32 magic, u32 by, int row, int step) {
     if (two_steps(row, step)) // 2048 + 2u - sub has no exact constant: first u, then 2u - sub.
         return fma2(fma2(v, one, ACT == ACT_F16 ? 0xe400e400u : 0xc300c300u), two, both(typed(-(float)(int)by)));
     return fma2(v, (MUL == 2 ? two : one) - both(high(row, step) << 10), by);
-}
-
-// A sum as a float. SHORT sums, below 2^22, take an addition of each kind, which is several times as fast as a conversion:
-// 1.5 * 2^23 + n has n in its lowest bits.
-DEVICE float number_of(float sum) { return sum; }
-DEVICE float number_of(int sum) {
-    return NB_SHORT ? __fsub_rn(__int_as_float(sum + 0x4b400000), 12582912.0f) : (float)sum;
 }
 
 DEVICE float scale_of(const void *p, int i) { return scale_at(p, i) * (1.0f / (1 << LIFT)); }
@@ -373,7 +366,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             for (int i = 0; i < CH; i++) {
                 pin(acc[half][i]);
                 float &y = total[FLUSH ? half * CH + i : 0];
-                y = __fmaf_rn(number_of(acc[half][i]), i & 2 ? s1 : s0, y);
+                y = __fmaf_rn((float)acc[half][i], i & 2 ? s1 : s0, y);
             }
         };
         auto read_scales = [&](const char *slot, int q) {

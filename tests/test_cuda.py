@@ -149,7 +149,9 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     assert str(plan).startswith(plan.nest)
 
 
-@pytest.mark.parametrize(("m", "n"), [(600, 14336), (1024, 28672), (2048, 4096), (5000, 12700)])
+@pytest.mark.parametrize(
+    ("m", "n"), [(256, 14336), (600, 14336), (1024, 28672), (2048, 4096), (5000, 12700)]
+)
 def test_sums_that_are_handed_on(m: int, n: int) -> None:
     """Rounds of whole rows and then spans of at least one: together all of the work."""
     plan = _plan.plan(problem(m, n, 4096, 2, 4, 1, wgmma=True, lift=True, lines=True))

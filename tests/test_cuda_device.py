@@ -505,9 +505,9 @@ def test_nothing_waits() -> None:
 def test_sums_that_are_handed_on() -> None:
     """Many rows of X and groups in order: spans end inside of K."""
     for m, n, k, fmt in [
-        (600, 12700, 384, "int4_g128"),
-        (1600, 4096, 640, "uint4_g64"),
-        (2048, 4096, 512, "int8_g32"),
+        (1100, 4096, 1280, "int4_g128"),
+        (300, 14336, 1700, "uint4_g64"),
+        (1100, 4096, 2048, "int8_g32"),
     ]:
         q = tensor(fmt, n, k, m)
         d, x = q.to("cuda:0"), activations(m, k, np.float16, m)
@@ -591,18 +591,14 @@ def test_out_of_memory() -> None:
     """CuPy's exception, a MemoryError or its like, and the tensor works afterwards."""
     q = tensor("int4_g128", 4096, 256)
     d, x = q.to("cuda:0"), cupy.ones((4096, 256), np.float32)
-    nb.matmul(x[:4], d.T)
-    pool = cupy.get_default_memory_pool()
-    pool.free_all_blocks()
-    pool.set_limit(size=pool.used_bytes() + (1 << 20))
-    try:
+    pool = cupy.cuda.MemoryPool()
+    pool.set_limit(size=1 << 20)
+    with cupy.cuda.using_allocator(pool.malloc):
         for compute in ("f32", "int8"):
             with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
                 nb.matmul(x, d.T, compute=compute)
         with pytest.raises(cupy.cuda.memory.OutOfMemoryError):
             tensor("int8", 4096, 1024).to("cuda:0")
-    finally:
-        pool.set_limit(size=0)
     check_float(nb.matmul(x[:4], d.T), np.ones((4, 256), np.float32), q)
 
 
@@ -625,6 +621,7 @@ def test_first_use_of_a_kernel(tmp_path: Path) -> None:
     """Compiled within 2 s each, and from the cache of another process within 30 ms."""
     python = str(Path(nb.__file__).parents[1])
     env = {**os.environ, "NIBBLAS_CUDA_CACHE": str(tmp_path), "PYTHONPATH": python}
+    env["CUDA_CACHE_DISABLE"] = "1"  # the compiler's own
     for most in (2.0, 0.03):
         run = subprocess.run(
             [sys.executable, "-c", FIRST], env=env, capture_output=True, text=True, check=True
