@@ -66,6 +66,15 @@ PLANES = [
 SPARSE = ["f16_bitmap", "f16_2of4", "int8_2of4", "int4_g128_bsr32"]
 
 
+def kept(structure: str, n: int, k: int, rng: np.random.Generator) -> np.ndarray:
+    """Return which entries of a sparse matrix are kept, half of them."""
+    if structure == "2of4":
+        first = rng.random((n, k // 2)) < 0.5
+        return np.stack([first, ~first], 2).reshape(n, k)
+    run = 1 if structure == "bitmap" else 32
+    return np.repeat(rng.random((n, k // run)) < 0.5, run, axis=1)
+
+
 def tensor(nb: Any, fmt: str, n: int, k: int, seed: int) -> Any:
     """Return a tensor of random codes, without the time that quantising takes."""
     rng = np.random.default_rng(seed)
@@ -74,9 +83,7 @@ def tensor(nb: Any, fmt: str, n: int, k: int, seed: int) -> Any:
     if f.structure or f.scale == "i8" or n * k < 1 << 21:
         w = rng.normal(size=(n, k)).astype(np.float32)
         if f.structure:
-            w = nb.prune(
-                w, {"bitmap": "unstructured", "2of4": "2:4"}.get(f.structure, "group32"), 0.5
-            )
+            w *= kept(f.structure, n, k, rng)
         return nb.quantize(w, fmt)
     codes = e.minimum + rng.integers(0, e.levels, (n, k)) * (e.maximum - e.minimum) // (
         e.levels - 1
@@ -94,7 +101,7 @@ def compare(got: Any, want: np.ndarray, what: str, exact: bool) -> None:
             raise AssertionError(f"{what}: {wrong} of {y.size} differ")
         return
     error = np.linalg.norm(y - want) / np.linalg.norm(want)
-    if not error < 0.05 if "fp8" in what else not error < 2e-2:
+    if not error < (0.05 if "fp8" in what else 0.02):
         raise AssertionError(f"{what}: relative error {error}")
 
 
