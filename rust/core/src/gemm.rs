@@ -364,9 +364,13 @@ pub(crate) fn int8(
                     zeros: zi,
                     fzeros: zf,
                 };
+                let bad = act.bad[m0 + m] != 0;
+                let direct = float_row(y, m0 + m, p0 * PANEL, cols).filter(|_| !bad);
                 // SAFETY: all arrays reach the end of the last panel.
-                unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), floats.as_mut_ptr(), &e) };
-                store_row(y, m0 + m, p0 * PANEL, &floats[..cols], act.bad[m0 + m] != 0);
+                unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), direct.unwrap_or(floats.as_mut_ptr()), &e) };
+                if direct.is_none() {
+                    store_row(y, m0 + m, p0 * PANEL, &floats[..cols], bad);
+                }
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
@@ -374,8 +378,7 @@ pub(crate) fn int8(
             job.grouped(p0, np, m0, rows, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
                 let row = &mut c[m * ldc..][..cols];
-                finish_floats(t, row, act.scale[m0 + m], bias);
-                store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
+                finish_row(t, y, m0 + m, p0 * PANEL, row, act.scale[m0 + m], bias, act.bad[m0 + m] != 0);
             }
         }
         Ok(())
@@ -559,11 +562,6 @@ impl IntJob<'_> {
         }
         // SAFETY: as above.
         unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, ahead, out) };
-    }
-
-    /// The scales that the sums of a panel meet.
-    pub fn scales(&self, panel: usize) -> ScalePtr {
-        sum_scale_ptr(self.w, panel)
     }
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
@@ -805,6 +803,43 @@ impl IntJob<'_> {
         Ok(())
     }
 
+    /// What tile kernels need for the rows from `m` on, 16 or `two` times as many, against a pair of panels whose `n` blocks
+    /// from `k` on are decoded at `b`.
+    #[cfg(target_arch = "x86_64")]
+    pub fn tile_args(
+        &self,
+        panels: [usize; 2],
+        b: [*const u8; 2],
+        k: usize,
+        n: usize,
+        m: usize,
+        two: bool,
+        c: *mut f32,
+        ldc: usize,
+    ) -> crate::kernel::x86::amx::TileGrp {
+        let act0 = self.act.rows(m / 16, k);
+        let act1 = if two { self.act.rows(m / 16 + 1, k) } else { act0 };
+        let zeros = panels.map(|p| sum_zero_ptrs(self.w, p));
+        crate::kernel::x86::amx::TileGrp {
+            a0: act0.codes,
+            a1: act1.codes,
+            b,
+            steps: n,
+            seg_steps: self.segs.blocks(),
+            parts: BLOCK / self.segs.len.clamp(1, BLOCK),
+            seg0: k * BLOCK / self.segs.len,
+            seg_group: self.segs.group.as_ptr(),
+            scales: panels.map(|p| sum_scale_ptr(self.w, p)),
+            zeros: zeros.map(|z| z.0),
+            fzeros: zeros.map(|z| z.1),
+            act0,
+            act1,
+            c,
+            ldc,
+            dbl: doubling(self.w),
+        }
+    }
+
     /// As [`Self::grouped_tiles`] for segments of one product.
     #[cfg(target_arch = "x86_64")]
     fn short_tiles(
@@ -830,26 +865,9 @@ impl IntJob<'_> {
                 for p in 0..np {
                     self.unpack(p0 + p, k, n, true, ahead(w, p, np, 1, window), buf.as_mut_ptr());
                     for m in (0..rows).step_by(16) {
-                        let act = self.act.rows((m0 + m) / 16, k);
-                        let a = amx::TileGrp {
-                            a0: act.codes,
-                            a1: std::ptr::null(),
-                            b: [buf.as_ptr(); 2],
-                            steps: n,
-                            seg_steps: 0,
-                            parts: BLOCK / self.segs.len,
-                            seg0: k * BLOCK / self.segs.len,
-                            seg_group: self.segs.group.as_ptr(),
-                            scales: [sum_scale_ptr(w, p0 + p); 2],
-                            zeros: [std::ptr::null(); 2],
-                            fzeros: [std::ptr::null(); 2],
-                            act0: act,
-                            act1: act,
-                            c: c.as_mut_ptr().add(m * ldc + p * PANEL),
-                            ldc,
-                            dbl: 0,
-                        };
-                        amx::short(!act.scales.is_null())(&a);
+                        let at = c.as_mut_ptr().add(m * ldc + p * PANEL);
+                        let a = self.tile_args([p0 + p; 2], [buf.as_ptr(); 2], k, n, m0 + m, false, at, ldc);
+                        amx::short(!a.act0.scales.is_null())(&a);
                     }
                 }
             }
@@ -895,30 +913,11 @@ impl IntJob<'_> {
                     let ahead = ahead(w, p, np, 2, window);
                     self.unpack(p0 + p, k, n, signed, ahead, buf.as_mut_ptr());
                     self.unpack(p0 + last, k, n, signed, ahead, second);
-                    let (z0, f0) = sum_zero_ptrs(w, p0 + p);
-                    let (z1, f1) = sum_zero_ptrs(w, p0 + last);
                     for m in (0..rows).step_by(32) {
                         let two = m + 16 < rows;
-                        let act0 = self.act.rows((m0 + m) / 16, k);
-                        let act1 = if two { self.act.rows((m0 + m) / 16 + 1, k) } else { act0 };
-                        let a = amx::TileGrp {
-                            a0: act0.codes,
-                            a1: act1.codes,
-                            b: [buf.as_ptr(), second.cast_const()],
-                            steps: n,
-                            seg_steps: self.segs.blocks(),
-                            parts: BLOCK / self.segs.len.min(BLOCK),
-                            seg0: k * BLOCK / self.segs.len,
-                            seg_group: self.segs.group.as_ptr(),
-                            scales: [sum_scale_ptr(w, p0 + p), sum_scale_ptr(w, p0 + last)],
-                            zeros: [z0, z1],
-                            fzeros: [f0, f1],
-                            act0,
-                            act1,
-                            c: c.as_mut_ptr().add(m * ldc + p * PANEL),
-                            ldc,
-                            dbl: doubling(w),
-                        };
+                        let at = c.as_mut_ptr().add(m * ldc + p * PANEL);
+                        let pair = [buf.as_ptr(), second.cast_const()];
+                        let a = self.tile_args([p0 + p, p0 + last], pair, k, n, m0 + m, two, at, ldc);
                         kernels[usize::from(two)](&a);
                     }
                 }
@@ -1209,8 +1208,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
             }
         }
         for m in 0..rows {
-            finish_floats(t, &mut c[m * ldc..][..np * PANEL], 1.0, bias);
-            store_row(y, m0 + m, p0 * PANEL, &c[m * ldc..][..np * PANEL], false);
+            finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..np * PANEL], 1.0, bias, false);
         }
         Ok(())
     })
@@ -1226,10 +1224,19 @@ const NO_SUMS: kernel::ActRows = kernel::ActRows {
     rows: 0,
 };
 
-/// Finishes a row of float sums: the activation scale, then the bias.
-pub(crate) fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: *const f32) {
+/// Finishes a row of float sums, the activation scale, then the bias, and writes it to row `m` from column `n0`.
+pub(crate) fn finish_row(
+    t: &Kernels,
+    y: &MatMut,
+    m: usize,
+    n0: usize,
+    row: &mut [f32],
+    act_scale: f32,
+    bias: *const f32,
+    bad: bool,
+) {
     if bias.is_null() && act_scale == 1.0 {
-        return;
+        return store_row(y, m, n0, row, bad);
     }
     let e = Finish {
         cols: row.len(),
@@ -1241,8 +1248,19 @@ pub(crate) fn finish_floats(t: &Kernels, row: &mut [f32], act_scale: f32, bias: 
         zeros: std::ptr::null(),
         fzeros: std::ptr::null(),
     };
-    // SAFETY: the row and the bias have as many floats.
-    unsafe { (t.finish_f32)(row.as_mut_ptr(), &e) };
+    let direct = float_row(y, m, n0, row.len()).filter(|_| !bad);
+    // SAFETY: the row, the bias and the row of y have as many floats.
+    unsafe { (t.finish_f32)(row.as_ptr(), direct.unwrap_or(row.as_mut_ptr()), &e) };
+    if direct.is_none() {
+        store_row(y, m, n0, row, bad);
+    }
+}
+
+/// Columns `n0..n0 + cols` of row `m`, where they lie there as floats side by side.
+fn float_row(y: &MatMut, m: usize, n0: usize, cols: usize) -> Option<*mut f32> {
+    let whole = y.scalar == Scalar::F32 && y.col_stride == 4 && n0 + cols <= y.cols;
+    let row = y.ptr.wrapping_offset(m as isize * y.row_stride + 4 * n0 as isize).cast::<f32>();
+    (whole && row.is_aligned()).then_some(row)
 }
 
 /// What the float kernels need to decode panel `panel` from block `block0` on; the caller adds codes, activations, sums.
@@ -1399,9 +1417,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
             }
         }
         for m in 0..rows {
-            let row = &mut c[m * ldc..][..ldc];
-            finish_floats(t, row, 1.0, bias);
-            store_row(y, m0 + m, p0 * PANEL, row, false);
+            finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..ldc], 1.0, bias, false);
         }
         Ok(())
     })

@@ -3,7 +3,6 @@ use crate::buf::Buf;
 use crate::error::Result;
 use crate::gemm::{ahead, grown, IntJob};
 use crate::kernel::x86::{amx, halves};
-use crate::kernel::ScalePtr;
 use crate::pack::{BLOCK, PANEL};
 
 /// Blocks of K that are unpacked at a time: 64 KiB of the second-level cache, so that sums are fetched and stored seldom.
@@ -34,28 +33,10 @@ impl IntJob<'_> {
                 for p in 0..np {
                     // What finishes raw sums takes the zero away.
                     self.unpack(p0 + p, b0 + k, n, !RAW, ahead(self.w, p, np, 1, window), buf);
-                    let scales = if RAW { ScalePtr::F32(std::ptr::null()) } else { self.scales(p0 + p) };
                     for m in (0..rows).step_by(16) {
-                        let act = self.act.rows((m0 + m) / 16, b0 + k);
-                        let a = amx::TileGrp {
-                            a0: act.codes,
-                            a1: std::ptr::null(),
-                            b: [buf.cast_const(); 2],
-                            steps: n,
-                            seg_steps: self.segs.blocks(),
-                            parts: BLOCK / self.segs.len.clamp(1, BLOCK),
-                            seg0: k * BLOCK / self.segs.len,
-                            seg_group: self.segs.group.as_ptr(),
-                            scales: [scales; 2],
-                            zeros: [std::ptr::null(); 2],
-                            fzeros: [std::ptr::null(); 2],
-                            act0: act,
-                            act1: act,
-                            c: c.add(m * ldc + p * PANEL),
-                            ldc,
-                            dbl: 0,
-                        };
-                        halves::kernel(!act.scales.is_null(), RAW)(&a);
+                        let at = c.add(m * ldc + p * PANEL);
+                        let a = self.tile_args([p0 + p; 2], [buf.cast_const(); 2], b0 + k, n, m0 + m, false, at, ldc);
+                        halves::kernel(!a.act0.scales.is_null(), RAW)(&a);
                     }
                 }
             }

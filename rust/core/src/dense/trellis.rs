@@ -2,7 +2,7 @@
 use crate::activation::Act;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::gemm::{finish_floats, grown, padded_bias, store_row, tasks, Options};
+use crate::gemm::{finish_row, grown, padded_bias, tasks, Options};
 use crate::kernel::trellis::{dwords, hash, Pairs, Trellis};
 #[cfg(target_arch = "x86_64")]
 use crate::kernel::x86::tiles;
@@ -216,8 +216,7 @@ impl TrellisPanels {
             }
             for m in 0..rows {
                 let row = &mut c[m * ldc..][..ldc];
-                finish_floats(t, row, act.scale[m0 + m], bias);
-                store_row(y, m0 + m, p0 * PANEL, row, act.bad[m0 + m] != 0);
+                finish_row(t, y, m0 + m, p0 * PANEL, row, act.scale[m0 + m], bias, act.bad[m0 + m] != 0);
             }
             Ok(())
         })

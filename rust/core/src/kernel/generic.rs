@@ -91,35 +91,30 @@ unsafe impl Unpack for Halved {
     }
 }
 
-/// Codes of fewer than eight bits that were unpacked to bytes.
-#[derive(Debug)]
-pub struct Bytes7;
-// SAFETY: reads what `U8` reads.
-unsafe impl Unpack for Bytes7 {
-    const BITS: usize = 8;
-    const PLANES: usize = 1;
-    const NARROW: bool = true;
-    #[inline(always)]
-    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
-        // SAFETY: the caller gives a whole block.
-        unsafe { U8::reg::<S>(p, r) }
-    }
+macro_rules! bytes_below {
+    ($($(#[$doc:meta])* $name:ident: small $small:literal;)*) => { $(
+        $(#[$doc])*
+        #[derive(Debug)]
+        pub struct $name;
+        // SAFETY: reads what `U8` reads.
+        unsafe impl Unpack for $name {
+            const BITS: usize = 8;
+            const PLANES: usize = 1;
+            const NARROW: bool = true;
+            const SMALL: bool = $small;
+            #[inline(always)]
+            unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
+                // SAFETY: the caller gives a whole block.
+                unsafe { U8::reg::<S>(p, r) }
+            }
+        }
+    )* };
 }
-
-/// Codes below 16 that were unpacked to bytes.
-#[derive(Debug)]
-pub struct Bytes4;
-// SAFETY: reads what `U8` reads.
-unsafe impl Unpack for Bytes4 {
-    const BITS: usize = 8;
-    const PLANES: usize = 1;
-    const NARROW: bool = true;
-    const SMALL: bool = true;
-    #[inline(always)]
-    unsafe fn reg<S: Simd>(p: *const u8, r: usize) -> S::I {
-        // SAFETY: the caller gives a whole block.
-        unsafe { U8::reg::<S>(p, r) }
-    }
+bytes_below! {
+    /// Codes of fewer than eight bits that were unpacked to bytes.
+    Bytes7: small false;
+    /// Codes below 16 that were unpacked to bytes.
+    Bytes4: small true;
 }
 
 macro_rules! looked_up {
@@ -1172,12 +1167,12 @@ pub unsafe fn finish_raw<S: Simd>(c: *const i32, out: *mut f32, e: &Finish) {
     }
 }
 
-/// Finishes one row of float sums in place: `c = c*act_scale + bias`.
+/// Finishes one row of float sums, in place or elsewhere: `out = c*act_scale + bias`.
 ///
 /// # Safety
-/// `c` has `cols` floats rounded up to 16, and so has the bias; the CPU has the features of `S`.
+/// `c` and `out` have `cols` floats rounded up to 16, and so has the bias; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn finish_f32<S: Simd>(c: *mut f32, e: &Finish) {
+pub unsafe fn finish_f32<S: Simd>(c: *const f32, out: *mut f32, e: &Finish) {
     // SAFETY: as the contract says.
     unsafe {
         let s = S::splatf(e.act_scale);
@@ -1186,7 +1181,7 @@ pub unsafe fn finish_f32<S: Simd>(c: *mut f32, e: &Finish) {
             if !e.bias.is_null() {
                 f = S::addf(f, S::loadf(e.bias.add(j)));
             }
-            S::storef(c.add(j), f);
+            S::storef(out.add(j), f);
         }
     }
 }

@@ -262,7 +262,7 @@ pub struct Kernels {
     /// See [`generic::finish_raw`].
     pub finish_raw: unsafe fn(*const i32, *mut f32, &Finish),
     /// See [`generic::finish_f32`].
-    pub finish_f32: unsafe fn(*mut f32, &Finish),
+    pub finish_f32: unsafe fn(*const f32, *mut f32, &Finish),
     /// Rounds floats to bfloat16 precision in place.
     pub round_bf16: unsafe fn(*mut f32, usize),
     /// Product with trellis codes by (bits, hash, rows): kernel and rows.
@@ -395,9 +395,9 @@ macro_rules! instantiate {
                 unsafe { generic::finish_raw::<$v>(c, out, e) }
             }
             $(#[$feature])*
-            unsafe fn finish_f32(c: *mut f32, e: &Finish) {
+            unsafe fn finish_f32(c: *const f32, out: *mut f32, e: &Finish) {
                 // SAFETY: as above.
-                unsafe { generic::finish_f32::<$v>(c, e) }
+                unsafe { generic::finish_f32::<$v>(c, out, e) }
             }
             $(#[$feature])*
             unsafe fn round_bf16(x: *mut f32, n: usize) {

@@ -13,7 +13,7 @@ use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ValueMap;
-use crate::gemm::{finish_floats, store_row, Compute, Options};
+use crate::gemm::{finish_row, store_row, Compute, Options};
 use crate::isa::Isa;
 use crate::kernel::generic::Finish;
 use crate::matrix::{MatMut, MatRef, Scalar};
@@ -198,8 +198,7 @@ impl Columns {
                     let live = row.iter().enumerate().filter(|(_, v)| **v != 0.0);
                     let list: Vec<(u32, f32)> = live.map(|(k, &v)| (k as u32, v)).collect();
                     self.floats(o.isa, &list, &mut out, o.threads)?;
-                    finish_floats(crate::kernel::table(o.isa), &mut out, 1.0, pointer(&bias));
-                    store_row(y, m, 0, &out, false);
+                    finish_row(crate::kernel::table(o.isa), y, m, 0, &mut out, 1.0, pointer(&bias), false);
                 }
             }
             other => return Err(Error::Unsupported(format!("products by columns have no compute {other}"))),

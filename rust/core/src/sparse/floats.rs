@@ -15,7 +15,7 @@ use super::panels::{sum_up, Rows, SLACK};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ScaleType;
-use crate::gemm::{finish_floats, floats, grown, padded_bias, store_row, tasks, Options};
+use crate::gemm::{finish_row, floats, grown, padded_bias, tasks, Options};
 use crate::kernel::{table, GemmArgs};
 use crate::matrix::{MatMut, MatRef};
 use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
@@ -280,9 +280,7 @@ impl FloatPanels {
                 }
             }
             for m in 0..rows {
-                let row = &mut c[m * ldc..][..ldc];
-                finish_floats(t, row, 1.0, bias);
-                store_row(y, m0 + m, p0 * PANEL, row, false);
+                finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..ldc], 1.0, bias, false);
             }
             Ok(())
         })
