@@ -66,7 +66,7 @@ def strip(fmt: nb.Format) -> str:
     if learned(fmt):
         return "learned"
     if slow(fmt):
-        return "one of 65536"
+        return "one of 1024 pairs" if fmt.element.name.endswith("_hyb") else "one of 65536"
     values = fmt.element.values.astype(np.float64)
     values = values[np.isfinite(values)]
     if fmt.element.zeros:

@@ -1130,8 +1130,9 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
         Some(l) => (amx::bf16_unit_decoder(weight_mode(w)), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
     };
-    // Packed codes that their decoder unpacks itself.
-    let fused = !long && w.sparse.is_none() && late.as_ref().is_some_and(|l| l.table.is_some());
+    // Packed codes that their decoder unpacks itself, or that are bytes.
+    let small = late.as_ref().is_some_and(|l| l.table.is_some());
+    let fused = w.sparse.is_none() && if long { w.bits == 8 } else { small };
     let kernels = amx::grouped_bf16();
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);
@@ -1162,13 +1163,13 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                             continue;
                         }
                         let ahead = ahead(w, p, np, 2, window);
-                        let codes = if fused {
-                            w.codes_at(panel, k)
+                        let (codes, prefetch) = if fused {
+                            (w.codes_at(panel, k), ahead)
                         } else {
                             w.unpack(t, panel, k, n, 0, 0, ahead, bytes.as_mut_ptr());
-                            bytes.as_ptr()
+                            (bytes.as_ptr(), 0)
                         };
-                        let args = F32Args { bytes: codes, prefetch: ahead, ..decode_args(w, panel, k, n) };
+                        let args = F32Args { bytes: codes, prefetch, ..decode_args(w, panel, k, n) };
                         decode(&args, tiles.wrapping_add(i * window * 2048));
                     }
                     let second = tiles.wrapping_add((count - 1) * window * 2048);

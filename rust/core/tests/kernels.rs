@@ -69,6 +69,10 @@ fn formats() -> Vec<Format> {
             // As many windows of K as groups, which begin elsewhere.
             all.push(Format::with(e, Some(200), None).unwrap());
         }
+        if e.is_dense() {
+            // Neighbours along K with scales of their own, and codes that are read together cut short.
+            all.push(Format::with(e, Some(25), None).unwrap());
+        }
         if e.scales.contains(&ScaleType::I8) {
             for group in [8, 12, 32, 48, 96, 128, 4096] {
                 all.push(Format::parse(&format!("{}_g{group}_si8", e.name)).unwrap());

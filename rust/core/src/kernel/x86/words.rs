@@ -1,4 +1,4 @@
-//! Codes of seven and eight bits as bf16 tiles: a table of 256 words of 16 bits is eight registers, which two or four
+//! Codes of seven and eight bits as bf16 tiles: the bytes of a table of 256 words are eight registers, which two or four
 //! permutations look up, where a gather would fetch every number by itself.
 use super::amx::round_pairs;
 use super::avx512::Avx512Vnni as V;
@@ -20,21 +20,29 @@ pub fn is_symmetric(values: &[f32], bits: usize) -> bool {
 ///
 /// # Safety
 /// As the decoders there; `a.values` has 256 entries, exact in bf16 without `UNIT`.
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c")]
 unsafe fn decode<const SIGN: bool, const UNIT: bool>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe {
-        let mut table = [_mm512_setzero_si512(); 8];
-        for (i, t) in table.iter_mut().enumerate() {
-            let (low, high) = (V::loadf(a.values.add(32 * i)), V::loadf(a.values.add(32 * i + 16)));
-            *t = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low));
+        // The low bytes of 64 words each, and the high ones.
+        let (mut low, mut high) = ([_mm512_setzero_si512(); 4], [_mm512_setzero_si512(); 4]);
+        for i in 0..4 {
+            macro_rules! words {
+                ($at:expr) => {{
+                    let (low, high) = (V::loadf(a.values.add($at)), V::loadf(a.values.add($at + 16)));
+                    std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+                }};
+            }
+            macro_rules! bytes {
+                ($a:expr, $b:expr) => {
+                    _mm512_inserti64x4::<1>(_mm512_castsi256_si512(_mm512_cvtepi16_epi8($a)), _mm512_cvtepi16_epi8($b))
+                };
+            }
+            let (a, b) = (words!(64 * i), words!(64 * i + 32));
+            low[i] = bytes!(a, b);
+            high[i] = bytes!(_mm512_srli_epi16::<8>(a), _mm512_srli_epi16::<8>(b));
         }
-        // Bytes 0 and 1 of each dword to its words, and bytes 2 and 3.
-        let pick = [0x8001_8000_u32 as i32, 0x8003_8002_u32 as i32].map(|base| {
-            let lane: [i32; 4] = std::array::from_fn(|d| base + 0x0004_0004 * d as i32);
-            _mm512_broadcast_i32x4(_mm_loadu_si128(lane.as_ptr().cast()))
-        });
-        let (bit6, bit7, high) = (_mm512_set1_epi16(64), _mm512_set1_epi16(128), V::splat(-65536));
+        let (top, upper) = (_mm512_set1_epi8(i8::MIN), V::splat(-65536));
         let step = a.padded.min(64) / 4;
         for b in 0..a.blocks {
             let mut g = (a.block0 + b) * 64 / a.padded;
@@ -42,31 +50,38 @@ unsafe fn decode<const SIGN: bool, const UNIT: bool>(a: &F32Args, out: *mut u8) 
                 let (s, _) = group::<V, W_TABLE256>(a, 0, g.min(a.groups - 1));
                 g += 1;
                 for r in r0..r0 + step {
-                    let w = V::load(a.bytes.add(b * 1024 + 64 * r));
-                    for (half, pick) in pick.iter().enumerate() {
-                        let u = _mm512_shuffle_epi8(w, *pick);
-                        let upper = _mm512_test_epi16_mask(u, bit6);
-                        macro_rules! quarters {
-                            ($i:literal) => {
-                                _mm512_mask_blend_epi16(
-                                    upper,
-                                    _mm512_permutex2var_epi16(table[$i], u, table[$i + 1]),
-                                    _mm512_permutex2var_epi16(table[$i + 2], u, table[$i + 3]),
-                                )
-                            };
+                    let codes = a.bytes.add(b * 1024 + 64 * r);
+                    if a.prefetch > 0 {
+                        V::prefetch(codes.wrapping_add(a.prefetch));
+                    }
+                    let u = V::load(codes);
+                    macro_rules! look_up {
+                        ($t:ident) => {{
+                            let below = _mm512_permutex2var_epi8($t[0], u, $t[1]);
+                            if SIGN {
+                                below
+                            } else {
+                                let above = _mm512_permutex2var_epi8($t[2], u, $t[3]);
+                                _mm512_mask_blend_epi8(_mm512_movepi8_mask(u), below, above)
+                            }
+                        }};
+                    }
+                    let (l, h) = (look_up!(low), look_up!(high));
+                    // h ^ (u & top)
+                    let h = if SIGN { _mm512_ternarylogic_epi32::<0x78>(h, u, top) } else { h };
+                    // Four words of two rows in each 16 bytes, then the first or the last two of four.
+                    let (first, last) = (_mm512_unpacklo_epi8(l, h), _mm512_unpackhi_epi8(l, h));
+                    let rows = [V::from_bits(first), V::from_bits(last)];
+                    let halves = [
+                        _mm512_shuffle_ps::<0b10_00_10_00>(rows[0], rows[1]),
+                        _mm512_shuffle_ps::<0b11_01_11_01>(rows[0], rows[1]),
+                    ];
+                    for (half, v) in halves.into_iter().enumerate() {
+                        let mut v = V::bits(v);
+                        if !UNIT {
+                            let (even, odd) = (V::from_bits(V::shl32(v, 16)), V::from_bits(V::and(v, upper)));
+                            v = round_pairs(V::mulf(even, s), V::mulf(odd, s));
                         }
-                        let v = if SIGN {
-                            let sign = _mm512_and_si512(_mm512_slli_epi16::<8>(u), _mm512_set1_epi16(i16::MIN));
-                            _mm512_xor_si512(quarters!(0), sign)
-                        } else {
-                            _mm512_mask_blend_epi16(_mm512_test_epi16_mask(u, bit7), quarters!(0), quarters!(4))
-                        };
-                        let v = if UNIT {
-                            v
-                        } else {
-                            let (even, odd) = (V::from_bits(V::shl32(v, 16)), V::from_bits(V::and(v, high)));
-                            round_pairs(V::mulf(even, s), V::mulf(odd, s))
-                        };
                         V::store(out.add(b * 2048 + (2 * r + half) * 64), v);
                     }
                 }
