@@ -19,7 +19,9 @@ constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK
 constexpr bool INT = ACT == ACT_S8, BF16 = ACT == ACT_BF16;
 constexpr bool FOURS = STRUCTURE == TWO_OF_FOUR, KEPT_GROUPS = STRUCTURE == GROUPS;
 constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, DRAINERS = 32 * DRAIN;
-constexpr int PITCH = R + 4; // of sums in shared memory: the lanes that write them meet no bank twice
+constexpr bool TURNS = NT >= 4; // warps along K add up in one place, in turn, where a place for each would take too much room
+constexpr int PLANES = TURNS ? 1 : WK; // of sums in shared memory
+constexpr int PITCH = R + 4; // of a row of them: the lanes that write them meet no bank twice
 constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; runs of 128 bytes in a row of a record's X
 constexpr int STEPS = 4 * WIDTH; // products of a record, along K
 constexpr int HALVES = halves_of(STRUCTURE), PLACES = RECORD_K * HALVES; // of a record along K
@@ -86,6 +88,21 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
     u32 phases = 0; // of the barriers, a bit per stage
     int stage = 0, oldest = 0, held = 0; // stages in use
     int next = 0, tail = 0; // of the ring: where there is room, and where the oldest run begins
+    auto copy_x = [&](int at, int slot) {
+        if (wr > 0) return;
+        const int k = at % a.chunks * SPAN * PLACES;
+#pragma unroll
+        for (int p = 0; p < SPAN * HALVES * PARTS; p++)
+            copy_box(x_ring + slot * X_STAGE + p * (T * 128), map, ready + slot * 8, k + p * (128 / WIDTH), m0);
+    };
+    // X may still be in the making: it follows once the rings are full of weights.
+    const int start = unit;
+    bool waited = false;
+    auto wait = [&]() {
+        wait_for_previous();
+        for (int i = 0; i < held; i++) copy_x(start + i * WK, i);
+        waited = true;
+    };
     for (; unit < end; unit += WK) {
         const Bounds after = look(unit + 2 * WK);
         const int bytes = (int)(now.last - now.first) * 16;
@@ -98,6 +115,7 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
                 room = true;
             }
             if (__all_sync(LANES, room) && held < STAGES) break;
+            if (!waited) wait();
             barrier_wait(empty + oldest * 8, phases >> oldest & 1);
             phases ^= 1u << oldest;
             oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
@@ -108,17 +126,14 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
         places[stage] = next;
         barrier_expect(bar, bytes + (wr == 0 ? X_STAGE : 0));
         copy_run(w_ring + next, a.planes[0] + (i64)now.first * 16, bytes, bar);
-        if (wr == 0) {
-            const int k = unit % a.chunks * SPAN * PLACES;
-#pragma unroll
-            for (int p = 0; p < SPAN * HALVES * PARTS; p++) copy_box(x_ring + stage * X_STAGE + p * (T * 128), map, bar, k + p * (128 / WIDTH), m0);
-        }
+        if (waited) copy_x(unit, stage);
         next += bytes;
         held++;
         now = then;
         then = after;
         stage = stage + 1 == STAGES ? 0 : stage + 1;
     }
+    if (!waited) wait();
 }
 
 // Brings sums away, row block after row block. A run that is not all of K goes to the workspace, but that from the first
@@ -135,6 +150,7 @@ DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 
     };
     Place<1> here;
     int phase = 0;
+    wait_for_previous();
     for (here.start(span_start(block, a), span_start(block + 1, a), a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
         const Share share(a, here.row_block, R * T);
         const bool collects = here.first == 0 && share.last > block, whole = here.first == 0;
@@ -183,7 +199,7 @@ DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 
                     row_scale[c] = INT && a.row_scale ? a.row_scale[m0 + at] : 1.0f;
                     v[c] = *(const float4 *)(sums + at * PITCH + row);
 #pragma unroll
-                    for (int w = 1; w < WK; w++) add(v[c], *(const float4 *)(sums + (w * T + at) * PITCH + row));
+                    for (int w = 1; w < PLANES; w++) add(v[c], *(const float4 *)(sums + (w * T + at) * PITCH + row));
                     // A column of X that is not finite is so for every row.
                     if (FOURS && !INT && not_finite[at]) v[c].x = v[c].y = v[c].z = v[c].w = __uint_as_float(0x7fc00000u);
                     if (collects) add(v[c], others[c]);
@@ -232,21 +248,22 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     const int block = gridDim.x - 1 - blockIdx.x; // the last spans start first: see drain
     const int begin = span_start(block, a), end = span_start(block + 1, a);
 
+    let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     const u32 x_rings = shared_address(shared), w_rings = x_rings + WK * STAGES * X_STAGE;
     float *sums = (float *)(shared + WK * STAGES * X_STAGE + WARPS * a.slot);
 
     __shared__ u8 not_finite[FOURS ? T : 1];
     __shared__ u32 places[WARPS * STAGES];
-    __shared__ u64 ready[WK * STAGES], empty[WK * STAGES], full[1], free[1]; // the last two: of the sums
+    __shared__ u64 ready[WK * STAGES], empty[WK * STAGES], full[WK], free[WK]; // the last two: of the sums
     if (FOURS && tid < T) not_finite[tid] = 0;
     if (tid == 0) {
         ring_init(ready, WR, empty, WR * ARRIVALS);
-        ring_init(full, WARPS * ARRIVALS, free, DRAIN * ARRIVALS);
+        ring_init(full, (TURNS ? WR : WARPS) * ARRIVALS, free, DRAIN * ARRIVALS);
     }
     __syncthreads();
     if (warp < 0) {
-        drain(a, block, m0, sums, not_finite, shared_address(full), shared_address(free));
+        drain(a, block, m0, sums, not_finite, shared_address(&full[TURNS ? WK - 1 : 0]), shared_address(free));
         return;
     }
 
@@ -267,17 +284,17 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     float ones[KEPT_GROUPS ? NT : 1][4]; // sums of X, which take the zero of the codes out
     u32 nothing[FOURS ? NT : 1]; // 2:4: X times 0, which dropped entries are worth: NaN where X is not finite
     float total[KEPT_GROUPS ? 2 : 1][KEPT_GROUPS ? NT : 1][4];
-    // Calls f(tile, eight columns, element, row of the block, column of the block) for every output of a thread.
+    // Calls f(tile, eight columns, element) for every output of a thread.
     auto each = [&](auto f) {
 #pragma unroll
         for (int i = 0; i < 2; i++)
 #pragma unroll
             for (int j = 0; j < NT; j++)
 #pragma unroll
-                for (int e = 0; e < 4; e++) f(i, j, e, (wr * 2 + i) * 16 + (e >> 1) * 8 + g, j * 8 + 2 * t + (e & 1));
+                for (int e = 0; e < 4; e++) f(i, j, e);
     };
     auto clear = [&]() {
-        each([&](int i, int j, int e, int, int) {
+        each([&](int i, int j, int e) {
 #pragma unroll
             for (int s = 0; s < SETS; s++) acc[i][j][s][e] = 0;
             ones[KEPT_GROUPS ? j : 0][e] = 0.0f;
@@ -285,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
         });
     };
     auto clear_total = [&]() {
-        if (KEPT_GROUPS) each([&](int i, int j, int e, int, int) { total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e] = 0.0f; });
+        if (KEPT_GROUPS) each([&](int i, int j, int e) { total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e] = 0.0f; });
     };
     auto load_x = [&](u32 xs, int block, u32 b[NT][4]) {
 #pragma unroll
@@ -298,20 +315,19 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     auto load_bytes = [&](u32 xs, int step, u32 b[NT][4]) {
 #pragma unroll
         for (int j = 0; j < NT; j++) {
-            if (NB_NATURAL) {
-                const int row = j * 8 + (lane & 7), piece = step * 4 + (lane >> 3);
-                load_matrices(b[j], xs + row * 128 + ((piece ^ (row & 7)) * 16));
-                continue;
-            }
+            const int row = j * 8 + (NB_NATURAL ? lane & 7 : g);
+            const u32 from = xs + row * 128;
+            if (NB_NATURAL)
+                load_matrices(b[j], from + (((step * 4 + (lane >> 3)) ^ (row & 7)) * 16));
+            else
 #pragma unroll
-            for (int q = 0; q < 4; q++) {
-                const int row = j * 8 + g, piece = step * 4 + q;
-                u32 low, high;
-                asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
-                             : "=r"(low), "=r"(high)
-                             : "r"(xs + row * 128 + ((piece ^ (row & 7)) * 16) + (t & 1) * 8));
-                b[j][q] = permute(low, high, t >> 1 ? 0x7531 : 0x6420);
-            }
+                for (int q = 0; q < 4; q++) {
+                    u32 low, high;
+                    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];"
+                                 : "=r"(low), "=r"(high)
+                                 : "r"(from + (((step * 4 + q) ^ (row & 7)) * 16) + (t & 1) * 8));
+                    b[j][q] = permute(low, high, t >> 1 ? 0x7531 : 0x6420);
+                }
         }
     };
     u32 x_steps[NT][4]; // of two steps
@@ -461,19 +477,23 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
 
     // Sums leave a warp at the end of a row block.
     auto leave = [&](int phase) {
-        barrier_wait(shared_address(free), phase ^ 1);
+        const bool later = TURNS && wk > 0;
+        if (later)
+            barrier_wait(shared_address(&full[wk - 1]), phase);
+        else
+            barrier_wait(shared_address(free), phase ^ 1);
         if (FOURS && !INT)
 #pragma unroll
             for (int j = 0; j < NT; j++)
                 if (nothing[j] & 0x7fff7fffu) not_finite[j * 8 + g] = 1;
-        each([&](int i, int j, int e, int row, int col) {
-            float &sum = sums[(wk * T + col) * PITCH + row];
-            if (KEPT_GROUPS)
-                sum = total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e];
-            else
-                sum = INT ? __int_as_float((int)acc[i][j][0][e]) : (float)acc[i][j][0][e];
-        });
-        warp_arrive(shared_address(full), lane);
+        Sum *mine = (Sum *)sums + ((TURNS ? 0 : wk) * T + 2 * t) * PITCH + wr * RECORD_ROWS + g;
+        auto place = [](int i, int j, int e) { return (j * 8 + (e & 1)) * PITCH + i * 16 + (e >> 1) * 8; };
+        auto value = [&](int i, int j, int e) -> Sum & {
+            return KEPT_GROUPS ? (Sum &)total[KEPT_GROUPS ? i : 0][KEPT_GROUPS ? j : 0][e] : acc[i][j][0][e];
+        };
+        if (later) each([&](int i, int j, int e) { value(i, j, e) += mine[place(i, j, e)]; });
+        each([&](int i, int j, int e) { mine[place(i, j, e)] = value(i, j, e); });
+        warp_arrive(shared_address(&full[TURNS ? wk : 0]), lane);
     };
 
     u32 phases = 0;

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import nibblas as nb
-from nibblas.cuda import _sparse
+from nibblas.cuda import _launch, _sparse
+from nibblas.cuda._launch import Kernel, kernel
 from nibblas.cuda._sparse import SparseCut, build_sparse
 
 cupy = pytest.importorskip("cupy")
@@ -257,7 +258,7 @@ def test_what_is_kept_whole(fmt: str, density: float, structure: int) -> None:
     assert panels.nbytes < (density + 0.35) * size * 256 * 1024
 
 
-@pytest.mark.parametrize("m", [3, 20])
+@pytest.mark.parametrize("m", [3, 12, 20])
 @pytest.mark.parametrize("dtype", [np.float16, BF16, np.float32], ids=str)
 @pytest.mark.parametrize("fmt", ["int4_g128_bsr32", "int4_g256_block16x64", "int4_g128_bsr48"])
 def test_kept_groups(fmt: str, dtype: Any, m: int) -> None:
@@ -291,3 +292,163 @@ def test_integers_in_a_split_sum() -> None:
     got = nb.matmul(cupy.asarray(codes), q.T, compute="int8").get()
     host = nb.matmul(codes, q.to("cpu").T, compute="int8")
     assert got.tobytes() == host.tobytes()
+
+
+# Lets the kernel after it begin at once, and writes what that one reads only after a while.
+LATE = r"""
+extern "C" __global__ void late(unsigned short *x, const unsigned short *from, int n) {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+    const long long start = clock64();
+    while (clock64() - start < 100000) {}
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < n; i += gridDim.x * blockDim.x)
+        x[i] = from[i];
+}"""
+
+
+@pytest.fixture
+def plainly(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call a function with kernels that start when those before have ended."""
+    launch = Kernel.launch
+
+    def call(function: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(Kernel, "launch", lambda k, *a, early=False: launch(k, *a))
+            return function()
+
+    return call
+
+
+@pytest.mark.parametrize("fmt", ["f16_bitmap", "bf16_2of4", "int8_2of4", "int4_g128_bsr32"])
+def test_products_of_weights_just_packed(fmt: str, plainly: Any) -> None:
+    """A product begins before the kernels ahead of it have ended, but packing is over by then."""
+    dtype = DTYPES.get(fmt.split("_")[0], np.dtype(np.float16))
+    compute = "int8" if fmt.startswith("int8") else "f32"
+    sets = [weights(fmt, 500, 2048, 0.3, seed).dequantize() for seed in range(3)]
+    xs = [cupy.asarray(activations(9, 2048, dtype, seed)) for seed in range(3)]
+
+    def product(w: np.ndarray, x: Any) -> Any:
+        return nb.matmul(x, nb.quantize(cupy.asarray(w), fmt).T, compute=compute, dtype=np.float32)
+
+    want = [plainly(lambda w=w, x=x: product(w, x)).get() for w in sets for x in xs]
+    host = nb.quantize(sets[0], fmt)
+    if compute == "int8":
+        exact = nb.matmul(xs[0].get().astype(np.float32), host.T, compute="int8")
+        assert want[0].tobytes() == exact.tobytes()
+    else:
+        check(cupy.asarray(want[0]), xs[0].get(), host)
+    # What a round frees is what the next one gets.
+    for _ in range(8):
+        got = [product(w, x) for w in sets for x in xs]
+        for y, exact in zip(got, want, strict=True):
+            assert y.get().tobytes() == exact.tobytes()
+
+
+def layers() -> list[tuple[nb.QTensor, str]]:
+    formats = ["f16_bitmap", "f16_2of4", "int8_2of4", "int4_g128_bsr32", "int4_g128", "f16_bitmap"]
+    out = []
+    for i, fmt in enumerate(formats):
+        w = np.random.default_rng(i).standard_normal((1024, 1024)).astype(np.float32) / 32
+        pattern = nb.Format(fmt).structure
+        if pattern is not None:
+            names = {"bitmap": "unstructured", "2of4": "2:4", "bsr32": "group32"}
+            w = nb.prune(w, names[pattern], 0.5)
+        out.append((nb.quantize(w, fmt).to("cuda:0"), "int8" if fmt.startswith("int8") else "f32"))
+    return out
+
+
+@pytest.mark.parametrize("m", [1, 9, 40])
+def test_products_that_feed_each_other(m: int, plainly: Any) -> None:
+    """Each begins before the one before has ended, one by one and in a graph."""
+    stack = layers()
+    late = cupy.RawKernel(LATE, "late")
+    x, fresh = cupy.zeros((m, 1024), np.float16), cupy.zeros((m, 1024), np.float16)
+    bufs = [cupy.empty((m, 1024), np.float16) for _ in range(2)]
+
+    def chain() -> Any:
+        late((4,), (256,), (x, fresh, np.int32(x.size)))
+        held = x
+        # The same two arrays again and again: each kernel also writes what the last but one read.
+        for i, (q, compute) in enumerate(stack):
+            held = nb.matmul(held, q.T, compute=compute, out=bufs[i % 2])
+        return held
+
+    inputs = [activations(m, 1024, np.float16, seed) for seed in range(4)]
+    want = []
+    for a in inputs:
+        fresh[...] = cupy.asarray(a)
+        want.append(plainly(chain).get())
+    assert np.isfinite(want[0]).all()
+    assert want[0].tobytes() != want[1].tobytes()
+    step = nb.cuda.graph(chain)
+    for run in [chain, step] * 5:
+        for a, exact in zip(inputs, want, strict=True):
+            fresh[...] = cupy.asarray(a)
+            x.fill(7)
+            assert run().get().tobytes() == exact.tobytes()
+    for a in inputs:
+        fresh[...] = cupy.asarray(a)
+        for _ in range(20):
+            step()
+        assert step().get().tobytes() == want.pop(0).tobytes()
+
+
+def test_a_captured_product_after_two_streams(plainly: Any) -> None:
+    """What it waits for are a copy and a kernel of another stream."""
+    q = weights("f16_bitmap", 512, 2048, 0.3).to("cuda:0")
+    a, b = (cupy.asarray(activations(8, 2048, np.float16, s)) for s in (1, 2))
+    x, y = cupy.empty_like(a), cupy.empty((8, 512), np.float16)
+    want = plainly(lambda: nb.matmul(cupy.concatenate([b[:4], a[4:]]), q.T)).get()
+    one, two = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    with one:
+        nb.matmul(x, q.T, out=y)
+        one.synchronize()
+        one.begin_capture()
+        x.data.copy_from_device_async(a.data, a.nbytes, one)
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(one)
+        with two:
+            two.wait_event(event)
+            x[:4] = b[:4]
+            event.record(two)
+        one.wait_event(event)
+        nb.matmul(x, q.T, out=y)
+        graph = one.end_capture()
+    for _ in range(5):
+        x.fill(0)
+        y.fill(0)
+        cupy.cuda.get_current_stream().synchronize()
+        graph.launch(one)
+        one.synchronize()
+        assert y.get().tobytes() == want.tobytes()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_launch_that_fails(early: bool) -> None:
+    from cupy_backends.cuda.api.driver import CUDADriverError
+
+    q, x = weights("f16_bitmap", 64, 256, 0.3).to("cuda:0"), cupy.ones((2, 256), np.float16)
+    y = x @ q.T
+    pl = q._storage.panels.plan(2, "f32", 0)  # type: ignore[attr-defined]
+    run = kernel(0, "sparse.cu", "sparse", pl.defines)
+    with pytest.raises(CUDADriverError, match="INVALID_VALUE"):
+        run.launch(pl.grid, 4096, pl.shared, 0, _sparse._SparseArgs(), early=early)
+    assert (x @ q.T == y).all()
+
+
+def test_where_kernels_cannot_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older devices and drivers launch one after the other."""
+    decide = _launch._early_launch.__wrapped__
+    assert decide(0) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(_launch, "_capability", lambda device: 89)
+        assert decide(0) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(cupy.cuda.runtime, "driverGetVersion", lambda: 12020)
+        assert decide(0) is None
+    q, x = weights("f16_bitmap", 64, 256, 0.3).to("cuda:0"), cupy.ones((2, 256), np.float16)
+    y = x @ q.T
+    monkeypatch.setattr(
+        _sparse, "kernel", lambda *a: Kernel(kernel(*a).module, kernel(*a).function)
+    )
+    q._storage.panels.calls = {}  # type: ignore[attr-defined]
+    assert (x @ q.T == y).all()

@@ -15,6 +15,21 @@ enum Kind { KIND_F16 = 0, KIND_BF16 = 1, KIND_F32 = 2, KIND_F64 = 3, KIND_I8 = 4
 
 DEVICE u32 shared_address(const void *p) { return (u32)__cvta_generic_to_shared(p); }
 
+// A kernel that is launched early starts where each block of the one before has begun (`let_next_begin`) or ended. Those before may
+// have started so themselves, thus any number of them may still run. Until `wait_for_previous` it writes nothing, and reads only what
+// the host saw finished before the launch: packed weights, as packing waits for its stream. Past it all that came before in
+// the stream has ended and can be seen, since each such kernel waits before it ends.
+DEVICE void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Copies 16 bytes to shared memory past L1; bytes from `valid` on are zeros and not read.
 DEVICE void copy16(u32 to, const void *from, int valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid) : "memory");

@@ -54,14 +54,55 @@ def device_properties(device: int) -> tuple[int, int]:
     return int(a["MultiProcessorCount"]), int(a["MaxSharedMemoryPerBlockOptin"])
 
 
+class _Attribute(ctypes.Structure):
+    _fields_ = [
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_int),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_int * 15),
+    ]
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
+
+
+# CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_EARLY = _Attribute(6, 0, 1)
+
+
+@functools.cache
+def _early_launch(device: int) -> Any:
+    """Return the driver's call that lets kernels overlap; None where there is none.
+
+    Graphs keep what it says from CUDA 12.3 on.
+    """
+    import cupy
+
+    if _capability(device) < 90 or cupy.cuda.runtime.driverGetVersion() < 12030:
+        return None
+    launch = ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+    launch.restype = ctypes.c_int
+    launch.argtypes = [ctypes.c_void_p] * 4
+    return launch
+
+
 class Kernel:
     """A function on one device."""
 
-    __slots__ = ("function", "module")
+    __slots__ = ("early_launch", "function", "module")
 
-    def __init__(self, module: int, function: int) -> None:
+    def __init__(self, module: int, function: int, early_launch: Any = None) -> None:
         self.module = module
         self.function = function
+        self.early_launch = early_launch
 
     def launch(
         self,
@@ -71,13 +112,25 @@ class Kernel:
         stream: int,
         args: ctypes.Structure,
         *maps: Any,
+        early: bool = False,
     ) -> None:
-        """Launch on a stream; the parameters are a struct and perhaps tensor maps."""
+        """Launch on a stream; the parameters are a struct and perhaps tensor maps.
+
+        An `early` kernel may begin before those before it have ended, where the device can; what it
+        may do until then is said in ``base.cuh``.
+        """
         from cupy_backends.cuda.api import driver
 
         pointers = (ctypes.c_void_p * 4)(
             ctypes.addressof(args), *(ctypes.addressof(m) for m in maps)
         )
+        if early and self.early_launch is not None:
+            config = _Config(
+                (*grid, 1), (threads, 1, 1), shared, stream, ctypes.addressof(_EARLY), 1
+            )
+            status = self.early_launch(ctypes.byref(config), self.function, pointers, None)
+            driver.check_status(status)
+            return
         driver.launchKernel(
             self.function,
             grid[0],
@@ -151,7 +204,7 @@ def _kernel(device: int, source: str, name: str, defines: tuple[tuple[str, int],
         driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
         device_properties(device)[1] - static,
     )
-    return Kernel(module, function)
+    return Kernel(module, function, _early_launch(device))
 
 
 def kernel(

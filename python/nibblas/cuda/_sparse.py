@@ -42,7 +42,7 @@ _TILES_BELOW = 1.2
 
 # Above so many rows of activations the arithmetic decides, and dense panels are quicker: a product
 # then makes them beside.
-_MOST_ROWS = {"int8": 64, "int4": 32}
+_MOST_ROWS = {"int8": 64, "int4": 16}
 
 
 class _SparseArgs(_GemmArgs):
@@ -111,15 +111,18 @@ class SparseCut(NamedTuple):
 
 def _tokens(p: SparseProblem) -> int:
     """Return the rows of activations of a block."""
-    few = p.structure == GROUPS or (p.act == S8 and p.structure in (ENTRIES, PAIRS))
-    return 8 if p.m <= 8 else 16 if p.m <= 16 else 32 if p.m <= 32 or few else 64
+    most = 16 if p.structure == GROUPS else 64
+    if p.act == S8 and p.structure in (ENTRIES, PAIRS):
+        most = 32
+    return min(next((t for t in (8, 16, 32) if p.m <= t), 64), most)
 
 
 def _beside_rings(p: SparseProblem, cut: SparseCut, stages: int) -> int:
     """Return the bytes of shared memory that are not rings of records."""
     tokens = _tokens(p)
     x = tokens * _RECORD[p.structure] * cut.span * (1 if p.act == S8 else 2)
-    return 1024 + cut.wk * (stages * x + tokens * (ROWS * cut.wr + 4) * 4)
+    planes = 1 if tokens >= 32 else cut.wk
+    return 1024 + cut.wk * stages * x + planes * tokens * (ROWS * cut.wr + 4) * 4
 
 
 def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
@@ -172,10 +175,10 @@ def ring_of(p: SparseProblem, pl: Plan) -> int:
 _WIDE, _DEEP, _LEAN = SparseCut(4, 3, drain=5), SparseCut(4, 2, drain=6), SparseCut(4, 2, drain=2)
 _FULL = SparseCut(4, 4, drain=4)
 _CUTS = {
-    ENTRIES: {1: _WIDE, 2: _LEAN, 4: _DEEP, 8: SparseCut(8, 1, drain=3)},
-    PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: SparseCut(8, 1, drain=3)},
+    ENTRIES: {1: _WIDE, 2: _LEAN, 4: _DEEP, 8: _LEAN},
+    PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _LEAN},
     FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _DEEP},
-    GROUPS: {1: SparseCut(4, 3, span=2, drain=5), 2: SparseCut(4, 2, span=2, drain=6), 4: _LEAN},
+    GROUPS: {1: SparseCut(4, 3, span=2, drain=5), 2: SparseCut(4, 2, span=2, drain=6)},
     TILES: {1: _LEAN, 2: _LEAN, 4: _LEAN, 8: _LEAN},
 }
 _CUTS_OF_INT8 = {
@@ -249,7 +252,8 @@ class Records:
         grid = (-(-self.tiles * self.chunks // 8), 1)
         stream = cupy.cuda.get_current_stream()
         kernel(self.device, "sparse_pack.cu", name).launch(grid, 256, 0, int(stream.ptr), a)
-        # What is packed may go as soon as this returns.
+        # What is packed may go as soon as this returns, and products read what came of it without
+        # waiting for kernels ahead of them.
         stream.synchronize()
 
     def _count(self, name: str, a: Any) -> Any:
@@ -331,6 +335,9 @@ class SparsePanels(Panels):
         # The class of arithmetic that takes the entries as they are.
         self.own = {"f16": F16, "int8": S8}.get(name, BF16)
         with cupy.cuda.Device(device):
+            # Before the records: they wait for all that came before.
+            if name == "int8":
+                self.scales = cupy.ascontiguousarray(cupy.asarray(host.scales)[:, 0])
             if numbers is not None:
                 self.held[self.own] = [self._records(numbers)]
             elif name == "int8":
@@ -341,8 +348,6 @@ class SparsePanels(Panels):
                 self.held = {F16: groups, BF16: groups}
             else:
                 self.parts(self.own)
-            if name == "int8":
-                self.scales = cupy.ascontiguousarray(cupy.asarray(host.scales)[:, 0])
 
     def _records(self, numbers: Any) -> Records:
         """Pack numbers or codes of the device in the structure that is quicker."""
@@ -523,7 +528,7 @@ class SparseCall(_Call):
             args.x, args.row_scale = x, None if scale is None else scale.data.ptr
             args.bias, args.y = (bias, y) if sums is None else (None, sums.data.ptr + 4 * part * i)
             box = tensor_map(x, self.rows, self.k_bytes, self.row_bytes, pl.tokens, self.width)
-            run.launch(pl.grid, pl.threads, pl.shared, self.stream, args, box)
+            run.launch(pl.grid, pl.threads, pl.shared, self.stream, args, box, early=True)
         if sums is not None:
             self._combine(sums.data.ptr, y, bias)
 
