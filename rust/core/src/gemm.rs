@@ -1061,6 +1061,17 @@ const BF16_WINDOW: usize = 4;
 #[cfg(target_arch = "x86_64")]
 const LATE_WINDOW: usize = 2;
 
+/// The same for panels of their own, whose decoding takes longer than what it reads and writes: as for [`raw_window`], once
+/// rows are more than a few it counts that sums are fetched and stored seldom.
+#[cfg(target_arch = "x86_64")]
+fn dense_window(rows: usize) -> usize {
+    if rows <= 16 {
+        BF16_WINDOW
+    } else {
+        16
+    }
+}
+
 /// The shortest group whose scales are worth applying after its sums: at 32, one step of tiles, storing and adding the sums
 /// costs more than scaling the codes.
 #[cfg(target_arch = "x86_64")]
@@ -1127,12 +1138,13 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
             (decode, late.as_ref().map_or(BF16_WINDOW, |l| l.window))
         }
         Some(LateScales { table: Some(bits), window, .. }) => (amx::bf16_table_decoder(*bits), *window),
-        Some(l) => (amx::bf16_unit_decoder(weight_mode(w)), l.window),
+        Some(l) => (words::integer_decoder(w.mul), l.window),
         None => (amx::bf16_decoder(weight_mode(w)), BF16_WINDOW),
     };
+    let window = if w.dense.is_some() { dense_window(b.task_rows) } else { window };
     // Packed codes that their decoder unpacks itself, or that are bytes.
     let small = late.as_ref().is_some_and(|l| l.table.is_some());
-    let fused = w.sparse.is_none() && if long { w.bits == 8 } else { small };
+    let fused = w.sparse.is_none() && (small || (w.bits == 8 && (long || late.is_some())));
     let kernels = amx::grouped_bf16();
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);

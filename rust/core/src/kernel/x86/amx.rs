@@ -447,9 +447,8 @@ pub(super) unsafe fn round_pairs(even: __m512, odd: __m512) -> __m512i {
 }
 
 /// Decodes unpacked bytes of one panel to bf16 tiles: 2 KiB a block, row r of a tile holds k = 2r, 2r+1 of 16 rows.
-/// `UNIT`: the values without their scales.
 #[inline(always)]
-unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) {
+unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
     unsafe {
         let step = a.padded.min(64) / 4;
@@ -457,7 +456,6 @@ unsafe fn decode_bf16<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) 
             let mut g = (a.block0 + b) * 64 / a.padded;
             for r0 in (0..16).step_by(step) {
                 let (s, z) = group::<V, W>(a, 0, g.min(a.groups - 1));
-                let s = if UNIT { V::splatf(1.0) } else { s };
                 g += 1;
                 for r in r0..r0 + step {
                     let w = V::load(a.bytes.add(b * 1024 + 64 * r));
@@ -488,12 +486,12 @@ pub unsafe fn bf16_tiles(floats: &[f32], out: *mut u8) {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
-unsafe fn decode_entry<const W: u8, const UNIT: bool>(a: &F32Args, out: *mut u8) {
+unsafe fn decode_entry<const W: u8>(a: &F32Args, out: *mut u8) {
     // SAFETY: as the caller says.
-    unsafe { decode_bf16::<W, UNIT>(a, out) }
+    unsafe { decode_bf16::<W>(a, out) }
 }
 
-/// As [`decode_bf16`] with `UNIT`, straight from packed codes (or unpacked ones: `U` is [`U8`]) in groups of 64 and more, for
+/// As [`decode_bf16`] without the scales, straight from packed codes (or unpacked ones: `U` is [`U8`]) in groups of 64 and more, for
 /// values that one table of 32 entries holds: those of codes below 32, or `u - z + 16` where zeros are stored.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn decode_table<U: Unpack>(a: &F32Args, out: *mut u8) {
@@ -534,24 +532,16 @@ unsafe fn decode_table<U: Unpack>(a: &F32Args, out: *mut u8) {
 /// The decoder to bf16 tiles for a weight mode, 2 KiB a block: scaled values, rounded.
 pub fn bf16_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
     match mode {
-        W_MUL1 => decode_entry::<W_MUL1, false>,
-        W_MUL2 => decode_entry::<W_MUL2, false>,
-        W_TABLE16 => decode_entry::<W_TABLE16, false>,
-        W_TABLE64 => decode_entry::<W_TABLE64, false>,
-        W_TABLE256 => decode_entry::<W_TABLE256, false>,
-        _ => decode_entry::<W_FLOAT, false>,
+        W_MUL1 => decode_entry::<W_MUL1>,
+        W_MUL2 => decode_entry::<W_MUL2>,
+        W_TABLE16 => decode_entry::<W_TABLE16>,
+        W_TABLE64 => decode_entry::<W_TABLE64>,
+        W_TABLE256 => decode_entry::<W_TABLE256>,
+        _ => decode_entry::<W_FLOAT>,
     }
 }
 
-/// The same without scales, exact; for integer zeros or none.
-pub fn bf16_unit_decoder(mode: u8) -> unsafe fn(&F32Args, *mut u8) {
-    match mode {
-        W_MUL2 => decode_entry::<W_MUL2, true>,
-        _ => decode_entry::<W_MUL1, true>,
-    }
-}
-
-/// The same where a table of 32 entries serves, from codes of so many bits (8: unpacked ones).
+/// The same without scales, exact, where a table of 32 entries serves, from codes of so many bits (8: unpacked ones).
 pub fn bf16_table_decoder(bits: usize) -> unsafe fn(&F32Args, *mut u8) {
     match bits {
         1 => decode_table::<U1>,

@@ -1,5 +1,5 @@
-//! Codes of seven and eight bits as bf16 tiles: the bytes of a table of 256 words are eight registers, which two or four
-//! permutations look up, where a gather would fetch every number by itself.
+//! Codes of more than five bits as bf16 tiles. The bytes of a table of 256 words are eight registers, which two or four
+//! permutations look up, where a gather would fetch every number by itself. Integers are floats once their bytes are in place.
 use super::amx::round_pairs;
 use super::avx512::Avx512Vnni as V;
 use crate::kernel::generic::{group, W_TABLE256};
@@ -90,6 +90,70 @@ unsafe fn decode<const SIGN: bool, const UNIT: bool>(a: &F32Args, out: *mut u8) 
     }
 }
 
+/// Decodes unpacked codes of one panel, integers `MUL*u - z`, to bf16 tiles without their scales: all within 255, exact. A byte
+/// below the exponent of 2^15 makes `2^15 + u`, which leaves eight bits for zeros of half a step.
+///
+/// # Safety
+/// As the decoders of `amx`.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx512vbmi,avx2,fma,f16c")]
+unsafe fn integers<const MUL: i32>(a: &F32Args, out: *mut u8) {
+    const BASE: f32 = 32768.0;
+    // SAFETY: as the caller says.
+    unsafe {
+        let (base, mul) = (V::bits(V::splatf(BASE)), V::splatf(MUL as f32));
+        // Byte `j` of each lane to byte 1, and the upper halves of lanes to the lower ones.
+        let to_second = [lanes(0x0000), lanes(0x0100), lanes(0x0200), lanes(0x0300)];
+        let down = lanes(0x0302);
+        let (second, lower) = (0x2222_2222_2222_2222, 0x3333_3333_3333_3333);
+        let step = a.padded.min(64) / 4;
+        for b in 0..a.blocks {
+            let mut g = (a.block0 + b) * 64 / a.padded;
+            for r0 in (0..16).step_by(step) {
+                let z =
+                    if a.zeros.is_null() { V::splat(a.sub) } else { V::load_u8(a.zeros.add(g.min(a.groups - 1) * 16)) };
+                let z = V::addf(V::cvt(z), V::splatf(MUL as f32 * BASE));
+                g += 1;
+                for r in r0..r0 + step {
+                    let codes = a.bytes.add(b * 1024 + 64 * r);
+                    if a.prefetch > 0 {
+                        V::prefetch(codes.wrapping_add(a.prefetch));
+                    }
+                    let u = V::load(codes);
+                    macro_rules! number {
+                        ($j:expr) => {{
+                            let f = V::from_bits(_mm512_mask_shuffle_epi8(base, second, u, to_second[$j]));
+                            V::bits(if MUL == 1 { V::subf(f, z) } else { _mm512_fmsub_ps(f, mul, z) })
+                        }};
+                    }
+                    for half in 0..2 {
+                        let (even, odd) = (number!(2 * half), number!(2 * half + 1));
+                        let both = _mm512_mask_shuffle_epi8(odd, lower, even, down);
+                        V::store(out.add(b * 2048 + (2 * r + half) * 64), both);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A shuffle that does to every lane of 32 bits what the bytes of `lane` say, places within the lane.
+#[target_feature(enable = "avx512f,avx2")]
+#[inline]
+unsafe fn lanes(lane: u32) -> __m512i {
+    let four: [u32; 4] = std::array::from_fn(|d| lane + 0x0404_0404 * d as u32);
+    // SAFETY: four lanes are read.
+    unsafe { _mm512_broadcast_i32x4(_mm_loadu_si128(four.as_ptr().cast())) }
+}
+
+/// The decoder for integers `mul*u - z`, 1 or 2, without their scales; see [`integers`].
+pub fn integer_decoder(mul: i32) -> unsafe fn(&F32Args, *mut u8) {
+    if mul == 2 {
+        integers::<2>
+    } else {
+        integers::<1>
+    }
+}
+
 /// The decoder for a table; see [`decode`].
 pub fn decoder(symmetric: bool, unit: bool) -> unsafe fn(&F32Args, *mut u8) {
     match (symmetric, unit) {
@@ -106,6 +170,57 @@ mod tests {
     use crate::isa::Isa;
     use crate::kernel::ScalePtr;
 
+    fn args(bytes: &[u8], scales: &[f32]) -> F32Args {
+        // Two blocks in groups of 32.
+        F32Args {
+            bytes: bytes.as_ptr(),
+            byte_stride: 0,
+            blocks: 2,
+            padded: 32,
+            block0: 0,
+            groups: 4,
+            scales: ScalePtr::F32(scales.as_ptr()),
+            scale_stride: 0,
+            zeros: std::ptr::null(),
+            fzeros: std::ptr::null(),
+            sub: 0,
+            values: std::ptr::null(),
+            tensor: 1.0,
+            prefetch: 0,
+            x: std::ptr::null(),
+            x_stride: 0,
+            c: std::ptr::null_mut(),
+            ldc: 0,
+        }
+    }
+
+    /// The value of K and the row of number `i` of tiles: a row of them has two values of K for each of 16 rows.
+    fn place(i: usize) -> (usize, usize) {
+        (i / 32 * 2 + i % 2, i / 2 % 16)
+    }
+
+    #[test]
+    fn integers_are_exact() {
+        if !Isa::Amx.is_available() {
+            return;
+        }
+        // Every byte in every place of a lane.
+        let bytes: Vec<u8> = (0..2048u32).map(|i| (i % 4 * 67 + i / 4) as u8).collect();
+        let zeros: Vec<u8> = (0..64).map(|i| (i * 37) as u8).collect();
+        for (mul, sub, stored) in [(1, 128, false), (1, 0, true), (2, 255, false)] {
+            let a = F32Args { sub, zeros: if stored { zeros.as_ptr() } else { std::ptr::null() }, ..args(&bytes, &[]) };
+            let mut out = vec![0u16; 2048];
+            // SAFETY: AMX brings AVX-512 BF16; two blocks of 1024 codes.
+            unsafe { integer_decoder(mul)(&a, out.as_mut_ptr().cast()) };
+            for (i, got) in out.iter().enumerate() {
+                let (k, n) = place(i);
+                let z = if stored { i32::from(zeros[k / 32 * 16 + n]) } else { sub };
+                let want = mul * i32::from(bytes[k / 4 * 64 + n * 4 + k % 4]) - z;
+                assert_eq!(half::bf16::from_bits(*got).to_f32(), want as f32, "{i} {mul} {sub}");
+            }
+        }
+    }
+
     #[test]
     fn words_are_the_values_rounded() {
         if !Isa::Amx.is_available() {
@@ -114,38 +229,18 @@ mod tests {
         let any: Vec<f32> = (0..256u32).map(|i| (i.wrapping_mul(0x9E37_79B1) >> 8) as f32 / 1e5 - 80.0).collect();
         let opposite: Vec<f32> = (0..256).map(|i| if i < 128 { any[i].abs() } else { -any[i - 128].abs() }).collect();
         assert!(!is_symmetric(&any, 8) && is_symmetric(&any, 7) && is_symmetric(&opposite, 8));
-        // Two blocks in groups of 32.
         let bytes: Vec<u8> = (0..2048u32).map(|i| (i.wrapping_mul(0x85EB_CA6B) >> 24) as u8).collect();
         let scales: Vec<f32> = (0..64).map(|i| i as f32 - 20.0).collect();
         for (values, symmetric) in [(&any, false), (&opposite, true), (&opposite, false)] {
             let exact: Vec<f32> = values.iter().map(|v| half::bf16::from_f32(*v).to_f32()).collect();
             for unit in [false, true] {
-                let a = F32Args {
-                    bytes: bytes.as_ptr(),
-                    byte_stride: 0,
-                    blocks: 2,
-                    padded: 32,
-                    block0: 0,
-                    groups: 4,
-                    scales: ScalePtr::F32(scales.as_ptr()),
-                    scale_stride: 0,
-                    zeros: std::ptr::null(),
-                    fzeros: std::ptr::null(),
-                    sub: 0,
-                    values: if unit { values.as_ptr() } else { exact.as_ptr() },
-                    tensor: 1.0,
-                    prefetch: 0,
-                    x: std::ptr::null(),
-                    x_stride: 0,
-                    c: std::ptr::null_mut(),
-                    ldc: 0,
-                };
+                let values = if unit { values.as_ptr() } else { exact.as_ptr() };
+                let a = F32Args { values, ..args(&bytes, &scales) };
                 let mut out = vec![0u16; 2048];
                 // SAFETY: AMX brings AVX-512 BF16; two blocks of 1024 codes.
                 unsafe { decoder(symmetric, unit)(&a, out.as_mut_ptr().cast()) };
                 for (i, got) in out.iter().enumerate() {
-                    // Tile row `i / 32` has two values of K for each of 16 rows.
-                    let (k, n) = (i / 32 * 2 + i % 2, i / 2 % 16);
+                    let (k, n) = place(i);
                     let s = if unit { 1.0 } else { scales[k / 32 * 16 + n] };
                     let want = exact[usize::from(bytes[k / 4 * 64 + n * 4 + k % 4])] * s;
                     assert_eq!(half::bf16::from_bits(*got), half::bf16::from_f32(want), "{i} {symmetric} {unit}");
