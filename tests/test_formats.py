@@ -691,6 +691,27 @@ def test_products_of_16_bits(rng: np.random.Generator, shrink: int) -> None:
         nb.matmul(qx, qw.T, dtype=np.int64)
 
 
+def test_products_of_float16(rng: np.random.Generator) -> None:
+    # Learning in reduced precision: forward, and both products of the way back.
+    m, n, k = 9, 70, 333
+    x, w, d = (rng.standard_normal(s).astype(np.float16) for s in ((m, k), (n, k), (m, n)))
+    qx, qw, qd = (nb.quantize(a, "f16") for a in (x, w, d))
+    for a, b, u, v in ((qx, qw.T, x, w.T), (qd, qw, d, w), (qd.T, qx, d.T, x)):
+        exact = u.astype(np.float64) @ v.astype(np.float64)
+        size = np.abs(u).astype(np.float64) @ np.abs(v).astype(np.float64)
+        # One side as it is, or both as matrices: sums are float32 either way, and rounded once.
+        sums = [nb.matmul(u, b, dtype=np.float32), a @ b]
+        for got in sums:
+            assert got.dtype == np.float32
+            assert (np.abs(got - exact) <= u.shape[1] * 2.0**-24 * size).all()
+        assert (u @ b).dtype == np.float16
+        np.testing.assert_array_equal(u @ b, sums[0].astype(np.float16))
+    # Sums of float16 would stop at 2048.
+    ones = nb.quantize(np.ones((1, 5000), np.float16), "f16")
+    assert (ones @ ones.T).tolist() == [[5000]]
+    assert (ones.dequantize().astype(np.float16) @ ones.T).tolist() == [[5000]]
+
+
 def test_sums_of_the_lowest_code_do_not_overflow() -> None:
     q = nb.QTensor.from_parts("dfp16", np.full((2, 64), -32768, np.int16), [1.0, 1.0])
     assert ((q @ q.T) == 64 * 4.0).all()
@@ -781,6 +802,48 @@ def test_trellis_codes_decode_by_their_hash(name: str, rng: np.random.Generator)
                 rtol=1e-6,
                 atol=1e-3,
             )
+
+
+def all_states(name: str) -> np.ndarray:
+    """The numbers of all 65536 states: the last weight of a circle of 16 bits has all of them."""
+    bits = nb.Format(name).bits
+    digits = np.arange(16 - bits, -1, -bits)
+    codes = (np.arange(1 << 16)[:, None] >> digits & (2**bits - 1)).astype(np.uint8)
+    q = nb.QTensor.from_parts(name, codes, np.ones(1 << 16, np.float32))
+    last: np.ndarray = q.dequantize()[:, -1]
+    return last
+
+
+def test_trellis_codes_are_the_published_ones(rng: np.random.Generator) -> None:
+    # QTIP: 1MAD is divided by this and has variance 1 then, 3INST is what it is.
+    one_mad = all_states("trellis2_1mad") / 147.800537109375
+    assert one_mad.std() == pytest.approx(1, abs=1e-3)
+    assert len(np.unique(one_mad)) == 908
+    assert (one_mad.min(), one_mad.max()) == pytest.approx((-3.27, 3.17), abs=5e-3)
+    three = all_states("trellis2_3inst")
+    assert three.std() == pytest.approx(1.2437, abs=1e-4)
+    assert np.abs(three).max() == pytest.approx(3.97, abs=5e-3)
+    # EXL3 scales mul1 in float16, which moves the centre by a quarter.
+    mul1 = all_states("trellis4")
+    sums = np.arange(1021) - 510
+    factor, shift = np.array([0x1EEE, 0xC931], np.uint16).view(np.float16).astype(np.float64)
+    half = (0x6400 + sums + 510).astype(np.uint16).view(np.float16).astype(np.float64)
+    theirs = (half * factor + shift).astype(np.float16).astype(np.float64)
+    assert np.abs(theirs - factor * sums).max() < 0.3 * factor + 2.0**-10
+    assert (mul1 == np.rint(mul1)).all()
+    assert np.abs(mul1).max() <= 510
+    assert (mul1 * factor).std() == pytest.approx(1, abs=3e-3)
+    # One string of bits in the order of QTIP, where a state begins with its weight, and of EXL3,
+    # where it ends with it: the same circle, turned by what a state has more than a weight.
+    for bits in (2, 4):
+        string = rng.integers(0, 2, 256 * bits)
+        start = bits * np.arange(256)[:, None] + np.arange(16)
+        begins = np.take(string, start, mode="wrap") @ (1 << np.arange(15, -1, -1))
+        codes = string.reshape(256, bits) @ (1 << np.arange(bits - 1, -1, -1))
+        name = f"trellis{bits}"
+        q = nb.QTensor.from_parts(name, codes[None].astype(np.uint8), np.ones((1, 1), np.float32))
+        turned = np.roll(q.dequantize()[0], 1 - 16 // bits)
+        np.testing.assert_array_equal(turned, all_states(name)[begins])
 
 
 def test_trellis_codes_are_good(rng: np.random.Generator) -> None:

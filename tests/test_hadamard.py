@@ -8,7 +8,12 @@ import pytest
 
 import nibblas as nb
 
-LENGTHS = [1, 2, 4, 8, 64, 1024, 12, 20, 24, 28, 36, 40, 44, 60, 96, 108, 124, 140, 384, 768, 1536]
+#: What models have, and every kind of matrix: of primes, of their powers (52, 100, 244, 344), of
+#: four circulant ones (92, 116, 156).
+LENGTHS = [
+    *(1, 2, 4, 8, 64, 1024, 12, 20, 24, 28, 36, 40, 44, 60, 96, 108, 124, 140, 384, 768, 1536),
+    *(52, 76, 92, 100, 116, 148, 156, 244, 344, 1664),
+]
 
 
 @pytest.mark.parametrize("n", LENGTHS)
@@ -19,6 +24,14 @@ def test_the_matrix_is_orthonormal_and_of_one_magnitude(n: int) -> None:
     np.testing.assert_allclose(nb.hadamard(h, inverse=True), np.eye(n), atol=1e-12)
     if n & (n - 1) == 0:
         np.testing.assert_allclose(nb.hadamard(h), np.eye(n), atol=1e-12)
+
+
+def test_every_multiple_of_four_below_172_has_a_matrix() -> None:
+    for n in range(4, 172, 4):
+        h = nb.hadamard(np.eye(n)) * np.sqrt(n)
+        np.testing.assert_array_equal(np.abs(np.rint(h)), 1)
+        np.testing.assert_allclose(h, np.rint(h), atol=1e-12)
+        np.testing.assert_array_equal(np.rint(h) @ np.rint(h).T, n * np.eye(n))
 
 
 def test_sylvesters_matrix() -> None:
@@ -62,7 +75,7 @@ def test_types() -> None:
 
 
 def test_bad_input() -> None:
-    for n in (3, 6, 92, 7, 100):
+    for n in (3, 6, 188, 7, 260):
         with pytest.raises(ValueError, match=f"length {n}"):
             nb.hadamard(np.ones(n))
     with pytest.raises(ValueError, match="length 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from typing import Any, SupportsIndex
@@ -19,8 +20,9 @@ def hadamard(x: ArrayLike, axis: SupportsIndex = -1, *, inverse: bool = False) -
     Parameters
     ----------
     x : array_like
-        Real numbers. The length of the axis is ``2**p * r``, with r a length for which a matrix is
-        known by Paley's constructions, such as 1, 12, 20, 28, 36, 44, 60.
+        Real numbers. The length of the axis is ``2**p * r``, with r 1 or a length for which a
+        matrix is known by the constructions of Paley and Williamson: every multiple of 4 below 172,
+        and more.
     axis : int, default -1
         The axis.
     inverse : bool, default False
@@ -84,8 +86,35 @@ def _is_prime(q: int) -> bool:
     return q > 1 and all(q % d for d in range(2, math.isqrt(q) + 1))
 
 
+def _is_prime_power(q: int) -> bool:
+    p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
+    while q % p == 0 and q > p:
+        q //= p
+    return q == p and _is_prime(p)
+
+
+#: Quadruples of symmetric circulant matrices of +-1 whose squares add up to 4m times one, by m:
+#: bit ``j - 1`` is set where the entries ``j`` and ``m - j`` of a first row are +1, as its entry 0
+#: is. Found by a search over sums of two and two.
+_WILLIAMSON = {
+    23: (0x0AC, 0x2CE, 0x1F2, 0x46F),
+    29: (0x02B3, 0x0AE3, 0x19F4, 0x2E5B),
+    39: (0x0325A, 0x5206E, 0x0CE1A, 0x223D1),
+}
+
+
+def _paley(r: int) -> tuple[int, bool] | None:
+    """Return the order of the field, and whether it is that of the first construction."""
+    for test in (_is_prime, _is_prime_power):
+        if r % 4 == 0 and test(r - 1):
+            return r - 1, True
+        if r % 8 == 4 and test(r // 2 - 1):
+            return r // 2 - 1, False
+    return None
+
+
 def _known(r: int) -> bool:
-    return r == 1 or (_is_prime(r - 1) and r % 4 == 0) or (_is_prime(r // 2 - 1) and r % 8 == 4)
+    return r == 1 or _paley(r) is not None or (r % 4 == 0 and r // 4 in _WILLIAMSON)
 
 
 def _base(n: int) -> int:
@@ -98,16 +127,42 @@ def _base(n: int) -> int:
     return r
 
 
+def _differences(q: int) -> NDArray[np.int8]:
+    """Return for all pairs from a field of `q` whether they differ by a square: 1, 0 or -1.
+
+    Elements are polynomials over the integers modulo a prime, their coefficients the digits of a
+    number.
+    """
+    p = next(d for d in range(2, q + 1) if q % d == 0)
+    k = round(math.log(q, p))
+    place = p ** np.arange(k)
+    # Powers of x modulo a polynomial of which x makes all elements: the even ones are squares.
+    for tail in itertools.product(range(p), repeat=k):
+        kind = np.zeros(q, np.int8)
+        power, at = [1] + [0] * (k - 1), 1
+        for i in range(q - 1):
+            if kind[at]:
+                break
+            kind[at] = 1 - 2 * (i % 2)
+            power = [(low + power[-1] * t) % p for low, t in zip([0, *power], tail, strict=False)]
+            at = int(np.dot(power, place))
+        if kind[0] == 0 and np.count_nonzero(kind) == q - 1:
+            break
+    digits = np.arange(q)[:, None] // place % p
+    apart = sum((np.subtract.outer(d, d) % p) * f for d, f in zip(digits.T, place, strict=True))
+    square: NDArray[np.int8] = kind[apart]
+    return square
+
+
 @functools.cache
 def _matrix(r: int) -> NDArray[np.int8]:
-    """Return a matrix of +-1 with orthogonal rows (Paley, 1933)."""
-    first = r % 4 == 0 and _is_prime(r - 1)
-    q = r - 1 if first else r // 2 - 1
-    residue = np.full(q, -1, np.int8)
-    residue[np.arange(1, q) ** 2 % q] = 1
-    residue[0] = 0
+    """Return a matrix of +-1 with orthogonal rows (Paley, 1933; Williamson, 1944)."""
+    found = _paley(r)
+    if found is None:
+        return _williamson(r // 4)
+    q, first = found
     core = np.zeros((q + 1, q + 1), np.int8)
-    core[1:, 1:] = residue[np.subtract.outer(np.arange(q), np.arange(q)) % q]
+    core[1:, 1:] = _differences(q)
     core[0, 1:] = 1
     core[1:, 0] = -1 if first else 1
     unit = np.eye(q + 1, dtype=np.int8)
@@ -115,3 +170,12 @@ def _matrix(r: int) -> NDArray[np.int8]:
         return core + unit
     plus, minus = np.array([[1, 1], [1, -1]], np.int8), np.array([[1, -1], [-1, -1]], np.int8)
     return (np.kron(core, plus) + np.kron(unit, minus)).astype(np.int8)
+
+
+def _williamson(m: int) -> NDArray[np.int8]:
+    """Return a matrix of 4m rows, of four circulant ones."""
+    j = np.arange(m)
+    bit = np.minimum(j, m - j) - 1
+    rows = [np.where((j == 0) | (word >> bit & 1 == 1), 1, -1) for word in _WILLIAMSON[m]]
+    a, b, c, d = (row[(j - j[:, None]) % m].astype(np.int8) for row in rows)
+    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
