@@ -8,11 +8,11 @@ import pytest
 
 import nibblas as nb
 
-#: What models have, and every kind of matrix: of primes, of their powers (52, 100, 244, 344), of
-#: four circulant ones (92, 116, 156).
+#: What models have, and every kind of matrix: of primes, of their powers (52, 100, 244), of
+#: four circulant ones (92, 116, 156, 172).
 LENGTHS = [
     *(1, 2, 4, 8, 64, 1024, 12, 20, 24, 28, 36, 40, 44, 60, 96, 108, 124, 140, 384, 768, 1536),
-    *(52, 76, 92, 100, 116, 148, 156, 244, 344, 1664),
+    *(52, 76, 92, 100, 116, 148, 156, 172, 244, 1664),
 ]
 
 
@@ -26,12 +26,20 @@ def test_the_matrix_is_orthonormal_and_of_one_magnitude(n: int) -> None:
         np.testing.assert_allclose(nb.hadamard(h), np.eye(n), atol=1e-12)
 
 
-def test_every_multiple_of_four_below_172_has_a_matrix() -> None:
-    for n in range(4, 172, 4):
+def test_every_multiple_of_four_below_188_has_a_matrix() -> None:
+    for n in range(4, 188, 4):
         h = nb.hadamard(np.eye(n)) * np.sqrt(n)
         np.testing.assert_array_equal(np.abs(np.rint(h)), 1)
         np.testing.assert_allclose(h, np.rint(h), atol=1e-12)
         np.testing.assert_array_equal(np.rint(h) @ np.rint(h).T, n * np.eye(n))
+
+
+def test_lengths_of_models(rng: np.random.Generator) -> None:
+    for n in (6656, 11008, 13824, 14336, 18944):
+        x = rng.standard_normal((3, n))
+        y = nb.hadamard(x)
+        np.testing.assert_allclose(y @ y.T, x @ x.T, rtol=1e-10, atol=1e-9 * n)
+        np.testing.assert_allclose(nb.hadamard(y, inverse=True), x, atol=1e-10)
 
 
 def test_sylvesters_matrix() -> None:

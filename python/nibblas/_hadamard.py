@@ -21,7 +21,7 @@ def hadamard(x: ArrayLike, axis: SupportsIndex = -1, *, inverse: bool = False) -
     ----------
     x : array_like
         Real numbers. The length of the axis is ``2**p * r``, with r 1 or a length for which a
-        matrix is known by the constructions of Paley and Williamson: every multiple of 4 below 172,
+        matrix is known by the constructions of Paley and Williamson: every multiple of 4 below 188,
         and more.
     axis : int, default -1
         The axis.
@@ -100,6 +100,7 @@ _WILLIAMSON = {
     23: (0x0AC, 0x2CE, 0x1F2, 0x46F),
     29: (0x02B3, 0x0AE3, 0x19F4, 0x2E5B),
     39: (0x0325A, 0x5206E, 0x0CE1A, 0x223D1),
+    43: (0x00B273, 0x182A4E, 0x19521B, 0x1E35D9),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,14 +27,15 @@ DESCRIPTION = """\
 Make a matrix shaped like a transformer's weight (heavy tails, rows of different size, outlier
 channels) and show for each format of the table, in groups of 128: bits per weight, relative error
 (Frobenius), and how many times as fast as NumPy float32 the product is at M = 1, 16 and 256, with
-float32 arithmetic and with int8. What does not fit into the time is shown as '-'. Trellis codes,
-for which a search takes long, see a few rows, again and again."""
+float32 arithmetic and with int8. What does not fit into the time is shown as '-'. Trellis and
+vector codes, for which a search takes long, see a few rows, again and again."""
 
 _M = (1, 16, 256)
 _COMPUTES = ("f32", "int8")
 _SECONDS = 40.0
-# Weights that are quantised of formats whose codes are searched for.
-_SEARCHED = 1 << 12
+# Weights that are quantised of formats whose codes are searched for, and vectors for each entry of
+# a codebook, which would hold the weights themselves otherwise.
+_SEARCHED, _PER_ENTRY = 1 << 12, 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: Out) -> int:
     """Run the command."""
     plt = plot_module() if args.plot else None
-    deadline = time.perf_counter() + _SECONDS
+    started = time.perf_counter()
+    measuring = 0.0
     rows, cols = args.shape
     names = args.formats or [formats.Format(default_format(e)) for e in formats.table()]
     out.line(
@@ -68,8 +71,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
     with out.progress("demo", len(names)) as advance:
         for i, fmt in enumerate(names):
             advance(0, str(fmt))
-            # Codes that are searched for: some rows, again and again.
-            few = max(1, _SEARCHED // cols) if fmt.element.span > 1 else rows
+            few = _few(fmt, rows, cols)
             part = quantize(w[:few], fmt)
             q = part if few >= rows else part[np.arange(rows) % few]
             result: dict[str, Any] = {
@@ -78,9 +80,13 @@ def run(args: argparse.Namespace, out: Out) -> int:
                 "relative_error": relative_error(w[:few], part),
                 "speed": [],
             }
-            # An even share of what is left, so that a slow machine shows something of every format.
-            share = max(0.0, deadline - time.perf_counter()) / (len(names) - i)
+            # An even share of what quantising the others will leave, and enough for one row in any
+            # case: a slow machine shows something of every format.
+            now = time.perf_counter()
+            quantising = (now - started - measuring) * len(names) / (i + 1)
+            share = max(0.05, (_SECONDS - quantising - measuring) / (len(names) - i))
             result["speed"] = _speed(inputs, w, q, share)
+            measuring += time.perf_counter() - now
             results.append(result)
             advance(1, "")
     columns = [f">{c} M={m}" for c in _COMPUTES for m in _M]
@@ -105,6 +111,14 @@ def run(args: argparse.Namespace, out: Out) -> int:
         {"shape": [rows, cols], "threads": get_num_threads(), "results": results, "plot": args.plot}
     )
     return 0
+
+
+def _few(fmt: formats.Format, rows: int, cols: int) -> int:
+    """Return how many rows are quantised: some, again and again, of codes that are searched for."""
+    if fmt.element.span == 1:
+        return rows
+    table = sum(math.prod(p.shape) for p in fmt.parts(1, 1) if p.name == "table")
+    return min(rows, max(_SEARCHED, _PER_ENTRY * table, 1) // max(cols, 1) or 1)
 
 
 def _speed(
