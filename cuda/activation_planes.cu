@@ -32,6 +32,7 @@ DEVICE void codes_of(const float v[16], float s, float inverse, float edge, int 
 }
 
 extern "C" __global__ void __launch_bounds__(1024) planes(const Args a) {
+    follow();
     const i64 m = blockIdx.x;
     const float edge = (float)((1 << a.bits) - 1);
     const bool there = m < a.m;

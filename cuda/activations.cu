@@ -31,6 +31,7 @@ DEVICE int natural(const Args &a, int place) {
 
 // Converts and places. float32 becomes three rows of bfloat16 that add up to it: 3m, 3m+1, 3m+2.
 extern "C" __global__ void place(const Args a) {
+    follow();
     const int m = blockIdx.y;
     for (int p = blockIdx.x * blockDim.x + threadIdx.x; p < a.places; p += gridDim.x * blockDim.x) {
         const int k = natural(a, p);
@@ -60,6 +61,7 @@ extern "C" __global__ void place(const Args a) {
 
 // y = the sum of three parts, for each part of the weights, and the bias.
 extern "C" __global__ void combine(const Args a) {
+    follow();
     const int m = blockIdx.y;
     for (int n = blockIdx.x * blockDim.x + threadIdx.x; n < a.n; n += gridDim.x * blockDim.x) {
         float v = 0.0f;
@@ -121,6 +123,7 @@ DEVICE uint4 codes_of(const float v[16], float s, float inverse, int kind) {
 // codes with scale 1. For e4m3 (out_kind) 448 stands for 127. A block per row. RMSNorm, where asked for, is a factor of the row and one of each column: codes
 // need the second alone.
 extern "C" __global__ void __launch_bounds__(1024) quantise(const Args a) {
+    follow();
     const i64 m = blockIdx.x;
     u8 *out = (u8 *)a.out + m * a.places;
     const bool codes = a.kind == KIND_I8;
@@ -169,6 +172,7 @@ extern "C" __global__ void __launch_bounds__(1024) quantise(const Args a) {
 
 // As quantise, of plain rows of 16 bits that a thread has a run of each: while one row is rounded the next is under way.
 extern "C" __global__ void __launch_bounds__(1024) quantise_rows(const Args a) {
+    follow();
     __shared__ u32 tops[2][32];
     const int run = threadIdx.x, rows = gridDim.x; // of all blocks at a time
     const bool mine = run < a.k / 16;
@@ -201,6 +205,7 @@ extern "C" __global__ void __launch_bounds__(1024) quantise_rows(const Args a) {
 
 // As quantise, with one scale per `length` values of a row: `scale` is [rows][segments]. A warp takes every eighth group.
 extern "C" __global__ void __launch_bounds__(256) quantise_groups(const Args a) {
+    follow();
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const i64 m = blockIdx.x;
     u8 *out = (u8 *)a.out + m * a.places;

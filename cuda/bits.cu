@@ -36,9 +36,11 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     ) {
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
     __shared__ u64 ready[STAGES], empty[STAGES];
+    let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     if (tid == 0) ring_init(ready, 1, empty, 4 * WG * ARRIVALS);
     __syncthreads();
+    wait_for_previous();
     const int tiles = a.m_blocks * a.n_blocks, levels = a.p + a.q - 1;
     int stage = 0, phase = 0;
 

@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     const int m0 = blockIdx.y * T;
     const int tiles = a.n_padded / 16;
 
+    let_next_begin();
     // X of the warps that share a chunk, the table, codes and scales of this warp.
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     const u32 x_base = shared_address(shared + wk * STAGES * X_STAGE);
@@ -104,30 +105,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     load.start(begin, end, a.chunks);
     here.start(begin, end, a.chunks);
 
-    auto issue = [&](int stage) {
-        const bool mine = !load.done() && load.chunk + wk < load.stop;
+    // Asks for what this warp needs of the chunk at hand, and goes on to the next: of W, of X, or of both.
+    auto issue = [&](Place<WK> &at_hand, int stage, bool of_w, bool of_x) {
+        const bool mine = !at_hand.done() && at_hand.chunk + wk < at_hand.stop;
         if (mine && (!BULK || lane == 0)) {
-            const int chunk = load.chunk + wk;
-            const int tile0 = min(load.row_block * (WN * WR) + wr * WN, tiles - WN);
+            const int chunk = at_hand.chunk + wk;
+            const int tile0 = min(at_hand.row_block * (WN * WR) + wr * WN, tiles - WN);
             const i64 at = ((i64)(tile0 >> 2) * a.chunks + chunk) * 4 + (tile0 & 3);
             const int group0 = GROUPED > 1 ? chunk * GROUPED : GROUPED ? chunk / a.chunks_per_group : 0;
             const u32 to = shared_address(w_ring + stage * W_STAGE);
             const u32 st = shared_address(s_ring + stage * (S_STAGE + Z_STAGE)), xt = x_base + stage * X_STAGE;
 #if NB_BULK
             const u32 bar = shared_address(&ready[wk][stage]);
-            barrier_expect(bar, W_STAGE + S_STAGE + Z_STAGE + (wr == 0 ? X_STAGE : 0));
+            if (of_w) {
+                barrier_expect(bar, W_STAGE + S_STAGE + Z_STAGE + (wr == 0 ? X_STAGE : 0));
 #pragma unroll
-            for (int p = 0; p < Planes<BITS>::count; p++) {
-                const int pb = Planes<BITS>::bits(p);
-                copy_run(to + WN * Planes<BITS>::below(p) * 256, a.planes[p] + at * (256 * pb), WN * 256 * pb, bar);
-            }
+                for (int p = 0; p < Planes<BITS>::count; p++) {
+                    const int pb = Planes<BITS>::bits(p);
+                    copy_run(to + WN * Planes<BITS>::below(p) * 256, a.planes[p] + at * (256 * pb), WN * 256 * pb, bar);
+                }
 #pragma unroll
-            for (int q = 0; q < GROUPED; q++) {
-                const i64 row = (i64)min(group0 + q, a.groups - 1) * a.n_padded + tile0 * 16;
-                copy_run(st + q * WN * 16 * SB, (const char *)a.scales + row * SB, WN * 16 * SB, bar);
-                if (ZERO) copy_run(st + S_STAGE + q * WN * 16 * ZB, (const char *)a.zeros + row * ZB, WN * 16 * ZB, bar);
+                for (int q = 0; q < GROUPED; q++) {
+                    const i64 row = (i64)min(group0 + q, a.groups - 1) * a.n_padded + tile0 * 16;
+                    copy_run(st + q * WN * 16 * SB, (const char *)a.scales + row * SB, WN * 16 * SB, bar);
+                    if (ZERO) copy_run(st + S_STAGE + q * WN * 16 * ZB, (const char *)a.zeros + row * ZB, WN * 16 * ZB, bar);
+                }
             }
-            if (wr == 0)
+            if (of_x && wr == 0)
 #pragma unroll
                 for (int p = 0; p < PARTS; p++) copy_box(xt + p * (T * 128), &map, bar, chunk * 128 + p * 64, m0);
 #else
@@ -167,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 #endif
         }
         if (!BULK) commit();
-        if (!load.done()) load.next(a.chunks);
+        if (!at_hand.done()) at_hand.next(a.chunks);
     };
     // Waits for the chunk of this warp in a slot, and for the other warps to be done with the one before.
     auto arrive = [&](int stage, bool mine) {
@@ -411,8 +415,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             }
     };
 
+    // X may be of the kernel before: codes and scales are on their way meanwhile.
+    if (!BULK) wait_for_previous();
+    Place<WK> behind = load;
 #pragma unroll
-    for (int s = 0; s < STAGES - 1; s++) issue(s);
+    for (int s = 0; s < STAGES - 1; s++) issue(load, s, true, !BULK);
+    if (BULK) {
+        wait_for_previous();
+#pragma unroll
+        for (int s = 0; s < STAGES - 1; s++) issue(behind, s, false, true);
+    }
     clear();
     clear_total();
     clear_park();
@@ -423,7 +435,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     while (!here.done()) {
         const int chunk = here.chunk + wk;
         arrive(stage, chunk < here.stop);
-        issue(stage == 0 ? STAGES - 1 : stage - 1);
+        issue(load, stage == 0 ? STAGES - 1 : stage - 1, true, true);
         if (chunk < here.stop) {
             Words<BITS> words[WN];
 #pragma unroll

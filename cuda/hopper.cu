@@ -150,6 +150,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     const int g = lane >> 2, t = lane & 3;
     const int rank = blockIdx.x % CL;
     __shared__ u64 ready[STAGES], empty[STAGES];
+    let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     char *table = shared + STAGES * SLOT;
     char *leaving = table + Book<ACT>::BYTES + (warp >> 2) * OUT_PART;
@@ -182,23 +183,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
         if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(KEPT));
         if (tid == THREADS) {
             const int last = a.n_padded / 64 - 1;
-            Tile tile = tile_at(here.row_block);
-            while (!here.done()) {
-                const int chunk = here.chunk;
-                if (chunk == here.first) tile = tile_at(here.row_block);
-                const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
-                barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+            auto fetch_w = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
+                const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
                 barrier_expect(bar, FETCHED);
-#pragma unroll
-                for (int p = 0; p < PARTS; p++) {
-                    const u32 x_to = to + (p * T + rank * (T / CL)) * 128;
-                    const int row = tile.m0 + rank * (T / CL);
-                    if (CL > 1)
-                        copy_box(x_to, &map, bar, chunk * 128 + p * 64, row, (1u << CL) - 1);
-                    else
-                        copy_box(x_to, &map, bar, chunk * 128 + p * 64, row);
-                }
-                const int group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
+                const int group0 = GROUPED > 1 ? at.chunk * GROUPED : at.chunk / a.chunks_per_group;
 #pragma unroll
                 for (int w = 0; w < WG; w++) {
                     const int band = min(tile.row_block * WG + w, last);
@@ -206,16 +194,43 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                     for (int p = 0; p < Planes<BITS>::count; p++) {
                         const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
                         copy_run(to + X_STAGE + w * W_PART + below * 1024,
-                                 a.planes[p] + ((i64)band * a.chunks + chunk) * (1024 * pb), 1024 * pb, bar);
+                                 a.planes[p] + ((i64)band * a.chunks + at.chunk) * (1024 * pb), 1024 * pb, bar);
                     }
 #pragma unroll
                     for (int q = 0; q < GROUPED; q++) {
-                        const i64 at = (i64)min(group0 + q, a.groups - 1) * a.n_padded + band * 64;
-                        copy_run(to + S_AT + (q * R + w * 64) * SB, (const char *)a.scales + at * SB, 64 * SB, bar);
-                        if (ZERO) copy_run(to + Z_AT + q * R + w * 64, (const char *)a.zeros + at, 64, bar);
+                        const i64 row = (i64)min(group0 + q, a.groups - 1) * a.n_padded + band * 64;
+                        copy_run(to + S_AT + (q * R + w * 64) * SB, (const char *)a.scales + row * SB, 64 * SB, bar);
+                        if (ZERO) copy_run(to + Z_AT + q * R + w * 64, (const char *)a.zeros + row, 64, bar);
                     }
                 }
-                here.next(a.chunks);
+            };
+            auto fetch_x = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
+                const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
+                const int row = tile.m0 + rank * (T / CL);
+#pragma unroll
+                for (int p = 0; p < PARTS; p++) {
+                    const u32 x_to = to + (p * T + rank * (T / CL)) * 128;
+                    if (CL > 1)
+                        copy_box(x_to, &map, bar, at.chunk * 128 + p * 64, row, (1u << CL) - 1);
+                    else
+                        copy_box(x_to, &map, bar, at.chunk * 128 + p * 64, row);
+                }
+            };
+            // X may be of the kernel before: codes and scales fill the ring meanwhile.
+            Walk<CHAIN> ahead = here;
+            int filled = 0;
+            for (; filled < STAGES && !ahead.done(); ahead.next(a.chunks)) fetch_w(ahead, tile_at(ahead.row_block), filled++);
+            wait_for_previous();
+            Tile tile = tile_at(here.row_block);
+            for (; !here.done(); here.next(a.chunks)) {
+                if (here.chunk == here.first) tile = tile_at(here.row_block);
+                if (filled > 0) {
+                    filled--;
+                } else {
+                    barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+                    fetch_w(here, tile, stage);
+                }
+                fetch_x(here, tile, stage);
                 if (++stage == STAGES) {
                     stage = 0;
                     phase ^= 1;
@@ -228,6 +243,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     }
 
     if (HANDED) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(HANDED ? HANDED : 24));
+    wait_for_previous();
     constexpr int CH = C / HALVES;
     Sum acc[HALVES][CH];
     float total[FLUSH ? C : 1];

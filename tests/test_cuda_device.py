@@ -439,6 +439,42 @@ def test_streams_and_graphs() -> None:
     check_float(out, x2, q)
 
 
+@pytest.mark.parametrize("m", [1, 12, 30, 70, 300])
+@pytest.mark.parametrize("fmt", ["int4_g128 f32", "mxfp4 f32", "int4_g128 int8", "bipolar2 planes"])
+def test_kernels_that_overlap(m: int, fmt: str) -> None:
+    """Each product reads what the one before has written, and writes where that one has read."""
+    k, (name, compute) = 4096, fmt.split()
+    rng = np.random.default_rng(m)
+    # What a product multiplies the size of its rows by is about 1.
+    size = 110 if compute == "planes" else 64
+    w = rng.normal(size=(2, k, k)).astype(np.float32) / size
+    weights = [nb.quantize(cupy.asarray(half), name) for half in w]
+    first = cupy.asarray(activations(m, k, np.float16) / 8)
+    rows = [cupy.empty_like(first) for _ in range(2)]
+
+    def run(after: Any) -> None:
+        for i in range(24):
+            x, y = rows[i % 2], rows[1 - i % 2]
+            if compute == "planes":
+                nb.cuda.activations(x, name).matmul(weights[i % 2].T, out=y)
+            else:
+                nb.matmul(x, weights[i % 2].T, compute=compute, out=y)
+            after()
+
+    def result(step: Any) -> Any:
+        rows[0][...] = first
+        step()
+        return rows[0].get()
+
+    want = result(lambda: run(cupy.cuda.Device().synchronize))
+    assert np.isfinite(want.astype(np.float32)).all()
+    assert np.abs(want.astype(np.float32)).max() > 1e-3
+    step = nb.cuda.graph(run, lambda: None)
+    for _ in range(4):
+        assert result(lambda: run(lambda: None)).tobytes() == want.tobytes()
+        assert result(step).tobytes() == want.tobytes()
+
+
 @pytest.mark.parametrize("compute", ["f32", "int8"])
 def test_graph(compute: str) -> None:
     q = tensor("int4_g128", 512, 2048)

@@ -3,6 +3,12 @@
 #pragma once
 #include "base.cuh"
 
+// How a kernel begins that has nothing to do before the one before it has ended.
+DEVICE void follow() {
+    let_next_begin();
+    wait_for_previous();
+}
+
 DEVICE u32 warp_max(u32 v) {
     u32 r;
     asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(r) : "r"(v));

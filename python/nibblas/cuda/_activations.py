@@ -248,5 +248,5 @@ def activations(
         if gain is not None:
             args.gain, args.gain_kind = gain.data.ptr, _kind_of(gain.dtype)
         if m and k:
-            function.launch((blocks, 1), threads, 0, stream, args)
+            function.launch((blocks, 1), threads, 0, stream, args, early=True)
         return Activations(c.shape, c.dtype, format, scales, held, x)

@@ -285,6 +285,7 @@ def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -
         wp.boxes(pl.tokens),
         xp.boxes(args.x_box),
         *extra,
+        early=True,
     )
 
 
@@ -623,20 +624,22 @@ class _Call:
 
     def _launch(self, args: _GemmArgs, boxes: Any) -> None:
         pl = self.plan
-        self.kernel.launch(pl.grid, pl.threads, pl.shared, self.stream, args, *boxes)
+        launch = self.kernel.launch
+        launch(pl.grid, pl.threads, pl.shared, self.stream, args, *boxes, early=True)
 
     def _prepare(self, x: int, out: int, scale: Any) -> None:
         a = _ActArgs.from_buffer_copy(self.act_args)
         a.x, a.out = x, out
         if self.width == 1:
             a.scale = scale.data.ptr
-            self.prepare.launch((self.blocks or self.m, 1), self.threads, 0, self.stream, a)
+            grid = self.blocks or self.m, 1
+            self.prepare.launch(grid, self.threads, 0, self.stream, a, early=True)
             return
         blocks, row = min(-(-self.places // 256), 64), self.places * 2 * (3 if self.split else 1)
         for first in range(0, self.m, 65535):
             a.m = min(65535, self.m - first)
             a.x, a.out = x + first * self.x_step, out + first * row
-            self.prepare.launch((blocks, a.m), 256, 0, self.stream, a)
+            self.prepare.launch((blocks, a.m), 256, 0, self.stream, a, early=True)
 
     def _combine(self, sums: int, y: int, bias: int) -> None:
         a = _ActArgs.from_buffer_copy(self.act_args)
@@ -645,4 +648,5 @@ class _Call:
         for first in range(0, self.m, 65535):
             count = min(65535, self.m - first)
             a.parts_in, a.y = sums + first * 3 * n * 4, y + first * self.y_step
-            self.combine.launch((min(-(-n // 256), 64), count), 256, 0, self.stream, a)
+            grid = min(-(-n // 256), 64), count
+            self.combine.launch(grid, 256, 0, self.stream, a, early=True)
