@@ -2,11 +2,13 @@
 //
 // A block has WG warpgroups, each with 64 rows of W, and T rows of X that all of them read from shared memory. One more warp
 // does nothing but ask the copy engine for chunks, as slots become free. (Ordinary copies would need a proxy fence per
-// chunk, which waits for every copy in flight.) CL blocks of a cluster have rows of W below each other and the same rows of
-// X: each fetches a CL-th of X for all. Weights are decoded to the numbers they stand for without their scale (integers or
-// entries of a table), so that a group needs one fused multiply-add per output when it ends. While the tensor cores work
-// on a block of 32 k the next one is decoded, across chunks and rows. Results leave through shared memory, as whole lines
-// of Y: of 16 bits by the copy engine, while the next rows are multiplied.
+// chunk, which waits for every copy in flight.) Weights are decoded to the numbers they stand for without their scale
+// (integers or entries of a table), so that a group needs one fused multiply-add per output when it ends. While the tensor
+// cores work on a block of 32 k the next one is decoded, across chunks and rows. Results leave through shared memory, as whole
+// lines of Y: of 16 bits by the copy engine, while the next rows are multiplied.
+//
+// Where there are fewer tiles of Y than multiprocessors, the SPLIT blocks of a cluster share out K of one tile. Their sums
+// meet in shared memory, which they read from each other, each for some of the rows of X.
 //
 // int8 products of codes that stand for u - 2^(BITS-1): LIFT leaves a code at the top of its byte, where the offset is one
 // bit, and a power of two is taken out of the scale.
@@ -14,8 +16,8 @@
 // Where a group ends its sums have to be scaled. HALVES = 2, for groups of a chunk: the rows of X are multiplied in two halves,
 // a chunk of W at a time, and the sums of one are scaled while products of the other are under way.
 //
-// Set on the command line, as NB_ACT and so on: ACT BITS T WG CL GROUPED ZERO STAGES MUL, as in gemm.cu; HALVES; LIFT;
-// WHOLE: blocks take all of K, as CL > 1 wants it; CHAIN: they hand sums on in order where they do not; OUT: Y has 16 bits
+// Set on the command line, as NB_ACT and so on: ACT BITS T WG SPLIT GROUPED ZERO STAGES MUL, as in gemm.cu; HALVES; LIFT;
+// WHOLE: blocks take all of K, or with SPLIT > 1 their part of it, of one tile; CHAIN: they hand sums on in order where they do not; OUT: Y has 16 bits
 // and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8
 // products stand for u - 128.
 #include <nibblas/base.cuh>
@@ -24,7 +26,7 @@
 #include <nibblas/scheduler.cuh>
 #include <nibblas/wgmma.cuh>
 
-constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, CL = NB_CL, STAGES = NB_STAGES, MUL = NB_MUL;
+constexpr int ACT = NB_ACT, BITS = NB_BITS, T = NB_T, WG = NB_WG, SPLIT = NB_SPLIT, STAGES = NB_STAGES, MUL = NB_MUL;
 constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, HALVES = NB_HALVES, OUT = NB_OUT, WHOLE = NB_WHOLE, CHAIN = NB_CHAIN;
 constexpr int LIFT = NB_LIFT ? 8 - BITS : 0;
 
@@ -49,19 +51,21 @@ constexpr int OUT_PART = OUT ? 8192 : 32 * OUT_ROW * 4; // of a warpgroup; OUT: 
 constexpr bool FLUSH = GROUPED && !INNER; // sums of a group are scaled when it ends
 constexpr int PER = GROUPED ? 4 / GROUPED : 4; // blocks of 32 k that share a scale, or all
 static_assert(HALVES == 1 || (HALVES == 2 && INT && FLUSH && GROUPED == 1), "only scaled sums are to be taken in turns");
-static_assert(!CHAIN || (FLUSH && !WHOLE && CL == 1), "other sums may be cut anywhere");
+static_assert(!CHAIN || (FLUSH && !WHOLE), "other sums may be cut anywhere");
+static_assert(SPLIT == 1 || (WHOLE && !(INT && FLUSH)), "sums that must run along K are not to be cut");
+static_assert(SPLIT == 1 || STAGES * SLOT >= THREADS * C * 4, "the ring holds the sums of a block");
 
 // What a block goes through, of `rows` blocks of Y that those of one blockIdx.y have.
 template <int CHAINED> struct Walk : Place<1> {
-    DEVICE Walk(const Args &a, int) {
+    DEVICE Walk(const Args &a, int, int chunks) {
         // Blocks that take all of K count their own units from 0.
-        const int block = blockIdx.x / CL;
+        const int block = blockIdx.x / SPLIT;
         const int begin = WHOLE ? 0 : span_start(block, a);
-        start(begin, WHOLE ? (a.per + (block < a.rest)) * a.chunks : span_start(block + 1, a), a.chunks);
+        start(begin, WHOLE ? (a.per + (block < a.rest)) * chunks : span_start(block + 1, a), chunks);
     }
 };
 template <> struct Walk<1> : Chained {
-    DEVICE Walk(const Args &a, int rows) { start(rows, a); }
+    DEVICE Walk(const Args &a, int rows, int) { start(rows, a); }
 };
 
 template <bool I> struct Number {
@@ -135,8 +139,8 @@ DEVICE u32 centred8(u32 q, u32 by, u32 times) {
 
 extern __shared__ __align__(1024) char dynamic[];
 
-#if NB_CL > 1
-#define CLUSTER __cluster_dims__(NB_CL, 1, 1)
+#if NB_SPLIT > 1
+#define CLUSTER __cluster_dims__(NB_SPLIT, 1, 1)
 #else
 #define CLUSTER
 #endif
@@ -148,7 +152,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     const int tid = threadIdx.x, lane = tid & 31;
     const int warp = tid >> 5;
     const int g = lane >> 2, t = lane & 3;
-    const int rank = blockIdx.x % CL;
+    // The chunks of this block, of all there are.
+    const int rank = blockIdx.x % SPLIT, lead = rank * a.chunks / SPLIT, chunks = (rank + 1) * a.chunks / SPLIT - lead;
     __shared__ u64 ready[STAGES], empty[STAGES];
     let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -156,13 +161,9 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     char *leaving = table + Book<ACT>::BYTES + (warp >> 2) * OUT_PART;
     Book<ACT> book;
     book.load(table, a.book, tid, THREADS + EXTRA);
-    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * CL * ARRIVALS);
-    if (CL > 1)
-        cluster_sync();
-    else
-        __syncthreads();
-    const int index = blockIdx.x / CL;
-    Walk<CHAIN> here(a, a.row_blocks * ((a.m + T - 1) / T / gridDim.y));
+    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * ARRIVALS);
+    __syncthreads();
+    Walk<CHAIN> here(a, a.row_blocks * ((a.m + T - 1) / T / gridDim.y), chunks);
     int stage = 0, phase = 0;
     // Where a unit lies. Blocks that take all of K, or hand it on, go through Y side by side, gridDim.y tiles of X at a
     // time: what these read stays in the cache.
@@ -172,11 +173,11 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     auto tile_at = [&](int unit) -> Tile {
         int at = unit, pass = 0;
         if (WHOLE || CHAIN) {
-            if (WHOLE) at = index + unit * (gridDim.x / CL);
+            if (WHOLE) at = blockIdx.x / SPLIT + unit * (gridDim.x / SPLIT);
             pass = at / a.row_blocks;
             at -= pass * a.row_blocks;
         }
-        return {at * CL + rank, (int)(pass * gridDim.y + blockIdx.y) * T};
+        return {at, (int)(pass * gridDim.y + blockIdx.y) * T};
     };
 
     if (tid >= THREADS) {
@@ -186,7 +187,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             auto fetch_w = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
                 const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
                 barrier_expect(bar, FETCHED);
-                const int group0 = GROUPED > 1 ? at.chunk * GROUPED : at.chunk / a.chunks_per_group;
+                const int chunk = lead + at.chunk, group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
 #pragma unroll
                 for (int w = 0; w < WG; w++) {
                     const int band = min(tile.row_block * WG + w, last);
@@ -194,7 +195,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                     for (int p = 0; p < Planes<BITS>::count; p++) {
                         const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
                         copy_run(to + X_STAGE + w * W_PART + below * 1024,
-                                 a.planes[p] + ((i64)band * a.chunks + at.chunk) * (1024 * pb), 1024 * pb, bar);
+                                 a.planes[p] + ((i64)band * a.chunks + chunk) * (1024 * pb), 1024 * pb, bar);
                     }
 #pragma unroll
                     for (int q = 0; q < GROUPED; q++) {
@@ -206,23 +207,16 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             };
             auto fetch_x = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
                 const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
-                const int row = tile.m0 + rank * (T / CL);
 #pragma unroll
-                for (int p = 0; p < PARTS; p++) {
-                    const u32 x_to = to + (p * T + rank * (T / CL)) * 128;
-                    if (CL > 1)
-                        copy_box(x_to, &map, bar, at.chunk * 128 + p * 64, row, (1u << CL) - 1);
-                    else
-                        copy_box(x_to, &map, bar, at.chunk * 128 + p * 64, row);
-                }
+                for (int p = 0; p < PARTS; p++) copy_box(to + p * T * 128, &map, bar, (lead + at.chunk) * 128 + p * 64, tile.m0);
             };
             // X may be of the kernel before: codes and scales fill the ring meanwhile.
             Walk<CHAIN> ahead = here;
             int filled = 0;
-            for (; filled < STAGES && !ahead.done(); ahead.next(a.chunks)) fetch_w(ahead, tile_at(ahead.row_block), filled++);
+            for (; filled < STAGES && !ahead.done(); ahead.next(chunks)) fetch_w(ahead, tile_at(ahead.row_block), filled++);
             wait_for_previous();
             Tile tile = tile_at(here.row_block);
-            for (; !here.done(); here.next(a.chunks)) {
+            for (; !here.done(); here.next(chunks)) {
                 if (here.chunk == here.first) tile = tile_at(here.row_block);
                 if (filled > 0) {
                     filled--;
@@ -237,8 +231,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                 }
             }
         }
-        // Others may still write here, and count on the barriers.
-        if (CL > 1) cluster_sync();
+        if (SPLIT > 1) {
+            cluster_sync();
+            cluster_sync();
+        }
         return;
     }
 
@@ -253,12 +249,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     asm volatile("mov.b32 %0, %1;" : "=r"(magic) : "n"(ACT == ACT_F16 ? 0x64006400 : 0x43004300));
 #pragma unroll
     for (int i = 0; i < C; i++) acc[i / CH][i % CH] = 0;
-    auto release = [&](int slot) {
-        if (CL == 1)
-            warp_arrive(shared_address(&empty[slot]), lane);
-        else
-            warp_arrive(shared_address(&empty[slot]), lane, CL);
-    };
+    auto release = [&](int slot) { warp_arrive(shared_address(&empty[slot]), lane); };
     Words<BITS> words;
     u32 by[2][2]; // [row][step]
     u32 times[2] = {1, 1}; // of two levels: what multiplies a row of codes
@@ -398,7 +389,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                 stage = 0;
                 phase ^= 1;
             }
-            const int after = last ? here.after(a.chunks) : here.row_block;
+            const int after = last ? here.after(chunks) : here.row_block;
             load(tile_at(max(after, 0)).row_block, after >= 0);
             decode_ahead(r);
         };
@@ -407,7 +398,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             const int at_hand = stage;
             const char *slot = shared + at_hand * SLOT;
             const u64 x_at = x_of(slot);
-            const bool ends = !INT || --left == 0 || chunk == a.chunks - 1; // whether the sums have to be scaled now
+            const bool ends = !INT || --left == 0 || chunk == chunks - 1; // whether the sums have to be scaled now
             if (left == 0) left = a.chunks_per_group;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
@@ -491,7 +482,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
         }
         // The copies of the next rows need this slot while results leave.
         release(held);
-        const bool whole = WHOLE || (here.first == 0 && here.stop == a.chunks);
+        const bool whole = WHOLE || (here.first == 0 && here.stop == chunks);
         const int n0 = row_block * R + warp * 16 + g;
         if (!FLUSH) {
             const int p = min(n0, a.n_padded - 1), q = min(n0 + 8, a.n_padded - 1);
@@ -583,7 +574,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
         };
 #endif
         const Share share(a, row_block, R * T);
-        bool out = CHAIN ? here.stop == a.chunks : whole;
+        bool out = CHAIN ? here.stop == chunks : whole;
         if (CHAIN && !out) {
 #pragma unroll
             for (int i = 0; i < C; i++) chain.mine()[i * THREADS + tid] = total[FLUSH ? i : 0];
@@ -595,12 +586,28 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
             for (int i = 0; i < C; i++) mine[i * THREADS + tid] = bits(i);
             out = share.complete<THREADS>(a, row_block);
         }
+        auto add = [](float p, float q) -> float {
+            return INT && !FLUSH ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q;
+        };
+        // The sums of a block of the cluster, in the order of the threads.
+        const u32 parts = shared_address(shared) + tid * 4;
+        if (SPLIT > 1) {
+            meet<THREADS, 1>(); // the ring has served
+#pragma unroll
+            for (int i = 0; i < C; i++) *(float *)(shared + (i * THREADS + tid) * 4) = bits(i);
+            cluster_sync();
+        }
         if (out)
 #pragma unroll
             for (int from = 0; from < C; from += 16) {
+                if (SPLIT > 1 && from / 16 % SPLIT != rank) continue;
                 float v[16];
 #pragma unroll
-                for (int i = 0; i < 16; i++) v[i] = bits(from + i);
+                for (int i = 0; i < 16; i++) v[i] = SPLIT > 1 ? load_of(0, parts + (from + i) * THREADS * 4) : bits(from + i);
+#pragma unroll
+                for (int b = 1; b < SPLIT; b++)
+#pragma unroll
+                    for (int i = 0; i < 16; i++) v[i] = add(v[i], load_of(b, parts + (from + i) * THREADS * 4));
                 if (!CHAIN && !whole)
 #pragma unroll
                     for (int i = 0; i < 16; i++) {
@@ -608,14 +615,13 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                         v[i] = __ldcg(share.slot(share.first, a) + place);
 #pragma unroll 1
                         for (int b = share.first + 1; b <= share.last; b++) {
-                            const float p = __ldcg(share.slots + (i64)(2 * b) * share.size + place);
-                            v[i] = INT && !FLUSH ? __int_as_float(__float_as_int(v[i]) + __float_as_int(p)) : v[i] + p;
+                            v[i] = add(v[i], __ldcg(share.slots + (i64)(2 * b) * share.size + place));
                         }
                     }
                 if (m0 + from * 2 < a.m) leave(from, v);
             }
-        here.finish(a.chunks);
+        here.finish(chunks);
     }
     if (OUT && (tid & 127) == 0) store_wait();
-    if (CL > 1) cluster_sync();
+    if (SPLIT > 1) cluster_sync(); // others read here until now
 }

@@ -81,29 +81,14 @@ DEVICE void store_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "m
 DEVICE void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// Arrives at the barrier that lies at the same place in another block of the cluster. What it announces are reads that
-// are over: ordered in this block, as said by default; an order for the whole cluster would cost a thousand cycles.
-DEVICE void barrier_arrive(u32 bar, int block) {
+// A number at an address of this block, but of another one of the cluster.
+DEVICE float load_of(int block, u32 address) {
+    float v;
     asm volatile("{\n.reg .b32 there;\n"
-                 "mapa.shared::cluster.u32 there, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(bar),
-                 "r"(block)
+                 "mapa.shared::cluster.u32 there, %1, %2;\n"
+                 "ld.shared::cluster.f32 %0, [there];\n}"
+                 : "=f"(v)
+                 : "r"(address), "r"(block)
                  : "memory");
-}
-// The same at the barriers at this place in all blocks of a cluster.
-DEVICE void warp_arrive(u32 empty, int lane, int blocks) {
-    __syncwarp();
-    if (NB_EVERY_LANE) {
-#pragma unroll 1
-        for (int b = 0; b < blocks; b++) barrier_arrive(empty, b);
-    } else if (lane < blocks) {
-        barrier_arrive(empty, lane);
-    }
-}
-// As copy_box, to the same place in every block whose bit is set, completing the barrier at the same place there.
-DEVICE void copy_box(u32 to, const Map *map, u32 bar, int column, int row, u32 blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-                 "l"(map), "r"(bar), "r"(column), "r"(row), "h"((u16)blocks)
-                 : "memory");
+    return v;
 }

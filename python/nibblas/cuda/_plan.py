@@ -64,8 +64,8 @@ class Plan(NamedTuple):
     """What the blocks share out."""
     whole: bool
     """Whether a unit is all of K."""
-    cluster: int = 1
-    """Blocks that share the activations they fetch; `row_blocks` counts their rows together."""
+    split: int = 1
+    """Blocks of a cluster that share out K of a tile."""
 
     def __str__(self) -> str:
         values = " ".join(f"{k}={v}" for k, v in self.defines)
@@ -270,8 +270,8 @@ class HopperCut(NamedTuple):
     """Blocks of a multiprocessor, if shared memory allows."""
     whole: bool = False
     """Whether a block takes all of K."""
-    cluster: int = 1
-    """Blocks that share the activations they fetch, where they take all of K."""
+    split: int = 1
+    """Blocks of a cluster that share out K of a tile, each block having one."""
     side: int = 0
     """Blocks side by side along the activations, a divisor of all there are; 0: as many as fit."""
     chain: bool = False
@@ -365,16 +365,15 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     shared = stages * stage + rest
     resident = max(1, min(cut.resident, (p.shared_limit + 1024) // (shared + 2048)))
     m_blocks = -(-p.m // t)
-    whole = (cut.whole or p.ordered) and not cut.chain
-    cluster = cut.cluster if whole and row_blocks > 1 else 1
-    row_blocks = -(-row_blocks // cluster)
-    slots = p.multiprocessors * resident // cluster
+    split = 1 if p.ordered else min(cut.split, p.chunks)
+    whole = (cut.whole or p.ordered or split > 1) and not cut.chain
+    slots = p.multiprocessors * resident
     side = cut.side or (
         _side(p, t, row_blocks, slots, cut.chain) if whole or cut.chain else m_blocks
     )
     rounds = row_blocks * (m_blocks // side)
     units = rounds if whole else row_blocks * p.chunks
-    blocks = min(units, max(1, slots // side))
+    blocks = units if split > 1 else min(units, max(1, slots // side))
     if cut.chain:
         # Whole rounds and, last, spans of at least all of K: no row of chunks meets three blocks.
         blocks = min(rounds, max(1, slots // side))
@@ -385,7 +384,7 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         *p.decode,
         ("T", t),
         ("WG", wg),
-        ("CL", cluster),
+        ("SPLIT", split),
         ("STAGES", stages),
         ("MUL", p.mul),
         ("HALVES", 1 + halves),
@@ -395,9 +394,9 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         ("CHAIN", int(cut.chain)),
         ("RESIDENT", resident),
     )
-    size = (blocks * cluster, side)
+    size = (blocks * split, side)
     return Plan(
-        "hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, cluster
+        "hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, split
     )
 
 

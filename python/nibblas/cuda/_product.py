@@ -575,12 +575,12 @@ class _Call:
         if self.split:
             g.y_kind = 2
         g.unit = a.step if self.width == 1 else (worth.unit if worth.kind else 1.0) * p.tensor
-        g.per, g.rest = divmod(pl.units, pl.grid[0] // pl.cluster)
+        g.per, g.rest = divmod(pl.units, pl.grid[0] // pl.split)
         g.whole = pl.whole
         self.lines = problem.lines and pl.nest == "hopper"
         self.box = None
         if has_wgmma(p.device):
-            self.box = self.rows, k_bytes, self.row_bytes, pl.tokens // pl.cluster, self.width
+            self.box = self.rows, k_bytes, self.row_bytes, pl.tokens, self.width
         self.kernel = kernel(p.device, f"{pl.nest}.cu", pl.nest, pl.defines)
         if self.width == 1 and not length:
             self.prepare, self.blocks, self.threads = quantiser(
