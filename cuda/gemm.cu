@@ -12,8 +12,8 @@
 //   ZERO     0 none, 1 integer, 2 float zero points
 //            (float zero points of int8 products want GROUPED, as one group if need be)
 //   SCALE    how scales are stored; bytes (two levels) multiply integer sums, and all of K is one sum
-//   PARK     int8 with groups and WK > 1: the integer sums of all groups wait in shared memory, so that the float sum
-//            still runs over the groups in order
+//   PARK     int8 with groups and WK > 1: the integer sums of groups wait in shared memory for so many steps of all warps,
+//            then one thread per output adds them to its float sum, in order
 //   ASCALE   int8 with one scale per group of activations: row_scale is [rows of X][groups]
 //   BULK     copies by the copy engine (sm_90a): one lane asks for all of them; else every lane copies (cp.async)
 #include <nibblas/base.cuh>
@@ -230,6 +230,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
         }
     };
     // Adds the sums of group `q` of the chunk in stage `stage`.
+    // What waits: integer sums [group of the round][row of X][row of W], scales, float sums so far.
+    constexpr int PITCH = R + 4; // no two lanes of a store share a bank
+    const int wide = min(T, a.m);
+    int round = 0, parked_from = 0; // the first chunk and the first group of the round
+    const int most = GROUPED > 1 || a.chunks_per_group == 1 ? PARK * WK * GROUPED : a.groups; // groups of a round
+    int *parked = (int *)rest;
+    float *parked_scales = (float *)(parked + most * wide * PITCH), *so_far = parked_scales + most * R;
     auto flush = [&](int stage, int q, int group) {
         const char *s_at = s_ring + stage * (S_STAGE + Z_STAGE) + q * WN * 16 * SB;
         const char *z_at = s_ring + stage * (S_STAGE + Z_STAGE) + S_STAGE + q * WN * 16 * ZB;
@@ -247,6 +254,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                 const int at = i * 16 + row * 8 + g;
                 const float s = scale_at(s_at, at);
                 const int z = ZERO == 1 ? int_zero_at(z_at, at) : 0;
+                if (PARK && t == 0) parked_scales[(group - parked_from) * R + wr * WN * 16 + at] = s;
                 const float zf = ZERO == 2 ? float_zero_at(z_at, at) : 0.0f;
 #pragma unroll
                 for (int j = 0; j < NT; j++)
@@ -255,7 +263,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                         const int e = row * 2 + c;
                         const Sum d = difference(i, j, e, z);
                         if (PARK) {
-                            int *park = (int *)rest + ((i64)group * T + j * 8 + 2 * t + c) * R + wr * WN * 16 + at;
+                            const int col = j * 8 + 2 * t + c;
+                            if (col >= wide) continue;
+                            int *park = parked + ((group - parked_from) * wide + col) * PITCH + wr * WN * 16 + at;
                             if (GROUPED > 1 || a.chunks_per_group == 1)
                                 *park = (int)d;
                             else
@@ -342,26 +352,32 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             share.sum<THREADS>(a, R * columns, add, [&](int q, float v) { out(q % R, q / R, v); });
         if (WK > 1) __syncthreads();
     };
-    auto leave_parked = [&](int row_block) {
+    // Adds the sums of the groups of a round, which ends before chunk `stop`, to what there is.
+    auto settle = [&](int row_block, int stop) {
         __syncthreads();
-        const int *park = (const int *)rest;
+        const int upto = min(GROUPED > 1 ? stop * GROUPED : (stop - 1) / a.chunks_per_group + 1, a.groups);
+        const int count = upto - parked_from;
         for (int q = tid; q < R * columns; q += THREADS) {
-            const int n = row_block * R + q % R, m = m0 + q / R;
-            if (n < a.n && m < a.m) {
-                float c = 0.0f;
-                for (int k = 0; k < a.groups; k++) {
-                    float s = scale_at(a.scales, k * a.n_padded + n);
-                    if (ASCALE) s = __fmul_rn(s, a.row_scale[(i64)m * a.groups + k]);
-                    c = __fmaf_rn((float)park[(i64)k * R * T + q], s, c);
-                }
-                finish(a, m, n, c);
+            const int row = q % R, col = q / R, n = row_block * R + row, m = m0 + col;
+            float c = round ? so_far[col * PITCH + row] : 0.0f;
+#pragma unroll 8
+            for (int k = 0; k < count; k++) {
+                float s = parked_scales[k * R + row];
+                if (ASCALE) s = __fmul_rn(s, a.row_scale[(i64)m * a.groups + parked_from + k]);
+                c = __fmaf_rn((float)parked[(k * wide + col) * PITCH + row], s, c);
             }
+            if (stop < a.chunks)
+                so_far[col * PITCH + row] = c;
+            else if (n < a.n)
+                finish(a, m, n, c);
         }
+        round = stop < a.chunks ? stop : 0;
+        parked_from = round ? upto : 0;
         __syncthreads();
     };
     auto clear_park = [&]() {
         if (PARK && GROUPED == 1 && a.chunks_per_group > 1) {
-            for (int q = tid; q < a.groups * R * T; q += THREADS) ((int *)rest)[q] = 0;
+            for (int q = tid; q < most * wide * PITCH; q += THREADS) parked[q] = 0;
             __syncthreads();
         }
     };
@@ -484,13 +500,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
                 if (!INT || INNER || PARK || whole) flush(stage, 0, group);
             }
         }
+        if (PARK && (here.last() || here.chunk + WK == round + PARK * WK)) {
+            settle(here.row_block, min(here.chunk + WK, a.chunks));
+            clear_park();
+        }
         if (here.last()) {
-            if (PARK) {
-                leave_parked(here.row_block);
-                clear_park();
-            } else {
-                leave(here.row_block, here.first, here.stop);
-            }
+            if (!PARK) leave(here.row_block, here.first, here.stop);
             clear();
             clear_total();
         }

@@ -143,9 +143,10 @@ def test_plans_cover_the_work(act: int, wgmma: bool) -> None:
                     if chained:
                         passes = -(-m // plan.tokens) // plan.grid[1]
                     assert plan.grid[1] * plan.tokens * passes >= m
-                    assert plan.row_blocks * plan.rows * plan.cluster >= n
-                    assert plan.whole or plan.cluster == 1
-                    assert 1 <= plan.grid[0] <= plan.units * plan.cluster
+                    assert plan.row_blocks * plan.rows >= n
+                    assert plan.whole or plan.split == 1
+                    assert 1 <= plan.grid[0] <= plan.units * plan.split
+                    assert plan.split == 1 or plan.grid[0] == plan.units * plan.split
                     assert plan.shared <= limit - 256
                     assert plan.threads <= 1024
                     if p.ordered:
@@ -297,14 +298,14 @@ def test_bit_planes_compile(m: int, p: int, q: int) -> None:
 
 @needs_nvrtc
 def test_other_forms_of_the_hopper_nest_compile() -> None:
-    """Zero points, odd integers, blocks that share activations."""
+    """Zero points, odd integers, blocks that share out K."""
     for act, bits, zero, mul in [(0, 3, 1, 1), (1, 1, 0, 2), (2, 2, 1, 1)]:
         p = problem(64, 4096, 4096, act, bits, 1, zero=zero, mul=mul, wgmma=True)
         _compile.compile_source("hopper.cu", "sm_90a", _plan.plan(p).defines)
-    p = problem(64, 14336, 4096, 0, 4, 1, wgmma=True)
-    plan = _plan.build_hopper(p, _plan.HopperCut(32, 1, whole=True, cluster=2))
-    assert plan.cluster == 2
-    _compile.compile_source("hopper.cu", "sm_90a", plan.defines)
+    for m, act, split in [(60, 0, 2), (60, 1, 2), (128, 2, 4)]:
+        plan = _plan.plan(problem(m, 8192 // split, 4096, act, 4, 0, wgmma=True, lines=True))
+        assert plan.split == split
+        check("hopper.cu", plan, "HGMMA" if act < 2 else "IGMMA")
 
 
 # What registers hold, worked out here from the standards' layouts.

@@ -78,6 +78,11 @@ class _Config(ctypes.Structure):
 _EARLY = _Attribute(6, 0, 1)
 
 
+@functools.lru_cache(4096)
+def _config(grid: tuple[int, int], threads: int, shared: int, stream: int) -> _Config:
+    return _Config((*grid, 1), (threads, 1, 1), shared, stream, ctypes.addressof(_EARLY), 1)
+
+
 @functools.cache
 def _early_launch(device: int) -> Any:
     """Return the driver's call that lets kernels overlap; None where there is none.
@@ -125,11 +130,9 @@ class Kernel:
             ctypes.addressof(args), *(ctypes.addressof(m) for m in maps)
         )
         if early and self.early_launch is not None:
-            config = _Config(
-                (*grid, 1), (threads, 1, 1), shared, stream, ctypes.addressof(_EARLY), 1
-            )
-            status = self.early_launch(ctypes.byref(config), self.function, pointers, None)
-            driver.check_status(status)
+            config = _config(grid, threads, shared, stream)
+            at = ctypes.addressof(config)
+            driver.check_status(self.early_launch(at, self.function, pointers, None))
             return
         driver.launchKernel(
             self.function,

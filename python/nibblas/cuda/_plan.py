@@ -158,7 +158,7 @@ class Cut(NamedTuple):
     wk: int
     """Warps along K."""
     park: int = 0
-    """Whether the integer sums of all groups wait in shared memory."""
+    """Steps of all warps, at most, whose integer sums of groups wait in shared memory; or 0."""
     sets: int = 1
     """Accumulators per output."""
     resident: int = 1
@@ -176,10 +176,11 @@ def choose(p: Problem) -> Cut:
     if nt == 4 and small and not p.ordered:
         return Cut(2, 4, 1, 4, sets=2 if p.act == F16 else 1, resident=2, whole=True)
     if p.ordered:
-        wn = 2 if nt <= 2 else 1
-        parked = p.groups * 16 * wn * 8 * nt * 4 <= 96 * 1024
-        if p.zero != 2 and nt <= 2 and parked and p.n_padded < 192 * p.multiprocessors:
-            return Cut(nt, wn, 1, 4, park=1)
+        few = p.groups * 32 * 8 * nt * 4 <= 96 * 1024 or p.grouped > 1 or p.groups >= p.chunks
+        if p.zero != 2 and nt <= 2 and few:
+            if p.n_padded < 96 * p.multiprocessors:
+                return Cut(nt, 2, 1, 12 if nt == 1 else 8, park=3 if nt == 1 else 4)
+            return Cut(nt, 4, 1, 4, resident=2, park=4 if nt == 1 else 2)
         if nt <= 2:
             # A block walks all of K alone: what it has asked for must last.
             most, n = p.multiprocessors, p.n_padded
@@ -225,8 +226,13 @@ def build(p: Problem, cut: Cut) -> Plan:
     stage = wr * wk * (wn * 256 * p.bits + p.grouped * wn * 16 * scale_bytes)
     stage += wk * tokens * CHUNK * width
     rest = wk * rows * 8 * 4 if wk > 1 else 0
-    if cut.park:
-        rest = p.groups * rows * tokens * 4
+    park = cut.park
+    if park:
+        held, wide = park * wk * p.grouped, min(tokens, p.m)
+        if p.grouped == 1 and p.groups < p.chunks:
+            # Groups of many chunks are few, and rounds would cut them.
+            park, held = -(-p.chunks // wk), p.groups
+        rest = (held * (wide * (rows + 4) + rows) + wide * (rows + 4)) * 4
     rest += p.book + 1024
     limit = (p.shared_limit + 1024) // cut.resident - 2048
     stages = cut.stages
@@ -248,7 +254,7 @@ def build(p: Problem, cut: Cut) -> Plan:
         ("WR", wr),
         ("WK", wk),
         ("STAGES", stages),
-        ("PARK", cut.park),
+        ("PARK", park),
         ("SETS", cut.sets if p.worth == LINE else 1),
         ("BULK", int(p.wgmma)),
         ("ASCALE", int(p.act_scales)),
@@ -312,6 +318,10 @@ def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
     wide = p.n_padded >= 96 * p.multiprocessors
     whole = p.n_padded >= 24 * p.multiprocessors
+    tiles = -(-p.n_padded // 64)
+    if not p.ordered and p.m <= 128 and 2 * tiles <= p.multiprocessors and p.chunks >= 4:
+        t = 32 if p.m <= 32 else 64 if p.m <= 64 else 128
+        return HopperCut(t, 1, 8, split=4 if 4 * tiles <= p.multiprocessors else 2)
     if p.m <= 64:
         if p.m > 32 and p.n_padded >= 192 * p.multiprocessors and not p.ordered:
             return HopperCut(64, 4, whole=True)
@@ -395,9 +405,7 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
         ("RESIDENT", resident),
     )
     size = (blocks * split, side)
-    return Plan(
-        "hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, split
-    )
+    return Plan("hopper", defines, size, threads, shared, row_blocks, rows, t, units, whole, split)
 
 
 def plan(p: Problem) -> Plan:
