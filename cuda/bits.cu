@@ -34,7 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
          , const __grid_constant__ Map map_y
 #endif
     ) {
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int tid = threadIdx.x, lane = tid & 31;
+    const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0); // the compiler sees that a warp has one
     __shared__ u64 ready[STAGES], empty[STAGES];
     let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -45,24 +46,26 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     int stage = 0, phase = 0;
 
     if (warp == 4 * WG) {
-        if (lane == 0)
-            for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
-                int m0, n0;
-                tile_of(tile, a, m0, n0);
-                for (int level = levels - 1; level >= 0; level--)
-                    for (int i = max(0, level - a.q + 1); i <= min(a.p - 1, level); i++)
-                        for (int chunk = 0; chunk < a.chunks; chunk++) {
-                            const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
-                            barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+        const bool asks = elected();
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+            int m0, n0;
+            tile_of(tile, a, m0, n0);
+            for (int level = levels - 1; level >= 0; level--)
+                for (int i = max(0, level - a.q + 1); i <= min(a.p - 1, level); i++)
+                    for (int chunk = 0; chunk < a.chunks; chunk++) {
+                        const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+                        barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+                        if (asks) {
                             barrier_expect(bar, (a.x_box + T) * 128);
                             copy_box(to, &map_x, bar, chunk * 128, (level - i) * a.x_rows + m0);
                             copy_box(to + R * 128, &map_w, bar, chunk * 128, i * a.w_rows + n0);
-                            if (++stage == STAGES) {
-                                stage = 0;
-                                phase ^= 1;
-                            }
                         }
-            }
+                        if (++stage == STAGES) {
+                            stage = 0;
+                            phase ^= 1;
+                        }
+                    }
+        }
         return;
     }
 

@@ -26,36 +26,37 @@ extern "C" __global__ void __launch_bounds__(THREADS + 32, 1)
     if (tid == 0) ring_init(ready, 1, empty, 4 * ARRIVALS);
     __syncthreads();
 
-    if (tid >= THREADS) {
-        if (lane == 0) {
-            auto fetch_w = [&](int slot, int tile, int chunk) {
-                const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT) + Q * X_PLANE;
-                barrier_expect(bar, (Q * a.x_box + P * T) * 128);
+    if (group == KG) {
+        const bool asks = elected();
+        auto fetch_w = [&](int slot, int tile, int chunk) {
+            if (!asks) return;
+            const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT) + Q * X_PLANE;
+            barrier_expect(bar, (Q * a.x_box + P * T) * 128);
 #pragma unroll
-                for (int i = 0; i < P; i++) copy_box(to + i * W_PLANE, &map_w, bar, chunk * 128, i * a.w_rows + tile * T);
-            };
-            // X may be of the kernel before: planes of W fill the ring meanwhile.
-            int filled = min(STAGES, a.chunks);
-            for (int chunk = 0; chunk < filled; chunk++) fetch_w(chunk, blockIdx.x, chunk);
-            wait_for_previous();
-            int stage = 0, phase = 0;
-            for (int tile = blockIdx.x; tile < a.n_blocks; tile += gridDim.x)
-                for (int chunk = 0; chunk < a.chunks; chunk++) {
-                    if (filled > 0) {
-                        filled--;
-                    } else {
-                        barrier_wait(shared_address(&empty[stage]), phase ^ 1);
-                        fetch_w(stage, tile, chunk);
-                    }
-                    const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+            for (int i = 0; i < P; i++) copy_box(to + i * W_PLANE, &map_w, bar, chunk * 128, i * a.w_rows + tile * T);
+        };
+        // X may be of the kernel before: planes of W fill the ring meanwhile.
+        int filled = min(STAGES, a.chunks);
+        for (int chunk = 0; chunk < filled; chunk++) fetch_w(chunk, blockIdx.x, chunk);
+        wait_for_previous();
+        int stage = 0, phase = 0;
+        for (int tile = blockIdx.x; tile < a.n_blocks; tile += gridDim.x)
+            for (int chunk = 0; chunk < a.chunks; chunk++) {
+                if (filled > 0) {
+                    filled--;
+                } else {
+                    barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+                    fetch_w(stage, tile, chunk);
+                }
+                const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+                if (asks)
 #pragma unroll
                     for (int j = 0; j < Q; j++) copy_box(to + j * X_PLANE, &map_x, bar, chunk * 128, j * a.x_rows);
-                    if (++stage == STAGES) {
-                        stage = 0;
-                        phase ^= 1;
-                    }
+                if (++stage == STAGES) {
+                    stage = 0;
+                    phase ^= 1;
                 }
-        }
+            }
         return;
     }
 

@@ -71,7 +71,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 #else
 extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant__ Args a) {
 #endif
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5;
+    const int tid = threadIdx.x, lane = tid & 31;
+    const int warp = __shfl_sync(0xffffffffu, tid >> 5, 0); // the compiler sees that a warp has one
     const int wr = warp % WR, wk = warp / WR;
     const int g = lane >> 2, t = lane & 3;
     const int m0 = blockIdx.y * T;
@@ -101,6 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
 
     const int begin = span_start(blockIdx.x, a), end = span_start(blockIdx.x + 1, a);
     const int columns = min(T, a.m - m0);
+    const bool asks = BULK && elected();
     Place<WK> load, here;
     load.start(begin, end, a.chunks);
     here.start(begin, end, a.chunks);
@@ -108,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     // Asks for what this warp needs of the chunk at hand, and goes on to the next: of W, of X, or of both.
     auto issue = [&](Place<WK> &at_hand, int stage, bool of_w, bool of_x) {
         const bool mine = !at_hand.done() && at_hand.chunk + wk < at_hand.stop;
-        if (mine && (!BULK || lane == 0)) {
+        if (mine && (!BULK || asks)) {
             const int chunk = at_hand.chunk + wk;
             const int tile0 = min(at_hand.row_block * (WN * WR) + wr * WN, tiles - WN);
             const i64 at = ((i64)(tile0 >> 2) * a.chunks + chunk) * 4 + (tile0 & 3);

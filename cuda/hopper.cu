@@ -87,6 +87,12 @@ DEVICE u32 fma2(u32 a, u32 b, u32 c) {
 template <int N> struct Const {
     static constexpr int value = N;
 };
+// The warpgroup, read anew where registers are scarce.
+DEVICE int warpgroup() {
+    int tid;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+    return tid >> 7;
+}
 DEVICE u16 typed(float f) { return ACT == ACT_F16 ? f16_of_f32(f) : bf16_of_f32(f); }
 DEVICE u32 and_or(u32 a, u32 b, u32 c) {
     u32 r;
@@ -158,7 +164,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
     char *table = shared + STAGES * SLOT;
-    char *leaving = table + Book<ACT>::BYTES + (warp >> 2) * OUT_PART;
+    char *leaving = table + Book<ACT>::BYTES; // of the first warpgroup
     Book<ACT> book;
     book.load(table, a.book, tid, THREADS + EXTRA);
     if (tid == 0) ring_init(ready, 1, empty, 4 * WG * ARRIVALS);
@@ -182,49 +188,72 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
 
     if (tid >= THREADS) {
         if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(KEPT));
-        if (tid == THREADS) {
+        // The whole warp goes along and one lane asks, so that addresses are the warp's: a loop of few instructions, or chunks
+        // would wait for it.
+        if (__shfl_sync(0xffffffffu, tid >> 5, 0) == 4 * WG) {
             const int last = a.n_padded / 64 - 1;
-            auto fetch_w = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
+            const bool asks = elected();
+            Walk<CHAIN> ahead = here; // of W, and `here` of X
+            int band = 0, group = 0, left = 0; // 64 rows of W; the group of the next chunk, and chunks that it still has
+            auto fetch_w = [&](int slot) {
+                if (ahead.chunk == ahead.first) {
+                    const int chunk = lead + ahead.chunk;
+                    band = tile_at(ahead.row_block).row_block * WG;
+                    group = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
+                    left = a.chunks_per_group - (GROUPED == 1 ? chunk - group * a.chunks_per_group : 0);
+                }
                 const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
-                barrier_expect(bar, FETCHED);
-                const int chunk = lead + at.chunk, group0 = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
+                const int chunk = lead + ahead.chunk;
+                if (asks) {
+                    barrier_expect(bar, FETCHED);
 #pragma unroll
-                for (int w = 0; w < WG; w++) {
-                    const int band = min(tile.row_block * WG + w, last);
+                    for (int w = 0; w < WG; w++)
 #pragma unroll
-                    for (int p = 0; p < Planes<BITS>::count; p++) {
-                        const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
-                        copy_run(to + X_STAGE + w * W_PART + below * 1024,
-                                 a.planes[p] + ((i64)band * a.chunks + chunk) * (1024 * pb), 1024 * pb, bar);
-                    }
+                        for (int p = 0; p < Planes<BITS>::count; p++) {
+                            const int pb = Planes<BITS>::bits(p), below = Planes<BITS>::below(p);
+                            copy_run(to + X_STAGE + w * W_PART + below * 1024,
+                                     a.planes[p] + (i64)(min(band + w, last) * a.chunks + chunk) * (1024 * pb), 1024 * pb, bar);
+                        }
 #pragma unroll
                     for (int q = 0; q < GROUPED; q++) {
-                        const i64 row = (i64)min(group0 + q, a.groups - 1) * a.n_padded + band * 64;
-                        copy_run(to + S_AT + (q * R + w * 64) * SB, (const char *)a.scales + row * SB, 64 * SB, bar);
-                        if (ZERO) copy_run(to + Z_AT + q * R + w * 64, (const char *)a.zeros + row, 64, bar);
+                        const i64 row = (i64)min(group + q, a.groups - 1) * a.n_padded;
+                        // Of the rows of the block, or where it reaches beyond the last, warpgroup by warpgroup.
+                        const bool inside = band + WG - 1 <= last;
+#pragma unroll
+                        for (int w = 0; w < WG; w++) {
+                            if (inside && w > 0) break;
+                            const int rows = inside ? R : 64;
+                            const i64 at = row + min(band + w, last) * 64;
+                            copy_run(to + S_AT + (q * R + w * 64) * SB, (const char *)a.scales + at * SB, rows * SB, bar);
+                            if (ZERO) copy_run(to + Z_AT + q * R + w * 64, (const char *)a.zeros + at, rows, bar);
+                        }
                     }
                 }
-            };
-            auto fetch_x = [&](const Walk<CHAIN> &at, const Tile &tile, int slot) {
-                const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
-#pragma unroll
-                for (int p = 0; p < PARTS; p++) copy_box(to + p * T * 128, &map, bar, (lead + at.chunk) * 128 + p * 64, tile.m0);
+                if (GROUPED > 1) {
+                    group += GROUPED;
+                } else if (GROUPED == 1 && --left == 0) {
+                    group++;
+                    left = a.chunks_per_group;
+                }
+                ahead.next(chunks);
             };
             // X may be of the kernel before: codes and scales fill the ring meanwhile.
-            Walk<CHAIN> ahead = here;
             int filled = 0;
-            for (; filled < STAGES && !ahead.done(); ahead.next(chunks)) fetch_w(ahead, tile_at(ahead.row_block), filled++);
+            while (filled < STAGES && !ahead.done()) fetch_w(filled++);
             wait_for_previous();
-            Tile tile = tile_at(here.row_block);
+            int m0 = 0;
             for (; !here.done(); here.next(chunks)) {
-                if (here.chunk == here.first) tile = tile_at(here.row_block);
+                if (here.chunk == here.first) m0 = tile_at(here.row_block).m0;
                 if (filled > 0) {
                     filled--;
                 } else {
                     barrier_wait(shared_address(&empty[stage]), phase ^ 1);
-                    fetch_w(here, tile, stage);
+                    fetch_w(stage);
                 }
-                fetch_x(here, tile, stage);
+                const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+                if (asks)
+#pragma unroll
+                    for (int p = 0; p < PARTS; p++) copy_box(to + p * T * 128, &map, bar, (lead + here.chunk) * 128 + p * 64, m0);
                 if (++stage == STAGES) {
                     stage = 0;
                     phase ^= 1;
@@ -508,13 +537,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
         }
         // Hands 32 rows of X to the copy engine, 16 accumulators from `from` on.
         auto leave = [&](int from, const float v[16]) {
-            const u32 to = shared_address(leaving + turn * 4096);
-            float *scales = x_scales[warp >> 2][turn];
+            const int wg = warpgroup();
+            const u32 to = shared_address(leaving + wg * OUT_PART + turn * 4096);
+            float *scales = x_scales[wg][turn];
             turn ^= 1;
             // The warpgroup's barrier: 1 belongs to Share.
             if ((tid & 127) == 0) store_wait_read<1>();
             if (BYTES && (tid & 127) < 32) scales[tid & 31] = a.row_scale[min(m0 + from * 2 + (tid & 31), a.m - 1)];
-            asm volatile("bar.sync %0, 128;" ::"r"(2 + (warp >> 2)) : "memory");
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 u32 r[4];
@@ -534,14 +564,14 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                 store_transposed(to + row * 128 + (piece ^ (row & 7)) * 16, r);
             }
             store_fence();
-            asm volatile("bar.sync %0, 128;" ::"r"(2 + (warp >> 2)) : "memory");
-            if ((tid & 127) == 0) store_box(&map_y, to, row_block * R + (warp >> 2) * 64, m0 + from * 2);
+            asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
+            if ((tid & 127) == 0) store_box(&map_y, to, row_block * R + wg * 64, m0 + from * 2);
         };
 #else
         // Hands 32 rows of X to memory, 16 accumulators from `from` on.
         auto leave = [&](int from, const float v[16]) {
-            const int wg = warp >> 2;
-            float *out = (float *)leaving;
+            const int wg = warpgroup();
+            float *out = (float *)(leaving + wg * OUT_PART);
             // The warpgroup's barrier: 1 belongs to Share.
             asm volatile("bar.sync %0, 128;" ::"r"(2 + wg) : "memory");
 #pragma unroll
@@ -608,16 +638,20 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                 for (int b = 1; b < SPLIT; b++)
 #pragma unroll
                     for (int i = 0; i < 16; i++) v[i] = add(v[i], load_of(b, parts + (from + i) * THREADS * 4));
-                if (!CHAIN && !whole)
+                if (!CHAIN && !whole) {
+                    const float *part = share.slot(share.first, a) + from * THREADS + tid;
 #pragma unroll
-                    for (int i = 0; i < 16; i++) {
-                        const int place = (from + i) * THREADS + tid;
-                        v[i] = __ldcg(share.slot(share.first, a) + place);
+                    for (int i = 0; i < 16; i++) v[i] = __ldcg(part + i * THREADS);
 #pragma unroll 1
-                        for (int b = share.first + 1; b <= share.last; b++) {
-                            v[i] = add(v[i], __ldcg(share.slots + (i64)(2 * b) * share.size + place));
-                        }
+                    for (int b = share.first + 1; b <= share.last; b++) {
+                        part = share.slots + (i64)(2 * b) * share.size + from * THREADS + tid;
+                        float p[16]; // asked for together
+#pragma unroll
+                        for (int i = 0; i < 16; i++) p[i] = __ldcg(part + i * THREADS);
+#pragma unroll
+                        for (int i = 0; i < 16; i++) v[i] = add(v[i], p[i]);
                     }
+                }
                 if (m0 + from * 2 < a.m) leave(from, v);
             }
         here.finish(chunks);

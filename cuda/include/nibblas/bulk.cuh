@@ -49,6 +49,12 @@ DEVICE void barrier_wait(u32 bar, int phase) {
                  "r"(phase)
                  : "memory");
 }
+// One lane of a warp that is together, always the same.
+DEVICE bool elected() {
+    u32 one;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    return one;
+}
 // Elements from (row, column) on; those outside of the matrix are zeros.
 DEVICE void copy_box(u32 to, const Map *map, u32 bar, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(to),

@@ -158,7 +158,7 @@ class Cut(NamedTuple):
     wk: int
     """Warps along K."""
     park: int = 0
-    """Steps of all warps, at most, whose integer sums of groups wait in shared memory; or 0."""
+    """KiB of shared memory, at most, in which integer sums of groups wait."""
     sets: int = 1
     """Accumulators per output."""
     resident: int = 1
@@ -176,14 +176,16 @@ def choose(p: Problem) -> Cut:
     if nt == 4 and small and not p.ordered:
         return Cut(2, 4, 1, 4, sets=2 if p.act == F16 else 1, resident=2, whole=True)
     if p.ordered:
-        few = p.groups * 32 * 8 * nt * 4 <= 96 * 1024 or p.grouped > 1 or p.groups >= p.chunks
-        if p.zero != 2 and nt <= 2 and few:
-            if p.n_padded < 96 * p.multiprocessors:
-                return Cut(nt, 2, 1, 12 if nt == 1 else 8, park=3 if nt == 1 else 4)
-            return Cut(nt, 4, 1, 4, resident=2, park=4 if nt == 1 else 2)
+        most, n = p.multiprocessors, p.n_padded
+        if p.zero != 2 and nt <= 2 and _parks(p):
+            if n < 96 * most:
+                return Cut(nt, 2, 1, 12 if nt == 1 else 8, park=64 if nt == 1 else 80)
+            if n < 192 * most:
+                return Cut(nt, 4, 1, 4, resident=2, park=40)
+            if nt == 1:
+                return Cut(nt, 4, 2, 4, resident=2, stages=3, park=20)
         if nt <= 2:
             # A block walks all of K alone: what it has asked for must last.
-            most, n = p.multiprocessors, p.n_padded
             if n < 96 * most:
                 return Cut(nt, 1, 1, 1, resident=2, stages=24)
             wr = 7 if n >= 192 * most and -(-n // 112) <= 2 * most else 4
@@ -216,6 +218,11 @@ def choose(p: Problem) -> Cut:
     return Cut(nt, 2, 4, 2)
 
 
+def _parks(p: Problem) -> bool:
+    """Whether integer sums of groups can wait: of a round of steps, or of all of a row."""
+    return p.grouped > 1 or p.groups >= p.chunks or p.groups * min(p.m, 16) <= 512
+
+
 def build(p: Problem, cut: Cut) -> Plan:
     """Return the launch of a cut."""
     nt, wn, wr, wk = cut.nt, cut.wn, cut.wr, cut.wk
@@ -228,11 +235,14 @@ def build(p: Problem, cut: Cut) -> Plan:
     rest = wk * rows * 8 * 4 if wk > 1 else 0
     park = cut.park
     if park:
-        held, wide = park * wk * p.grouped, min(tokens, p.m)
+        one = min(tokens, p.m) * (rows + 4) * 4  # the sums of a group
+        step = wk * p.grouped * (one + rows * 4)
+        park = max(min((park << 10) // step, -(-p.chunks // wk)), 1)
+        rest = park * step + one
         if p.grouped == 1 and p.groups < p.chunks:
             # Groups of many chunks are few, and rounds would cut them.
-            park, held = -(-p.chunks // wk), p.groups
-        rest = (held * (wide * (rows + 4) + rows) + wide * (rows + 4)) * 4
+            park = -(-p.chunks // wk)
+            rest = p.groups * (one + rows * 4) + one
     rest += p.book + 1024
     limit = (p.shared_limit + 1024) // cut.resident - 2048
     stages = cut.stages
@@ -314,14 +324,22 @@ def _prefer_chain(p: Problem) -> bool:
     return 1.3 * spans + 10 / p.chunks < -(-(-(-p.n_padded // 128) * m_blocks) // most)
 
 
+def _split(p: Problem, tiles: int, slots: int) -> int:
+    """Return how many blocks share out K of a tile, so that there is one for every place."""
+    return next(s for s in (8, 4, 2, 1) if s == 1 or (tiles * s <= slots and p.chunks >= 4 * s))
+
+
 def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
     wide = p.n_padded >= 96 * p.multiprocessors
     whole = p.n_padded >= 24 * p.multiprocessors
-    tiles = -(-p.n_padded // 64)
-    if not p.ordered and p.m <= 128 and 2 * tiles <= p.multiprocessors and p.chunks >= 4:
+    most = p.multiprocessors
+    if p.m <= 128 and not p.ordered:
+        # Tiles of few rows leave room for two blocks in a multiprocessor.
         t = 32 if p.m <= 32 else 64 if p.m <= 64 else 128
-        return HopperCut(t, 1, 8, split=4 if 4 * tiles <= p.multiprocessors else 2)
+        split = _split(p, -(-p.n_padded // 64), 2 * most if t == 32 else most)
+        if split > 1:
+            return HopperCut(t, 1, 4 if t == 32 else 8, 2 if t == 32 else 1, split=split)
     if p.m <= 64:
         if p.m > 32 and p.n_padded >= 192 * p.multiprocessors and not p.ordered:
             return HopperCut(64, 4, whole=True)
@@ -332,6 +350,11 @@ def choose_hopper(p: Problem) -> HopperCut:
     if p.width == 1 and not scaled and (wide or (whole and _prefer_256(p))):
         # Without totals beside them a thread has the registers for twice the sums.
         return HopperCut(256, 2, 4, whole=True)
+    if not p.ordered and not wide:
+        tiles = -(-p.n_padded // 128) * -(-p.m // 128)
+        split = _split(p, tiles, most)
+        if split > 1 or -(-tiles // most) * most <= 1.3 * tiles:
+            return HopperCut(128, 2, whole=True, split=split)
     # Sums of groups become floats meanwhile: that takes warps.
     if p.ordered and _prefer_chain(p):
         return HopperCut(128, 3, chain=True)
@@ -410,10 +433,7 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
 
 def plan(p: Problem) -> Plan:
     """Return the launch for a problem."""
-    # Up to 32 rows the narrow nest reads a small matrix twice in less time.
-    small = 24 * p.multiprocessors <= p.n_padded < 96 * p.multiprocessors
-    few = 32 if small and not p.ordered else 16
-    if (p.m > few or p.act == E4M3) and has_hopper(p):
+    if (p.m > 16 or p.act == E4M3) and has_hopper(p):
         return build_hopper(p, choose_hopper(p))
     cut = choose(p)
     made = build(p, cut)
