@@ -26,7 +26,8 @@ TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 # (format, compute, type of activations, M, N, K)
 PRODUCTS = [
-    # gemm.cu: warps along K, parts that meet in the workspace, parked sums, groups of every length
+    # gemm.cu: warps along K, parts that meet in the workspace, parked sums (in rounds, too), groups
+    # of every length
     ("int4_g128", "f32", "f2", 3, 320, 1152),
     ("int4_g32", "bf16", "f2", 9, 130, 1160),
     ("int3_g64", "f32", "f4", 5, 70, 520),
@@ -36,12 +37,16 @@ PRODUCTS = [
     ("dyn8_g128", "f32", "f2", 4, 64, 512),
     ("int8", "int8", "f2", 5, 320, 1152),
     ("int4_g128", "int8", "f2", 7, 320, 1152),
+    ("int4_g128", "int8", "f2", 12, 100, 6400),
     ("int4_g32", "int8", "f4", 12, 130, 520),
     ("int4_g32", "int8_g32", "f4", 3, 65, 300),
     ("int4_g128_si8", "int8", "f2", 9, 128, 1152),
     ("int2", "f32", "f2", 8, 64, 16384),
-    # hopper.cu: every height of X, results by the copy engine and by threads, two sets of sums
+    # hopper.cu: every height of X, results by the copy engine and by threads, two sets of sums;
+    # blocks that share out K in clusters and, of a short one, through the workspace
     ("int4_g128", "f32", "f2", 20, 328, 1152),
+    ("int4_g128", "f32", "f2", 50, 328, 768),
+    ("int8", "int8", "f2", 200, 328, 768),
     ("int4_g128", "f32", "f2", 60, 328, 1152),
     ("uint4_g64", "f32", "f2", 70, 328, 1152),
     ("int4_g32", "bf16", "f4", 40, 130, 1152),
