@@ -179,9 +179,9 @@ def choose(p: Problem) -> Cut:
         most, n = p.multiprocessors, p.n_padded
         if p.zero != 2 and nt <= 2 and _parks(p):
             if n < 96 * most:
-                return Cut(nt, 2, 1, 12 if nt == 1 else 8, park=64 if nt == 1 else 80)
+                return Cut(nt, 2, 1, 12 if nt == 1 else 8, park=100)
             if n < 192 * most:
-                return Cut(nt, 4, 1, 4, resident=2, park=40)
+                return Cut(nt, 4 if nt == 2 else 2, 1, 4 * (3 - nt), resident=2, park=40)
             if nt == 1:
                 return Cut(nt, 4, 2, 4, resident=2, stages=3, park=20)
         if nt <= 2:
@@ -329,38 +329,54 @@ def _split(p: Problem, tiles: int, slots: int) -> int:
     return next(s for s in (8, 4, 2, 1) if s == 1 or (tiles * s <= slots and p.chunks >= 4 * s))
 
 
+def _narrow(p: Problem) -> HopperCut:
+    """Return the cut for more than 128 rows where one row of blocks leaves multiprocessors idle.
+
+    Times are in those of a block of 128 x 128: one of 192 takes 1.3 of them, or 1.4 in float16, and
+    a meeting in memory as long as 12 chunks, or 24 of int8.
+    """
+    m_blocks, most = -(-p.m // 128), p.multiprocessors
+    tiles, wide_tiles = (-(-p.n_padded // rows) * m_blocks for rows in (128, 192))
+    split = 1 if p.ordered else _split(p, tiles, most)
+    if split > 1:
+        return HopperCut(128, 2, whole=True, split=split)
+    two, three = -(-tiles // most), (1.3 if p.width == 1 else 1.4) * -(-wide_tiles // most)
+    shared = tiles / most + 24 / p.width / p.chunks
+    if not p.ordered and shared < min(two, three):
+        return HopperCut(128, 2)
+    light = p.ordered or (p.worth == LINE and p.bits < 8 and not p.zero)
+    return HopperCut(128, 3 if three < two and light else 2, whole=True)
+
+
 def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
-    wide = p.n_padded >= 96 * p.multiprocessors
-    whole = p.n_padded >= 24 * p.multiprocessors
     most = p.multiprocessors
-    if p.m <= 128 and not p.ordered:
+    wide, whole = p.n_padded >= 96 * most, p.n_padded >= 24 * most
+    if p.m <= 128 and not wide:
         # Tiles of few rows leave room for two blocks in a multiprocessor.
         t = 32 if p.m <= 32 else 64 if p.m <= 64 else 128
-        split = _split(p, -(-p.n_padded // 64), 2 * most if t == 32 else most)
+        bands = -(-p.n_padded // 64)
+        split = 1 if p.ordered else _split(p, bands, 2 * most if t == 32 else most)
         if split > 1:
             return HopperCut(t, 1, 4 if t == 32 else 8, 2 if t == 32 else 1, split=split)
+        if whole and bands <= most:
+            return HopperCut(t, 1, 16 if t == 32 else 12, whole=True)
+        return HopperCut(t, 1, 4 if t == 128 else 5, 3 if t == 32 else 2, whole=whole)
     if p.m <= 64:
-        if p.m > 32 and p.n_padded >= 192 * p.multiprocessors and not p.ordered:
+        if p.m > 32 and p.n_padded >= 192 * most and not p.ordered:
             return HopperCut(64, 4, whole=True)
-        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3 if p.m <= 32 else 2, whole=whole)
-    if p.m <= 128 and not wide:
-        return HopperCut(128, 1, 4, resident=2, whole=whole)
+        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3 if p.m <= 32 else 2, whole=True)
     scaled = p.grouped > 0 and p.scale != 3
     if p.width == 1 and not scaled and (wide or (whole and _prefer_256(p))):
         # Without totals beside them a thread has the registers for twice the sums.
         return HopperCut(256, 2, 4, whole=True)
-    if not p.ordered and not wide:
-        tiles = -(-p.n_padded // 128) * -(-p.m // 128)
-        split = _split(p, tiles, most)
-        if split > 1 or -(-tiles // most) * most <= 1.3 * tiles:
-            return HopperCut(128, 2, whole=True, split=split)
     # Sums of groups become floats meanwhile: that takes warps.
     if p.ordered and _prefer_chain(p):
         return HopperCut(128, 3, chain=True)
+    if not wide:
+        return _narrow(p)
     three = p.m >= 512 if p.ordered else p.m >= 2048 and p.bits < 8 and not p.zero
-    three = three and (p.ordered or p.worth == LINE)
-    return HopperCut(128, 3 if wide and three else 2, whole=wide)
+    return HopperCut(128, 3 if three and (p.ordered or p.worth == LINE) else 2, whole=True)
 
 
 def _side(p: Problem, t: int, row_blocks: int, slots: int, chain: bool = False) -> int:

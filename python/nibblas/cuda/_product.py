@@ -285,7 +285,7 @@ def _run_bits(xp: BitPlanes, m: int, wp: BitPlanes, n: int, y: Any, bias: Any) -
         wp.boxes(pl.tokens),
         xp.boxes(args.x_box),
         *extra,
-        early=True,
+        early=m <= 64,
     )
 
 
