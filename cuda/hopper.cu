@@ -1,8 +1,8 @@
 // Y = X W^T for sm_90a and more than a few rows of X: wgmma with the decoded weights as the register operand.
 //
-// A block has WG warpgroups, each with 64 rows of W, and T rows of X that all of them read from shared memory. One more warp
-// does nothing but ask the copy engine for chunks, as slots become free. (Ordinary copies would need a proxy fence per
-// chunk, which waits for every copy in flight.) Weights are decoded to the numbers they stand for without their scale
+// A block has WG warpgroups, each with 64 rows of W, and T rows of X that all of them read from shared memory. Two more warps
+// do nothing but ask the copy engine for chunks, of W and of X, as slots become free. (Ordinary copies would need a proxy
+// fence per chunk, which waits for every copy in flight.) Weights are decoded to the numbers they stand for without their scale
 // (integers or entries of a table), so that a group needs one fused multiply-add per output when it ends. While the tensor
 // cores work on a block of 32 k the next one is decoded, across chunks and rows. Results leave through shared memory, as whole
 // lines of Y: of 16 bits by the copy engine, while the next rows are multiplied.
@@ -31,11 +31,11 @@ constexpr int GROUPED = NB_GROUPED, ZERO = NB_ZERO, HALVES = NB_HALVES, OUT = NB
 constexpr int LIFT = NB_LIFT ? 8 - BITS : 0;
 
 constexpr int R = 64 * WG, THREADS = 128 * WG; // threads that multiply
-// The warp that copies, and its company where registers are handed over: HANDED for each thread that multiplies, KEPT for
+// The warps that copy, and their company where registers are handed over: HANDED for each thread that multiplies, KEPT for
 // the others, no more in all than the block was launched with.
 constexpr int HANDED = WG == 4 ? 112 : T < 128 ? 0 : WG == 3 ? 160 : WG == 2 ? 232 : 0;
 constexpr int KEPT = WG == 4 ? 24 : WG == 3 ? 32 : 40;
-constexpr int EXTRA = HANDED ? 128 : 32;
+constexpr int EXTRA = HANDED ? 128 : 64;
 constexpr bool INT = ACT == ACT_S8, BYTES = INT || ACT == ACT_E4M3; // of activations
 constexpr int PARTS = BYTES ? 1 : 2; // of 128 bytes, in a row of a chunk
 constexpr int X_STAGE = T * 128 * PARTS;
@@ -167,7 +167,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
     char *leaving = table + Book<ACT>::BYTES; // of the first warpgroup
     Book<ACT> book;
     book.load(table, a.book, tid, THREADS + EXTRA);
-    if (tid == 0) ring_init(ready, 1, empty, 4 * WG * ARRIVALS);
+    if (tid == 0) ring_init(ready, 2, empty, 4 * WG * ARRIVALS);
     __syncthreads();
     Walk<CHAIN> here(a, a.row_blocks * ((a.m + T - 1) / T / gridDim.y), chunks);
     int stage = 0, phase = 0;
@@ -188,24 +188,31 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
 
     if (tid >= THREADS) {
         if (HANDED) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(KEPT));
-        // The whole warp goes along and one lane asks, so that addresses are the warp's: a loop of few instructions, or chunks
-        // would wait for it.
-        if (__shfl_sync(0xffffffffu, tid >> 5, 0) == 4 * WG) {
+        // Two warps, each going along as a whole while one lane asks, so that addresses are the warp's: loops of few
+        // instructions, or chunks would wait for them.
+        const int copier = __shfl_sync(0xffffffffu, tid >> 5, 0) - 4 * WG;
+        const bool asks = elected();
+        auto next = [&]() {
+            here.next(chunks);
+            if (++stage == STAGES) {
+                stage = 0;
+                phase ^= 1;
+            }
+        };
+        if (copier == 0) { // of codes and scales, which do not wait for the kernel before
             const int last = a.n_padded / 64 - 1;
-            const bool asks = elected();
-            Walk<CHAIN> ahead = here; // of W, and `here` of X
-            int band = 0, group = 0, left = 0; // 64 rows of W; the group of the next chunk, and chunks that it still has
-            auto fetch_w = [&](int slot) {
-                if (ahead.chunk == ahead.first) {
-                    const int chunk = lead + ahead.chunk;
-                    band = tile_at(ahead.row_block).row_block * WG;
+            int band = 0, group = 0, left = 0; // 64 rows of W; the group of the chunk, and chunks that it still has
+            for (; !here.done(); next()) {
+                const int chunk = lead + here.chunk;
+                if (here.chunk == here.first) {
+                    band = tile_at(here.row_block).row_block * WG;
                     group = GROUPED > 1 ? chunk * GROUPED : chunk / a.chunks_per_group;
                     left = a.chunks_per_group - (GROUPED == 1 ? chunk - group * a.chunks_per_group : 0);
                 }
-                const u32 bar = shared_address(&ready[slot]), to = shared_address(shared + slot * SLOT);
-                const int chunk = lead + ahead.chunk;
+                const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
+                barrier_wait(shared_address(&empty[stage]), phase ^ 1);
                 if (asks) {
-                    barrier_expect(bar, FETCHED);
+                    barrier_expect(bar, FETCHED - X_STAGE);
 #pragma unroll
                     for (int w = 0; w < WG; w++)
 #pragma unroll
@@ -235,28 +242,18 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS + EXTRA, NB_RESIDEN
                     group++;
                     left = a.chunks_per_group;
                 }
-                ahead.next(chunks);
-            };
-            // X may be of the kernel before: codes and scales fill the ring meanwhile.
-            int filled = 0;
-            while (filled < STAGES && !ahead.done()) fetch_w(filled++);
+            }
+        } else if (copier == 1) { // of X
             wait_for_previous();
             int m0 = 0;
-            for (; !here.done(); here.next(chunks)) {
+            for (; !here.done(); next()) {
                 if (here.chunk == here.first) m0 = tile_at(here.row_block).m0;
-                if (filled > 0) {
-                    filled--;
-                } else {
-                    barrier_wait(shared_address(&empty[stage]), phase ^ 1);
-                    fetch_w(stage);
-                }
                 const u32 bar = shared_address(&ready[stage]), to = shared_address(shared + stage * SLOT);
-                if (asks)
+                barrier_wait(shared_address(&empty[stage]), phase ^ 1);
+                if (asks) {
+                    barrier_expect(bar, X_STAGE);
 #pragma unroll
                     for (int p = 0; p < PARTS; p++) copy_box(to + p * T * 128, &map, bar, (lead + here.chunk) * 128 + p * 64, m0);
-                if (++stage == STAGES) {
-                    stage = 0;
-                    phase ^= 1;
                 }
             }
         }

@@ -361,7 +361,9 @@ def choose_hopper(p: Problem) -> HopperCut:
             return HopperCut(t, 1, 4 if t == 32 else 8, 2 if t == 32 else 1, split=split)
         if whole and bands <= most:
             return HopperCut(t, 1, 16 if t == 32 else 12, whole=True)
-        return HopperCut(t, 1, 4 if t == 128 else 5, 3 if t == 32 else 2, whole=whole)
+        if t == 128 and whole:
+            return HopperCut(t, 2, whole=True)
+        return HopperCut(t, 1, 4 if t == 128 else 5, {32: 3, 64: 2, 128: 1}[t], whole=whole)
     if p.m <= 64:
         if p.m > 32 and p.n_padded >= 192 * most and not p.ordered:
             return HopperCut(64, 4, whole=True)
@@ -401,7 +403,7 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
     """Return the launch of a cut."""
     t, wg = cut.t, cut.wg
     handed = wg == 4 or (wg > 1 and t >= 128)
-    rows, threads = 64 * wg, 128 * wg + (128 if handed else 32)
+    rows, threads = 64 * wg, 128 * wg + (128 if handed else 64)
     row_blocks = -(-p.n_padded // rows)
     width = p.width
     scale_bytes = SCALE_BYTES[p.scale] + (1 if p.zero else 0)
