@@ -449,6 +449,7 @@ def test_streams_and_graphs() -> None:
     c = cupy.asarray(x)
     out = cupy.zeros((4, 512), np.float16)
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
     with stream:
         nb.matmul(c, d.T, out=out)
         stream.begin_capture()
@@ -461,6 +462,7 @@ def test_streams_and_graphs() -> None:
     check_float(out, x, q)
     x2 = activations(4, 2048, np.float16, seed=9)
     c.set(x2)
+    cupy.cuda.Device().synchronize()  # short copies return before they are done
     graph.launch(stream)
     stream.synchronize()
     check_float(out, x2, q)

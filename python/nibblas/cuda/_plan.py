@@ -305,11 +305,14 @@ def has_hopper(p: Problem) -> bool:
     return p.act == F16 or p.bits == 8 or p.zero_top < 128
 
 
+def _rounds(p: Problem, rows: int, t: int) -> int:
+    """Return how many blocks of a shape one multiprocessor has to go through."""
+    return -(-(-(-p.n_padded // rows) * -(-p.m // t)) // p.multiprocessors)
+
+
 def _prefer_256(p: Problem) -> bool:
     """Whether 256 activation rows of a block take less time than twice 128, in rounds of blocks."""
-    bands = -(-p.n_padded // 128)
-    long, short = (-(-bands * -(-p.m // t) // p.multiprocessors) for t in (256, 128))
-    return p.m >= 2048 or 1.75 * long <= short
+    return p.m >= 2048 or 1.75 * _rounds(p, 128, 256) <= _rounds(p, 128, 128)
 
 
 def _prefer_chain(p: Problem) -> bool:
@@ -321,7 +324,7 @@ def _prefer_chain(p: Problem) -> bool:
     if p.groups < p.chunks or m_blocks < 2:
         return False
     spans = max(-(-p.n_padded // 192) * m_blocks / most, 1)
-    return 1.3 * spans + 10 / p.chunks < -(-(-(-p.n_padded // 128) * m_blocks) // most)
+    return 1.3 * spans + 10 / p.chunks < _rounds(p, 128, 128)
 
 
 def _split(p: Problem, tiles: int, slots: int) -> int:
@@ -335,12 +338,15 @@ def _narrow(p: Problem) -> HopperCut:
     Times are in those of a block of 128 x 128: one of 192 takes 1.3 of them, or 1.4 in float16, and
     a meeting in memory as long as 12 chunks, or 24 of int8.
     """
-    m_blocks, most = -(-p.m // 128), p.multiprocessors
-    tiles, wide_tiles = (-(-p.n_padded // rows) * m_blocks for rows in (128, 192))
+    most = p.multiprocessors
+    tiles = -(-p.n_padded // 128) * -(-p.m // 128)
     split = 1 if p.ordered else _split(p, tiles, most)
     if split > 1:
         return HopperCut(128, 2, whole=True, split=split)
-    two, three = -(-tiles // most), (1.3 if p.width == 1 else 1.4) * -(-wide_tiles // most)
+    if p.ordered and 2 * tiles <= most:
+        return HopperCut(128, 1, 8, whole=True)
+    two = _rounds(p, 128, 128)
+    three = (1.3 if p.width == 1 else 1.4) * _rounds(p, 192, 128)
     shared = tiles / most + 24 / p.width / p.chunks
     if not p.ordered and shared < min(two, three):
         return HopperCut(128, 2)
@@ -350,26 +356,27 @@ def _narrow(p: Problem) -> HopperCut:
 
 def choose_hopper(p: Problem) -> HopperCut:
     """Return the cut for a problem."""
-    most = p.multiprocessors
+    most, bands = p.multiprocessors, -(-p.n_padded // 64)
     wide, whole = p.n_padded >= 96 * most, p.n_padded >= 24 * most
+    t = 32 if p.m <= 32 else 64 if p.m <= 64 else 128
     if p.m <= 128 and not wide:
-        # Tiles of few rows leave room for two blocks in a multiprocessor.
-        t = 32 if p.m <= 32 else 64 if p.m <= 64 else 128
-        bands = -(-p.n_padded // 64)
-        split = 1 if p.ordered else _split(p, bands, 2 * most if t == 32 else most)
-        if split > 1:
-            return HopperCut(t, 1, 4 if t == 32 else 8, 2 if t == 32 else 1, split=split)
-        if whole and bands <= most:
-            return HopperCut(t, 1, 16 if t == 32 else 12, whole=True)
+        split = 1 if p.ordered else _split(p, bands, most)
+        # Where K cannot be shared out, rows of activations are.
+        while p.ordered and t > 32 and bands * -(-p.m // (t // 2)) <= most:
+            t //= 2
+        if split > 1 or (whole and bands <= most):
+            return HopperCut(t, 1, 16 if t == 32 else 12, whole=True, split=split)
         if t == 128 and whole:
             return HopperCut(t, 2, whole=True)
-        return HopperCut(t, 1, 4 if t == 128 else 5, {32: 3, 64: 2, 128: 1}[t], whole=whole)
+        return HopperCut(t, 1, 10, 1 if t == 128 else 2, whole=whole)
     if p.m <= 64:
-        if p.m > 32 and p.n_padded >= 192 * most and not p.ordered:
-            return HopperCut(64, 4, whole=True)
-        return HopperCut(32 if p.m <= 32 else 64, 1, resident=3 if p.m <= 32 else 2, whole=True)
+        if p.n_padded >= 192 * most:
+            return HopperCut(t, 4, 8, whole=True)
+        return HopperCut(t, 1, 10, 2, whole=True)
     scaled = p.grouped > 0 and p.scale != 3
     if p.width == 1 and not scaled and (wide or (whole and _prefer_256(p))):
+        if wide and 1.56 * _rounds(p, 192, 128) < 2 * _rounds(p, 128, 256):
+            return HopperCut(128, 3, 6, whole=True)
         # Without totals beside them a thread has the registers for twice the sums.
         return HopperCut(256, 2, 4, whole=True)
     # Sums of groups become floats meanwhile: that takes warps.
@@ -451,7 +458,8 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
 
 def plan(p: Problem) -> Plan:
     """Return the launch for a problem."""
-    if (p.m > 16 or p.act == E4M3) and has_hopper(p):
+    few = 8 if p.ordered and p.n_padded >= 96 * p.multiprocessors else 16
+    if (p.m > few or p.act == E4M3) and has_hopper(p):
         return build_hopper(p, choose_hopper(p))
     cut = choose(p)
     made = build(p, cut)
