@@ -107,6 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     load.start(begin, end, a.chunks);
     here.start(begin, end, a.chunks);
 
+    // No division where a chunk is a group.
+    auto group_of = [&](int chunk) { return a.chunks_per_group == 1 ? chunk : chunk / a.chunks_per_group; };
     // Asks for what this warp needs of the chunk at hand, and goes on to the next: of W, of X, or of both.
     auto issue = [&](Place<WK> &at_hand, int stage, bool of_w, bool of_x) {
         const bool mine = !at_hand.done() && at_hand.chunk + wk < at_hand.stop;
@@ -114,7 +116,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             const int chunk = at_hand.chunk + wk;
             const int tile0 = min(at_hand.row_block * (WN * WR) + wr * WN, tiles - WN);
             const i64 at = ((i64)(tile0 >> 2) * a.chunks + chunk) * 4 + (tile0 & 3);
-            const int group0 = GROUPED > 1 ? chunk * GROUPED : GROUPED ? chunk / a.chunks_per_group : 0;
+            const int group0 = GROUPED > 1 ? chunk * GROUPED : GROUPED ? group_of(chunk) : 0;
             const u32 to = shared_address(w_ring + stage * W_STAGE);
             const u32 st = shared_address(s_ring + stage * (S_STAGE + Z_STAGE)), xt = x_base + stage * X_STAGE;
 #if NB_BULK
@@ -231,7 +233,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             return (Sum)__fmaf_rn(-sub, (float)ones[j][e], mul * v);
         }
     };
-    // Adds the sums of group `q` of the chunk in stage `stage`.
     // What waits: integer sums [group of the round][row of X][row of W], scales, float sums so far.
     constexpr int PITCH = R + 4; // no two lanes of a store share a bank
     const int wide = min(T, a.m);
@@ -239,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     const int most = GROUPED > 1 || a.chunks_per_group == 1 ? PARK * WK * GROUPED : a.groups; // groups of a round
     int *parked = (int *)rest;
     float *parked_scales = (float *)(parked + most * wide * PITCH), *so_far = parked_scales + most * R;
+    // Adds the sums of group `q` of the chunk in stage `stage`.
     auto flush = [&](int stage, int q, int group) {
         const char *s_at = s_ring + stage * (S_STAGE + Z_STAGE) + q * WN * 16 * SB;
         const char *z_at = s_ring + stage * (S_STAGE + Z_STAGE) + S_STAGE + q * WN * 16 * ZB;
@@ -357,7 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
     // Adds the sums of the groups of a round, which ends before chunk `stop`, to what there is.
     auto settle = [&](int row_block, int stop) {
         __syncthreads();
-        const int upto = min(GROUPED > 1 ? stop * GROUPED : (stop - 1) / a.chunks_per_group + 1, a.groups);
+        const int upto = min(GROUPED > 1 ? stop * GROUPED : group_of(stop - 1) + 1, a.groups);
         const int count = upto - parked_from;
         for (int q = tid; q < R * columns; q += THREADS) {
             const int row = q % R, col = q / R, n = row_block * R + row, m = m0 + col;
@@ -497,8 +499,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) gemm(const __grid_constant
             }
             if (GROUPED == 1) {
                 // Float sums and parked sums may be cut anywhere; the integers of a group must be whole.
-                const int group = chunk / a.chunks_per_group;
-                const bool whole = chunk % a.chunks_per_group == a.chunks_per_group - 1 || chunk == a.chunks - 1;
+                const int group = group_of(chunk);
+                const bool whole = chunk == a.chunks - 1 || group_of(chunk + 1) != group;
                 if (!INT || INNER || PARK || whole) flush(stage, 0, group);
             }
         }
