@@ -17,9 +17,9 @@
 // a chunk of W at a time, and the sums of one are scaled while products of the other are under way.
 //
 // Set on the command line, as NB_ACT and so on: ACT BITS T WG SPLIT GROUPED ZERO STAGES MUL, as in gemm.cu; HALVES; LIFT;
-// WHOLE: blocks take all of K, or with SPLIT > 1 their part of it, of one tile; CHAIN: they hand sums on in order where they do not; OUT: Y has 16 bits
-// and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1, with zero points below 128; 8-bit codes of int8
-// products stand for u - 128.
+// WHOLE: blocks take all of K, or with SPLIT > 1 their part of it, of one tile; CHAIN: they hand sums on in order where they
+// do not; OUT: Y has 16 bits and aligned rows; RESIDENT: blocks of a multiprocessor. ZERO is 0 or 1, with zero points below
+// 128; 8-bit codes of int8 products stand for u - 128.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
