@@ -458,7 +458,10 @@ def build_hopper(p: Problem, cut: HopperCut) -> Plan:
 
 def plan(p: Problem) -> Plan:
     """Return the launch for a problem."""
-    few = 8 if p.ordered and p.n_padded >= 96 * p.multiprocessors else 16
+    # Where rows of weights keep the device busy, wgmma is worth it early: when K could not be cut
+    # either, and for codes that take few instructions.
+    wide = 96 if p.ordered else 192 if (p.worth, p.bits) == (LINE, 4) else None
+    few = 8 if wide and p.n_padded >= wide * p.multiprocessors else 16
     if (p.m > few or p.act == E4M3) and has_hopper(p):
         return build_hopper(p, choose_hopper(p))
     cut = choose(p)
