@@ -1,13 +1,13 @@
 // Y = X W^T for sparse W, which is loaded as stored and multiplied by the tensor cores as if dense.
 //
-// A block owns R = 32*WR rows of W and T = 8*NT rows of X. The grid is persistent, as in gemm.cu: spans of equally many
+// A block owns R = 32*WR rows of W and T = 8*NT rows of X. The grid is persistent, as in gemm.cu: spans of equal work, in
 // chunks, here runs of SPAN records of 128 k each. The warps of a block:
 //   DRAIN   bring away the sums of a row block while the others go on
 //   WR x WK multiply, WR along the rows of W, WK along K: chunks i, i + WK, ... of the matrix, wherever a span begins
 //   WK      drive the copy engine, a lane for each of the WR warps that share X: their records go to rings of their own
 //
 // Set on the command line: STRUCTURE (sparse.cuh), ACT (as in decode.cuh), NT, WR, WK, SPAN, STAGES, RESIDENT (blocks of a
-// multiprocessor), DRAIN; SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
+// multiprocessor), DRAIN, TURNS; SETS for kept groups; NATURAL where int8 X is as it came, with scale 1.
 #include <nibblas/base.cuh>
 #include <nibblas/bulk.cuh>
 #include <nibblas/decode.cuh>
@@ -19,7 +19,7 @@ constexpr int STRUCTURE = NB_STRUCTURE, ACT = NB_ACT, NT = NB_NT, WR = NB_WR, WK
 constexpr bool INT = ACT == ACT_S8, BF16 = ACT == ACT_BF16;
 constexpr bool FOURS = STRUCTURE == TWO_OF_FOUR, KEPT_GROUPS = STRUCTURE == GROUPS;
 constexpr int R = RECORD_ROWS * WR, T = 8 * NT, WARPS = WR * WK, DRAINERS = 32 * DRAIN;
-constexpr bool TURNS = NT >= 4; // warps along K add up in one place, in turn, where a place for each would take too much room
+constexpr bool TURNS = NB_TURNS; // warps along K add up in one place, in turn
 constexpr int PLANES = TURNS ? 1 : WK; // of sums in shared memory
 constexpr int PITCH = R + 4; // of a row of them: the lanes that write them meet no bank twice
 constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; runs of 128 bytes in a row of a record's X
@@ -68,29 +68,32 @@ DEVICE u32 add_product(u32 x, u32 y, u32 z) {
 }
 
 // Keeps the rings of one WK full: lane q copies the records of its warp q along the rows, lane 0 also X. Runs of records are
-// of many lengths, so a ring holds as many as fit; `places` says where they begin.
-DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0, int wr, u32 x_ring, u32 w_ring, u32 *places, u32 ready,
+// of many lengths, so a ring holds as many as fit; `places` says where they begin. Where they lie in memory is looked up by all
+// lanes at once, each for one of the AHEAD runs that follow, while those before are copied.
+DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0, int lane, u32 x_ring, u32 w_ring, u32 *places, u32 ready,
                  u32 empty) {
-    if (wr >= WR) return;
-    constexpr u32 LANES = (1u << WR) - 1;
-    struct Bounds {
-        u32 first, last;
+    constexpr int AHEAD = 32 / WR;
+    struct Run {
+        u32 first, last; // 16-byte pieces
+        int chunk;
     };
-    const int tiles = a.n_padded / RECORD_ROWS;
-    // Where records begin is read two steps ahead of the copies.
+    const int tiles = a.n_padded / RECORD_ROWS, wr = lane % WR, turn = lane / WR;
+    const bool copies = lane < WR;
     auto look = [&](int at) {
-        if (at >= end) return Bounds{0, 0};
-        const int row_block = at / a.chunks, from = (at - row_block * a.chunks) * SPAN;
+        if (at >= end) return Run{0, 0, 0};
+        const int row_block = at / a.chunks, chunk = at - row_block * a.chunks, from = chunk * SPAN;
         const u32 *row = a.offsets + (i64)min(row_block * WR + wr, tiles - 1) * a.records;
-        return Bounds{row[from], row[min(from + SPAN, a.records)]};
+        return Run{row[from], row[min(from + SPAN, a.records)], chunk};
     };
-    Bounds now = look(unit), then = look(unit + WK);
+    w_ring += wr * a.slot;
+    places += wr * STAGES;
+    Run now = look(unit + turn * WK);
     u32 phases = 0; // of the barriers, a bit per stage
     int stage = 0, oldest = 0, held = 0; // stages in use
     int next = 0, tail = 0; // of the ring: where there is room, and where the oldest run begins
-    auto copy_x = [&](int at, int slot) {
-        if (wr > 0) return;
-        const int k = at % a.chunks * SPAN * PLACES;
+    auto copy_x = [&](int chunk, int slot) {
+        if (lane > 0) return;
+        const int k = chunk * SPAN * PLACES;
 #pragma unroll
         for (int p = 0; p < SPAN * HALVES * PARTS; p++)
             copy_box(x_ring + slot * X_STAGE + p * (T * 128), map, ready + slot * 8, k + p * (128 / WIDTH), m0);
@@ -100,38 +103,43 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
     bool waited = false;
     auto wait = [&]() {
         wait_for_previous();
-        for (int i = 0; i < held; i++) copy_x(start + i * WK, i);
+        for (int i = 0; i < held; i++) copy_x((start + i * WK) % a.chunks, i);
         waited = true;
     };
-    for (; unit < end; unit += WK) {
-        const Bounds after = look(unit + 2 * WK);
-        const int bytes = (int)(now.last - now.first) * 16;
-        // Room for this run: none is cut in two.
-        while (true) {
-            if (held == 0) next = tail = 0;
-            bool room = held == 0 || (next > tail ? next + bytes <= a.slot : next + bytes <= tail);
-            if (!room && next > tail && bytes <= tail) {
-                next = 0;
-                room = true;
+    for (; unit < end; unit += AHEAD * WK) {
+        const Run after = look(unit + (AHEAD + turn) * WK);
+#pragma unroll 1
+        for (int i = 0; i < AHEAD && unit + i * WK < end; i++) {
+            const u32 first = __shfl_sync(~0u, now.first, i * WR + wr), last = __shfl_sync(~0u, now.last, i * WR + wr);
+            const int chunk = __shfl_sync(~0u, now.chunk, i * WR), bytes = (int)(last - first) * 16;
+            // Room for this run: none is cut in two.
+            while (true) {
+                if (held == 0) next = tail = 0;
+                bool room = held == 0 || (next > tail ? next + bytes <= a.slot : next + bytes <= tail);
+                if (!room && next > tail && bytes <= tail) {
+                    next = 0;
+                    room = true;
+                }
+                if (__all_sync(~0u, room || !copies) && held < STAGES) break;
+                if (!waited) wait();
+                barrier_wait(empty + oldest * 8, phases >> oldest & 1);
+                phases ^= 1u << oldest;
+                oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
+                held--;
+                tail = places[oldest];
             }
-            if (__all_sync(LANES, room) && held < STAGES) break;
-            if (!waited) wait();
-            barrier_wait(empty + oldest * 8, phases >> oldest & 1);
-            phases ^= 1u << oldest;
-            oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
-            held--;
-            tail = places[oldest];
+            const u32 bar = ready + stage * 8;
+            if (copies) {
+                places[stage] = next;
+                barrier_expect(bar, bytes + (lane == 0 ? X_STAGE : 0));
+                copy_run(w_ring + next, a.planes[0] + (i64)first * 16, bytes, bar);
+            }
+            if (waited) copy_x(chunk, stage);
+            next += bytes;
+            held++;
+            stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
-        const u32 bar = ready + stage * 8;
-        places[stage] = next;
-        barrier_expect(bar, bytes + (wr == 0 ? X_STAGE : 0));
-        copy_run(w_ring + next, a.planes[0] + (i64)now.first * 16, bytes, bar);
-        if (waited) copy_x(unit, stage);
-        next += bytes;
-        held++;
-        now = then;
-        then = after;
-        stage = stage + 1 == STAGES ? 0 : stage + 1;
+        now = after;
     }
     if (!waited) wait();
 }
@@ -141,20 +149,23 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
 // for one with a lower number, and the order of the sum is always the same.
 DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 *not_finite, u32 full, u32 free) {
     // A lane has four rows of every 128, a warp every DRAIN-th column, TOGETHER of them at a time.
-    constexpr int BANDS = (R + 127) / 128, EACH = (T + DRAIN - 1) / DRAIN, MOST = INT ? 2 : 3, TOGETHER = EACH < MOST ? EACH : MOST;
+    constexpr int BANDS = (R + 127) / 128, EACH = (T + DRAIN - 1) / DRAIN;
+    constexpr int MOST = NB_TOGETHER, TURN = (EACH + MOST - 1) / MOST, TOGETHER = (EACH + TURN - 1) / TURN;
     const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, columns = min(T, a.m - m0);
     // Sums of int8 are integers until they are whole.
     auto add = [&](float4 &v, float4 p) {
         auto plus = [](float p, float q) { return INT ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q; };
         v = make_float4(plus(v.x, p.x), plus(v.y, p.y), plus(v.z, p.z), plus(v.w, p.w));
     };
+    float *slots = a.work + (i64)blockIdx.y * gridDim.x * (R * T);
     Place<1> here;
     int phase = 0;
     wait_for_previous();
-    for (here.start(span_start(block, a), span_start(block + 1, a), a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
-        const Share share(a, here.row_block, R * T);
-        const bool collects = here.first == 0 && share.last > block, whole = here.first == 0;
-        float *mine = share.slot(block, a);
+    for (here.start(a.starts[block], a.starts[block + 1], a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
+        int last = block; // of the blocks that have a part
+        while (a.starts[last + 1] < (here.row_block + 1) * a.chunks) last++;
+        const bool collects = here.first == 0 && last > block, whole = here.first == 0;
+        float *mine = slots + (i64)block * (R * T);
         int *counter = a.counters + blockIdx.y * a.row_blocks + here.row_block;
         // What the rows need is read before the sums are there.
         float scale[BANDS][4], bias[BANDS][4];
@@ -170,16 +181,16 @@ DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 
         auto read_others = [&](int row, int col) {
 #pragma unroll
             for (int c = 0; c < TOGETHER; c++) others[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            for (int b = block + 1; b <= share.last; b++)
+            for (int b = block + 1; b <= last; b++)
 #pragma unroll
                 for (int c = 0; c < TOGETHER; c++)
-                    add(others[c], __ldcg((const float4 *)(share.slots + (i64)(2 * b) * share.size + min(col + c * DRAIN, columns - 1) * R + row)));
+                    add(others[c], __ldcg((const float4 *)(slots + (i64)b * (R * T) + min(col + c * DRAIN, columns - 1) * R + row)));
         };
         if (collects) {
             int there;
             while (true) {
                 asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
-                if (there >= share.last - block) break;
+                if (there >= last - block) break;
                 __nanosleep(500);
             }
             read_others(min(4 * lane, R - 4), min(warp, columns - 1));
@@ -246,7 +257,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     const int tid = threadIdx.x, lane = tid & 31, warp = (tid >> 5) - DRAIN;
     const int m0 = blockIdx.y * T;
     const int block = gridDim.x - 1 - blockIdx.x; // the last spans start first: see drain
-    const int begin = span_start(block, a), end = span_start(block + 1, a);
+    const int begin = a.starts[block], end = a.starts[block + 1];
 
     let_next_begin();
     char *shared = dynamic + ((1024 - (shared_address(dynamic) & 1023)) & 1023);
@@ -273,8 +284,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     const u32 bar = shared_address(ready) + wk * STAGES * 8, back = shared_address(empty) + wk * STAGES * 8;
     int unit = begin + (wk + WK - begin % WK) % WK; // the first of this WK
     if (feeds) {
-        const int fed = wk * WR + min(lane, WR - 1);
-        feed(a, &map, unit, end, m0, lane, x_ring, w_rings + fed * a.slot, places + fed * STAGES, bar, back);
+        feed(a, &map, unit, end, m0, lane, x_ring, w_rings + wk * WR * a.slot, places + wk * WR * STAGES, bar, back);
         return;
     }
     const int g = lane >> 2, t = lane & 3;

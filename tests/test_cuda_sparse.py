@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from test_cuda import check, needs_nvrtc
 
@@ -18,6 +19,8 @@ from nibblas.cuda._sparse import (
     TILES,
     SparseProblem,
     plan_sparse,
+    ring_of,
+    spans,
 )
 
 LIMIT = 232448
@@ -32,10 +35,12 @@ def test_plans_fit_and_cover(slot: int, limit: int) -> None:
     for (structure, act), m, tiles, chunks in itertools.product(
         KINDS, (1, 8, 9, 33, 64, 700), (1, 7, 896), (1, 2, 56)
     ):
-        pl = plan_sparse(
-            SparseProblem(m, tiles, chunks, act, structure, longest, slot * 3 // 4, 132, limit)
-        )
+        p = SparseProblem(m, tiles, chunks, act, structure, longest, slot * 3 // 4, 132, limit)
+        pl = plan_sparse(p)
         values = dict(pl.defines)
+        assert ring_of(p, pl) >= slot * values["SPAN"]
+        # Blocks of a row of records wait for each other, so all of them are there at once.
+        assert pl.grid[0] == 1 or pl.grid[0] * pl.grid[1] <= 132 * values["RESIDENT"]
         assert pl.shared <= limit - 1024
         assert values["STAGES"] >= 2
         assert pl.rows == 32 * values["WR"]
@@ -43,6 +48,37 @@ def test_plans_fit_and_cover(slot: int, limit: int) -> None:
         assert pl.row_blocks * pl.rows >= 32 * tiles > (pl.row_blocks - 1) * pl.rows
         assert pl.grid[1] * pl.tokens >= m > (pl.grid[1] - 1) * pl.tokens
         assert 1 <= pl.grid[0] <= pl.units == pl.row_blocks * -(-chunks // values["SPAN"])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 200), (896, 56)], ids=str)
+@pytest.mark.parametrize("m", [1, 40])
+def test_spans_are_of_equal_work(m: int, shape: tuple[int, int]) -> None:
+    """Also where some rows keep everything and others nothing."""
+    tiles, records = shape
+    steady = 1024
+    rng = np.random.default_rng(tiles)
+    kept = np.linspace(0, 1, tiles)[:, None]
+    for density in (kept, kept > 0.9, kept * 0, kept * 0 + 1, rng.random(shape)):
+        sizes = 16 + 512 * rng.binomial(16, np.broadcast_to(density, shape))
+        most = 16 + 512 * 16
+        longest = most, 2 * most, 4 * most
+        pl = plan_sparse(
+            SparseProblem(m, tiles, records, F16, TILES, longest, most // 2, 132, LIMIT)
+        )
+        d = dict(pl.defines)
+        starts = spans(sizes, steady, pl)
+        assert starts[0] == 0
+        assert starts[-1] == pl.units
+        assert (np.diff(starts) > 0).all()
+        assert len(starts) == pl.grid[0] + 1
+        # What a unit is worth, one by one.
+        wide = pl.units // pl.row_blocks
+        work = np.zeros(pl.units)
+        for t in range(tiles):
+            for r in range(records):
+                work[t // d["WR"] * wide + r // d["SPAN"]] += sizes[t, r] + steady
+        each = np.add.reduceat(work, starts[:-1])
+        assert each.max() <= 1.05 * each.mean() + work.max()
 
 
 @needs_nvrtc

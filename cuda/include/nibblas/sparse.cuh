@@ -36,6 +36,7 @@
 
 enum Structure { BITMAP_ENTRIES = 1, BITMAP_PAIRS = 2, TWO_OF_FOUR = 3, GROUPS = 4, TILES = 5 };
 constexpr int RECORD_ROWS = 32, RECORD_K = 128;
+constexpr int MOST_BLOCKS = 288; // of a grid, along the rows of weights
 DEVICE constexpr int halves_of(int structure) { return structure == BITMAP_ENTRIES || structure == BITMAP_PAIRS ? 2 : 1; }
 
 // planes[0] holds the records.
@@ -43,6 +44,7 @@ struct SparseArgs : Args {
     const u32 *offsets;
     int slot;    // bytes of the ring of a warp
     int records; // of a row
+    int starts[MOST_BLOCKS + 1]; // the first unit of each block's span, and the end of the last
 };
 
 // Row and column in its record of a lane's entry, BYTES wide.

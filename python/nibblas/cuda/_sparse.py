@@ -40,6 +40,11 @@ _PAIRS_BELOW = {2: 0.15, 1: 0.25}
 _TILES_BELOW = 1.2
 
 
+# What a record costs beside its bytes, as so many bytes more.
+_STEADY = {ENTRIES: 16384, PAIRS: 8192, FOURS: 512, GROUPS: 2048, TILES: 5120}
+# Of a grid along the rows of weights.
+_MOST_BLOCKS = 288
+
 # Above so many rows of activations the arithmetic decides, and dense panels are quicker: a product
 # then makes them beside.
 _MOST_ROWS = {"int8": 64, "int4": 16}
@@ -50,6 +55,7 @@ class _SparseArgs(_GemmArgs):
         ("offsets", ctypes.c_void_p),
         ("slot", ctypes.c_int),
         ("records", ctypes.c_int),
+        ("starts", ctypes.c_int * (_MOST_BLOCKS + 1)),
     ]
 
 
@@ -107,6 +113,10 @@ class SparseCut(NamedTuple):
     """Such runs in flight, at most."""
     drain: int = 1
     """Warps that bring sums away."""
+    turns: bool = False
+    """Whether warps along K add up in one place, in turn; so with many rows."""
+    together: int = 3
+    """Columns of sums that such a warp reads at once, at most."""
 
 
 def _tokens(p: SparseProblem) -> int:
@@ -117,11 +127,15 @@ def _tokens(p: SparseProblem) -> int:
     return min(next((t for t in (8, 16, 32) if p.m <= t), 64), most)
 
 
+def _turns(tokens: int, cut: SparseCut) -> bool:
+    return cut.turns or tokens >= 32
+
+
 def _beside_rings(p: SparseProblem, cut: SparseCut, stages: int) -> int:
     """Return the bytes of shared memory that are not rings of records."""
     tokens = _tokens(p)
     x = tokens * _RECORD[p.structure] * cut.span * (1 if p.act == S8 else 2)
-    planes = 1 if tokens >= 32 else cut.wk
+    planes = 1 if _turns(tokens, cut) else cut.wk
     return 1024 + cut.wk * stages * x + planes * tokens * (ROWS * cut.wr + 4) * 4
 
 
@@ -132,7 +146,7 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     # The barriers take some, too. Few numbers of stages make few kernels.
     limit = (p.shared_limit + 1024) // cut.resident - 3072
     longest, mean = p.longest[cut.span // 2], p.mean * cut.span
-    for stages in (n for n in (6, 4, 3, 2) if n <= cut.stages):
+    for stages in (n for n in (6, 5, 4, 3, 2) if n <= cut.stages):
         beside = _beside_rings(p, cut, stages)
         ring = min((limit - beside) // warps // 128 * 128, stages * longest)
         if ring >= max(longest, stages * mean):
@@ -144,7 +158,8 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     row_blocks = -(-p.tiles // wr)
     units = row_blocks * -(-p.chunks // cut.span)
     # A span of fewer chunks than warps would leave warps without work.
-    blocks = max(1, min(units // wk, p.multiprocessors * resident // m_blocks))
+    blocks = min(units // wk, p.multiprocessors * resident // m_blocks, _MOST_BLOCKS)
+    blocks = max(1, blocks)
     defines = (
         ("STRUCTURE", p.structure),
         ("ACT", p.act),
@@ -155,6 +170,8 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
         ("STAGES", stages),
         ("RESIDENT", resident),
         ("DRAIN", cut.drain),
+        ("TURNS", int(_turns(tokens, cut))),
+        ("TOGETHER", cut.together),
         ("NATURAL", int(p.natural)),
         ("SETS", 2 if p.structure == GROUPS and p.act == F16 and tokens == 8 else 1),
     )
@@ -166,24 +183,49 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
 def ring_of(p: SparseProblem, pl: Plan) -> int:
     """Return the bytes of the ring of a warp."""
     d = dict(pl.defines)
-    cut = SparseCut(d["WR"], d["WK"], span=d["SPAN"])
+    cut = SparseCut(d["WR"], d["WK"], span=d["SPAN"], turns=bool(d["TURNS"]))
     return (pl.shared - _beside_rings(p, cut, d["STAGES"])) // (cut.wr * cut.wk)
+
+
+def spans(sizes: NDArray[np.integer[Any]], steady: int, pl: Plan) -> NDArray[np.int64]:
+    """Return where the spans of the blocks of a plan begin, and where the last one ends.
+
+    `sizes` are the bytes of the records, an array (tiles, records of a row). Spans have equally
+    many units, but where that is far from equal work.
+    """
+    d = dict(pl.defines)
+    wr, span, blocks = d["WR"], d["SPAN"], pl.grid[0]
+    even = pl.units * np.arange(blocks + 1) // blocks
+    tiles, records = sizes.shape
+    work = np.zeros((pl.row_blocks * wr, pl.units // pl.row_blocks * span), np.int64)
+    work[:tiles, :records] = sizes
+    work[:tiles, :records] += steady
+    ends = work.reshape(pl.row_blocks, wr, -1, span).sum(axis=(1, 3)).cumsum()
+    ends = np.concatenate([[0], ends])
+    if np.diff(ends[even]).max() * blocks <= 1.05 * ends[-1]:
+        return even
+    equal: NDArray[np.int64] = np.searchsorted(ends, ends[-1] * np.arange(blocks + 1) / blocks)
+    equal[0], equal[-1] = 0, pl.units
+    # No span is empty.
+    first = np.arange(blocks + 1)
+    equal = first + np.maximum.accumulate(equal - first)
+    return np.asarray(np.minimum(equal, pl.units - blocks + first))
 
 
 # As measured, by eights of rows of activations. Warps of a multiprocessor come in fours, so those
 # that drain are what is left.
 _WIDE, _DEEP, _LEAN = SparseCut(4, 3, drain=5), SparseCut(4, 2, drain=6), SparseCut(4, 2, drain=2)
-_FULL = SparseCut(4, 4, drain=4)
+_FULL, _TALL = SparseCut(4, 4, drain=4), SparseCut(8, 1, drain=3, together=8)
 _CUTS = {
-    ENTRIES: {1: _WIDE, 2: _LEAN, 4: _DEEP, 8: _LEAN},
-    PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _LEAN},
-    FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _DEEP},
+    ENTRIES: {1: _WIDE, 2: _LEAN._replace(together=4), 4: _DEEP, 8: _TALL},
+    PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _TALL},
+    FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP._replace(together=6), 8: _DEEP._replace(together=2)},
     GROUPS: {1: SparseCut(4, 3, span=2, drain=5), 2: SparseCut(4, 2, span=2, drain=6)},
     TILES: {1: _LEAN, 2: _LEAN, 4: _LEAN, 8: _LEAN},
 }
 _CUTS_OF_INT8 = {
-    ENTRIES: {1: _LEAN, 2: _LEAN, 4: _LEAN},
-    FOURS: {1: _FULL, 2: _WIDE, 4: _WIDE, 8: _DEEP},
+    ENTRIES: {1: _LEAN, 2: _LEAN, 4: _LEAN._replace(together=2)},
+    FOURS: {1: _FULL, 2: _WIDE, 4: _WIDE._replace(together=4), 8: _DEEP._replace(together=4)},
 }
 
 
@@ -195,8 +237,8 @@ def plan_sparse(p: SparseProblem) -> Plan:
     small = (SparseCut(wr, 1, drain=3) for wr in (4, 2, 1))
     plans = [build_sparse(p, c) for c in (first, _DEEP, *small)]
     plans = [q for q in plans if q.shared <= p.shared_limit - 2048]
-    # Long records: rather fewer warps than rings of two.
-    deep = (q for q in plans[:2] if dict(q.defines)["STAGES"] > 2)
+    # Long records: rather fewer warps than rings that hold two and no more.
+    deep = (q for q in plans[:2] if ring_of(p, q) >= 2.5 * p.mean * dict(q.defines)["SPAN"])
     return next(deep, plans[0])
 
 
@@ -208,6 +250,7 @@ class Records:
         self.tiles = -(-max(shape[0], 1) // ROWS)
         self.chunks = -(-max(shape[1], 1) // _RECORD[structure])
         self.longest, self.mean = (0, 0, 0), 0
+        self.pieces = np.zeros((self.tiles, self.chunks), np.uint32)
         self.records: Any = None
         self.offsets: Any = None
 
@@ -277,6 +320,7 @@ class Records:
             16 * int((ends[n:] - ends[:-n]).max()) for n in (min(n, pieces.size) for n in (1, 2, 4))
         )
         self.longest, self.mean = (one, two, four), size // pieces.size
+        self.pieces = pieces.get().reshape(self.tiles, self.chunks)
         self.offsets, self.records = ends.astype(np.uint32), cupy.empty(size, np.uint8)
 
     @property
@@ -495,7 +539,10 @@ class SparseCall(_Call):
         span = dict(pl.defines)["SPAN"]
         g.slot, g.records = ring_of(problem, pl), r.chunks
         g.scales = None if p.scales is None else p.scales.data.ptr
-        sums = pl.grid[1] * 2 * pl.grid[0] * pl.rows * pl.tokens * 4
+        g.starts[: pl.grid[0] + 1] = spans(
+            16 * r.pieces.astype(np.int64), _STEADY[r.structure], pl
+        ).tolist()
+        sums = pl.grid[1] * pl.grid[0] * pl.rows * pl.tokens * 4
         g.work = workspace(p.device, self.stream, "sums", sums)
         counters = pl.grid[1] * pl.row_blocks * 4
         g.counters = workspace(p.device, self.stream, "counters", counters)
@@ -506,7 +553,6 @@ class SparseCall(_Call):
         g.m, g.n, g.n_padded, g.k_bytes = self.rows, p.rows, r.tiles * ROWS, self.k_bytes
         g.chunks, g.row_blocks = -(-r.chunks // span), pl.row_blocks
         g.y_kind = 2 if split else _kind_of(y.dtype)
-        g.per, g.rest = divmod(pl.units, pl.grid[0])
         return pl, kernel(p.device, "sparse.cu", "sparse", pl.defines), g
 
     def __call__(self, x: int, y: int, bias: int, given: Any, cupy: Any) -> None:
