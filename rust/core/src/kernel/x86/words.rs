@@ -91,7 +91,7 @@ unsafe fn decode<const SIGN: bool, const UNIT: bool>(a: &F32Args, out: *mut u8) 
 }
 
 /// Decodes unpacked codes of one panel, integers `MUL*u - z`, to bf16 tiles without their scales: all within 255, exact. A byte
-/// below the exponent of 2^15 makes `2^15 + u`, which leaves eight bits for zeros of half a step.
+/// below the exponent of 2^15 makes `2^15 + u`, and twice that less an odd number is exact too; its upper half is the number.
 ///
 /// # Safety
 /// As the decoders of `amx`.
