@@ -146,7 +146,7 @@ def build_sparse(p: SparseProblem, cut: SparseCut) -> Plan:
     # The barriers take some, too. Few numbers of stages make few kernels.
     limit = (p.shared_limit + 1024) // cut.resident - 3072
     longest, mean = p.longest[cut.span // 2], p.mean * cut.span
-    for stages in (n for n in (6, 5, 4, 3, 2) if n <= cut.stages):
+    for stages in (n for n in (6, 4, 3, 2) if n <= cut.stages):
         beside = _beside_rings(p, cut, stages)
         ring = min((limit - beside) // warps // 128 * 128, stages * longest)
         if ring >= max(longest, stages * mean):
