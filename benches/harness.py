@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from limits import Limit
 from peers import Peer, Weights
 
 #: Weights must not come from any cache when they are called cold.
@@ -19,9 +20,9 @@ COLD_BYTES = 512 << 20
 
 @dataclass
 class Lane:
-    """One contender in one case: how to call it, and what the clock said."""
+    """One contender in one case, or a limit: how to call it, and what the clock said."""
 
-    peer: Peer
+    peer: Peer | Limit
     call: Callable[[], object]
     repeats: int = 1
     long: bool = False

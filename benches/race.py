@@ -34,6 +34,7 @@ from harness import (  # noqa: E402
     rotating,
     verify,
 )
+from limits import Limit  # noqa: E402
 from peers import OURS, PEERS, Peer, Weights, make, random_weights  # noqa: E402
 from rows import ROWS, Goal, Row  # noqa: E402
 
@@ -164,6 +165,17 @@ class Race:
         say(f"  FAILED: {text}")
         self.wrong.append(text)
 
+    def limit(self, row: Row, m: int, work: float) -> Lane | None:
+        """The loop that says what the machine allows, where a row names one."""
+        if not row.limit or m < 16 or self.threads > 1:
+            return None
+        limit = Limit(row.limit)
+        reason = self.skipped.get(limit.name) or limit.missing()
+        if reason:
+            self.skipped[limit.name] = reason
+            return None
+        return Lane(limit, limit.call(work))
+
     def case(self, row: Row, w: Weights, m: int, ready: list[tuple[Peer, int]]) -> None:
         x = np.random.default_rng(m).standard_normal((m, w.k), dtype=np.float32)
         lanes: dict[str, Lane] = {}
@@ -182,8 +194,10 @@ class Race:
             return
         fewest, most, burst, budget = QUICK if self.quick else FULL
         pause = 2e-3 if self.threads > 1 else 0.0
-        interleave(list(lanes.values()), fewest, most, burst, pause, budget)
         work = 2.0 * m * w.n * w.k
+        limit = self.limit(row, m, work)
+        everyone = [*lanes.values(), *([limit] if limit else [])]
+        interleave(everyone, fewest, most, burst, pause, budget)
         entries, rate = [], {}
         for peer, copies in ready:
             if peer.name not in lanes:
@@ -213,8 +227,12 @@ class Race:
                 f"  M = {m:4d}  {peer.name:32s} {last['gops']:8.1f} Gop/s"
                 f"  {last['gb_per_s']:6.1f} GB/s  +-{last['spread']:.2f}"
             )
-        limit = self.bandwidth["cold" if row.cold else "hot"] * self.threads
-        goals = [judge(goal, m, lanes, rate, limit) for goal in row.goals]
+        bandwidth = self.bandwidth["cold" if row.cold else "hot"] * self.threads
+        goals = [judge(goal, m, lanes, rate, bandwidth) for goal in row.goals]
+        if limit:
+            for entry in entries:
+                pairs = zip(limit.seconds, lanes[entry["name"]].seconds, strict=True)
+                entry["of_limit"] = summary(least / took for least, took in pairs)
         self.cases.append(
             {
                 "row": row.id,
@@ -223,6 +241,7 @@ class Race:
                 "n": w.n,
                 "k": w.k,
                 "cold": row.cold,
+                "limit": {"name": limit.name, "seconds": summary(limit.seconds)} if limit else None,
                 "contenders": entries,
                 "goals": [g for g in goals if g],
             }

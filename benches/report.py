@@ -34,6 +34,12 @@ def table(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in body)
 
 
+def share(entry: dict[str, Any]) -> str:
+    """How much of what the machine allows a contender made of it."""
+    of = entry.get("of_limit")
+    return f"{100 * of['median']:.0f} %" if of else ""
+
+
 def goals_table(result: dict[str, Any]) -> str:
     """One line for each goal in each case."""
     lines = []
@@ -55,6 +61,7 @@ def goals_table(result: dict[str, Any]) -> str:
                     f"{ours['gops']:.0f}",
                     f"{best['gops']:.0f} {goal['best']}",
                     f"{ratio['median']:.2f}x ({ratio['p10']:.2f} to {ratio['p90']:.2f})",
+                    share(ours),
                     f"{goal['reach']:g}x",
                     aim,
                     {"aim": "aim reached", "reach": "reached", "missed": "**missed**"}[
@@ -70,6 +77,7 @@ def goals_table(result: dict[str, Any]) -> str:
         "Gop/s",
         "best peer",
         "ratio (p10 to p90)",
+        "of the limit",
         "reach",
         "aim",
         "outcome",
@@ -88,6 +96,7 @@ def contenders_table(case: dict[str, Any]) -> str:
                 name,
                 f"{entry['seconds']['median'] * 1e6:.0f}",
                 f"{entry['gops']:.1f}",
+                share(entry),
                 f"{entry['gb_per_s']:.1f}",
                 f"{100 * entry['spread']:.0f} %",
                 f"{entry['relative_error']:.1e}",
@@ -100,6 +109,7 @@ def contenders_table(case: dict[str, Any]) -> str:
         "contender",
         "us",
         "Gop/s",
+        "of the limit",
         "weight GB/s",
         "spread",
         "error",
@@ -124,7 +134,9 @@ def markdown(result: dict[str, Any]) -> str:
         "relative to float64 in the Frobenius norm. Contenders of a case took turns in one "
         "process, and ratios are medians over the rounds. `*` marks ours that does the same work "
         "as the peers: bits, weight groups and activation groups. Hot weights are one matrix "
-        "used again and again; cold ones rotate over at least 512 MB.",
+        "used again and again; cold ones rotate over at least 512 MB. A limit is a loop of the "
+        "multiplications alone and the loads they need, operands in the first-level cache, which "
+        "took its turn in every round.",
     ]
     for run in result["runs"]:
         hot, cold = (run["bandwidth"][key] / 1e9 for key in ("hot", "cold"))
@@ -136,6 +148,11 @@ def markdown(result: dict[str, Any]) -> str:
     for threads, case in cases(result):
         heat = ", cold" if case["cold"] else ""
         parts.append(f"## {shape_of(case)}: M = {case['m']}, {threads} thread(s){heat}")
+        if case.get("limit"):
+            rate = (
+                2.0 * case["m"] * case["n"] * case["k"] / case["limit"]["seconds"]["median"] / 1e9
+            )
+            parts.append(f"{case['limit']['name']}, {rate:.0f} Gop/s in the same rounds.")
         parts.append(contenders_table(case))
     for run in result["runs"]:
         if run["wrong"]:

@@ -64,6 +64,7 @@ class Row:
     beside: tuple[str, ...] = ()  # contenders that no goal names
     shapes: tuple[tuple[int, int], ...] = SQUARE
     cold: bool = False
+    limit: str = ""  # what bounds it from 16 rows of activations on: a kind of limits.py
 
     def ours(self) -> list[str]:
         return list(dict.fromkeys(goal.ours for goal in self.goals))
@@ -117,7 +118,9 @@ def _narrow(element: str, bits: int, group: int, gguf: tuple[str, ...]) -> Row:
         for ms, (reach, aim) in (((1,), one), ((16, 64, 256), (2.5, 5.0)))
     )
     title = f"{name}_g{group}, compute int8, hot weights"
-    return Row(f"{name}_g{group}", title, element, bits, group, (1, 16, 64, 256), goals)
+    limit = "int8 tiles of 32" if group == 32 else "int8 tiles"
+    ms = (1, 16, 64, 256)
+    return Row(f"{name}_g{group}", title, element, bits, group, ms, goals, limit=limit)
 
 
 ROWS: tuple[Row, ...] = (
@@ -134,6 +137,7 @@ ROWS: tuple[Row, ...] = (
             Goal(TWO_LEVEL, (ARK, ORT_INT8, OV), 1.9, 2.5, ms=(64,)),
             Goal(TWO_LEVEL, (ARK, ORT_INT8, OV), 2.5, 3.7, ms=(256, 1024)),
         ),
+        limit="int8 tiles",
     ),
     Row(
         "int4_g32",
@@ -148,6 +152,7 @@ ROWS: tuple[Row, ...] = (
             Goal(INT8, (ARK, ORT_INT8, "ggml q4_0"), 2.0, 3.0),
             Goal(INT8, (OV,), 1.2, 2.0),
         ),
+        limit="int8 tiles of 32",
     ),
     Row(
         "int8",
@@ -160,6 +165,7 @@ ROWS: tuple[Row, ...] = (
             Goal(GIVEN, (INT_MM, ORT_INTEGER, MKL_INT8, KONG_INT8), 1.3, 1.8, like=True),
             Goal(INT8, (TORCH_DYNAMIC, ORT_DYNAMIC), 1.3, 1.8),
         ),
+        limit="int8 tiles",
     ),
     *_gemv(cold=True),
     *_gemv(cold=False),
@@ -191,6 +197,7 @@ ROWS: tuple[Row, ...] = (
         (64, 256),
         (Goal(F32, (TORCH_F32, NUMPY, MKL_F32), 0.9, 1.05, like=True),),
         beside=(ORT_F32,),
+        limit="f32 registers",
     ),
     Row(
         "f32-dequantized",
@@ -220,6 +227,7 @@ ROWS: tuple[Row, ...] = (
         128,
         (64, 256, 1024),
         (Goal(BF16, (TORCH_BF16, MKL_BF16, OV, ARK_BF16), 0.9, 1.3, like=True),),
+        limit="bf16 tiles",
     ),
     Row(
         "minilm",
@@ -233,5 +241,6 @@ ROWS: tuple[Row, ...] = (
             Goal(INT8, (ARK, ORT_INT8, "ggml q4_0", OV), 1.5, 3.0),
         ),
         shapes=((1536, 384), (384, 1536)),
+        limit="int8 tiles of 32",
     ),
 )
