@@ -83,8 +83,6 @@ pub struct Act {
     pub(crate) scale: Taken<f32>,
     /// 1 for rows with NaN or Inf.
     pub(crate) bad: Taken<u8>,
-    /// What sums are multiplied by.
-    pub(crate) factor: i32,
 }
 
 impl Act {
@@ -119,7 +117,6 @@ impl Act {
             group_scales: None,
             scale: Taken::new(padded)?,
             bad: Taken::new(padded)?,
-            factor,
         };
         act.bad.fill(0);
         if act_group.is_some() {
@@ -176,15 +173,6 @@ impl Act {
                 .as_ref()
                 .map_or(std::ptr::null(), |s| s.as_ptr().wrapping_add(i * self.mb * self.segments)),
             rows: self.mb,
-        }
-    }
-
-    /// `times` the sum of the codes of row `m`, in a layout of one segment; `times` is 1 or the factor of the sums.
-    pub(crate) fn zero_share(&self, m: usize, times: i32) -> i32 {
-        if self.factor == times {
-            self.sum(m)
-        } else {
-            self.sum(m).wrapping_mul(times)
         }
     }
 

@@ -10,7 +10,7 @@ use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, HALF_ZERO, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::sparse::Patch;
+use crate::sparse::{Patch, Summed};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
@@ -339,7 +339,7 @@ pub(crate) fn int8(
                 let blocks = w.geometry.blocks();
                 for b0 in (0..blocks).step_by(step) {
                     sums[..padded * ldc].fill(0);
-                    job.raw(p0, np, m0, rows, b0, step.min(blocks - b0), sums, ldc, &mut s.bytes)?;
+                    job.raw_codes(p0, np, m0, rows, b0, step.min(blocks - b0), sums, ldc, &mut s.bytes)?;
                     wide.iter_mut().zip(sums.iter()).for_each(|(a, &v)| *a += i64::from(v));
                 }
                 for m in 0..rows {
@@ -348,16 +348,18 @@ pub(crate) fn int8(
                 }
                 return Ok(());
             }
-            if let Some(inner) = inner {
+            let summed = if let Some(inner) = inner {
                 job.two_level(inner, p0, np, m0, rows, sums, ldc);
+                Summed::Values
             } else {
-                job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?;
-            }
+                job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?
+            };
             for m in 0..rows {
+                expect_row(y, m0, m, rows, p0 * PANEL, cols);
                 let e = Finish {
                     cols,
                     act_scale: act.scale[m0 + m],
-                    sum: if inner.is_some() || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
+                    sum: if summed == Summed::Values || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
                     dbl: doubling(w),
                     bias,
                     scales,
@@ -377,6 +379,7 @@ pub(crate) fn int8(
             c[..padded * ldc].fill(0.0);
             job.grouped(p0, np, m0, rows, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
+                expect_row(y, m0, m, rows, p0 * PANEL, cols);
                 let row = &mut c[m * ldc..][..cols];
                 finish_row(t, y, m0 + m, p0 * PANEL, row, act.scale[m0 + m], bias, act.bad[m0 + m] != 0);
             }
@@ -573,6 +576,7 @@ impl IntJob<'_> {
         }
     }
 
+    /// Ungrouped sums of blocks `b0..b0 + blocks` of K, added to `c`: of codes, or where sparse panels have them so, of values.
     pub fn raw(
         &self,
         p0: usize,
@@ -584,17 +588,18 @@ impl IntJob<'_> {
         c: &mut [i32],
         ldc: usize,
         bytes: &mut Option<Buf<u8>>,
-    ) -> Result<()> {
+    ) -> Result<Summed> {
         if let Some(sparse) = &self.w.sparse {
-            if sparse.raw(Patch { job: self, p0, np, m0, rows, b0, blocks, c: &mut *c, ldc }) {
-                return Ok(());
+            if let Some(sums) = sparse.raw(&mut Patch { job: self, p0, np, m0, rows, b0, blocks, c: &mut *c, ldc }) {
+                return Ok(sums);
             }
         }
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
             if self.w.is_halved() {
-                return self.halved_tiles::<true>(p0, np, m0, rows, b0, blocks, c.as_mut_ptr().cast(), ldc, bytes);
+                self.halved_tiles::<true>(p0, np, m0, rows, b0, blocks, c.as_mut_ptr().cast(), ldc, bytes)?;
+                return Ok(Summed::Codes);
             }
             let window = if self.w.is_bytes() { BYTE_WINDOW } else { raw_window(rows) };
             let buf = grown(bytes, 2 * window * 1024)?;
@@ -627,7 +632,7 @@ impl IntJob<'_> {
                     }
                 }
             }
-            return Ok(());
+            return Ok(Summed::Codes);
         }
         let mr = self.b.mr;
         let call = |f: kernel::RawFn, codes, panel_stride, b: usize, n, p: usize, m: usize, c: *mut i32, prefetch| {
@@ -674,6 +679,28 @@ impl IntJob<'_> {
                 }
             }
             p += 1;
+        }
+        Ok(Summed::Codes)
+    }
+
+    /// As [`Self::raw`], always of codes. The sums of activations are their plain sums.
+    pub fn raw_codes(
+        &self,
+        p0: usize,
+        np: usize,
+        m0: usize,
+        rows: usize,
+        b0: usize,
+        blocks: usize,
+        c: &mut [i32],
+        ldc: usize,
+        bytes: &mut Option<Buf<u8>>,
+    ) -> Result<()> {
+        if self.raw(p0, np, m0, rows, b0, blocks, c, ldc, bytes)? == Summed::Values {
+            for m in 0..rows {
+                let share = self.act.sum(m0 + m).wrapping_mul(self.w.sub);
+                c[m * ldc..][..np * PANEL].iter_mut().for_each(|v| *v = v.wrapping_add(share));
+            }
         }
         Ok(())
     }
@@ -1033,20 +1060,22 @@ fn bf16_blocks(x: &MatRef, w: &Packed, t: &Kernels, threads: usize) -> Result<Ta
     let mut own = Taken::<u16>::new(size)?;
     let out = Shared(own.as_mut_ptr());
     pool::try_run(if x.rows * kp < 1 << 16 { 1 } else { threads }, x.rows.div_ceil(16), None, |i| {
-        let mut row = Taken::<f32>::new(kp)?;
-        let row = &mut row[..kp];
+        let mut copy = Taken::<f32>::new(kp)?;
+        let copy = &mut copy[..kp];
         // SAFETY: block i of the buffer belongs to this task.
         let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(i * 16 * kp), 16 * kp) };
         if x.rows < (i + 1) * 16 {
             block.fill(0);
         }
         for m in i * 16..x.rows.min((i + 1) * 16) {
-            read_padded(x, m, w, t, true, row);
-            for (s, part) in row.chunks_exact(32).enumerate() {
-                for (o, &v) in block[s * 512 + (m % 16) * 32..][..32].iter_mut().zip(part) {
-                    *o = if v.is_nan() { 0x7fc0 } else { (v.to_bits() >> 16) as u16 };
-                }
-            }
+            let row = if let Some(row) = x.row_f32(m).filter(|_| w.geometry.is_plain() && kp == x.cols) {
+                row
+            } else {
+                read_padded(x, m, w, t, false, copy);
+                &*copy
+            };
+            // SAFETY: the block has room for every step, the CPU has tiles and what came with them.
+            unsafe { crate::kernel::x86::amx::bf16_row(row, block[(m % 16) * 32..].as_mut_ptr()) };
         }
         Ok(())
     })?;
@@ -1154,6 +1183,8 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
         c[..padded * ldc].fill(0.0);
         let bytes = grown(&mut s.bytes, window * (1024 + 2 * 2048))?;
         let tiles = bytes.as_mut_ptr().wrapping_add(window * 1024);
+        // SAFETY: permission came with the plan.
+        let _tiles = unsafe { amx::Tiles::new(64) };
         for k in (0..g.blocks()).step_by(window) {
             let n = window.min(g.blocks() - k);
             // The groups of this window's segments.
@@ -1186,7 +1217,6 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                     }
                     let second = tiles.wrapping_add((count - 1) * window * 2048);
                     let pair = [tiles.cast_const(), second.cast_const()];
-                    let _tiles = amx::Tiles::new(64);
                     for m in (0..rows).step_by(32) {
                         let at = |i: usize| a.as_ptr().wrapping_add(((m0 + m) / 16 + i) * 16 * g.kp + k * BLOCK * 16);
                         let two = m + 16 < rows;
@@ -1221,6 +1251,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
             }
         }
         for m in 0..rows {
+            expect_row(y, m0, m, rows, p0 * PANEL, np * PANEL);
             finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..np * PANEL], 1.0, bias, false);
         }
         Ok(())
@@ -1267,6 +1298,25 @@ pub(crate) fn finish_row(
     if direct.is_none() {
         store_row(y, m, n0, row, bad);
     }
+}
+
+/// Asks for the part of a later row of a task that is finished soon, to be written: a row is too short for the hardware to see
+/// that it goes on, and far from the next.
+pub(crate) fn expect_row(y: &MatMut, m0: usize, m: usize, rows: usize, n0: usize, cols: usize) {
+    const AHEAD: usize = 2;
+    #[cfg(target_arch = "x86_64")]
+    if m + AHEAD < rows {
+        if let Some(row) = float_row(y, m0 + m + AHEAD, n0, cols) {
+            for j in (0..cols).step_by(16) {
+                // SAFETY: a prefetch may name any address.
+                unsafe {
+                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(row.wrapping_add(j).cast());
+                };
+            }
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (y, m0, m, rows, n0, cols, AHEAD);
 }
 
 /// Columns `n0..n0 + cols` of row `m`, where they lie there as floats side by side.

@@ -111,6 +111,9 @@ impl<'a> MatRef<'a> {
     /// If the range leaves the matrix.
     pub fn read_row(&self, i: usize, j0: usize, out: &mut [f32]) {
         assert!(i < self.rows && j0 + out.len() <= self.cols);
+        if let Some(row) = self.row_f32(i) {
+            return out.copy_from_slice(&row[j0..j0 + out.len()]);
+        }
         let base = self.row_ptr(i).wrapping_offset(j0 as isize * self.col_stride);
         let cs = self.col_stride;
         // SAFETY (all arms): `base + t*cs` for t < out.len() lies in the view, whose constructor promises

@@ -238,7 +238,7 @@ fn raw_products(
             if narrow {
                 let sums = grown(&mut s.sums, len)?;
                 sums[..len].fill(0);
-                IntJob { w, t, b, act: &acts[0], segs }.raw(
+                IntJob { w, t, b, act: &acts[0], segs }.raw_codes(
                     p0,
                     np,
                     r0,
@@ -271,7 +271,7 @@ fn raw_products(
                 for b0 in (0..kp / BLOCK).step_by(step) {
                     let sums = grown(&mut s.sums, len)?;
                     sums[..len].fill(0);
-                    job.raw(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
+                    job.raw_codes(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
                     let wide = grown(&mut s.wide, len)?;
                     wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
                 }

@@ -149,7 +149,7 @@ impl FloatPanels {
     pub(crate) fn window(&self, panel: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.blocks * BLOCK * PANEL);
         if let Some(lists) = &self.lists {
-            return lists.window(panel, 0, out);
+            return lists.window(panel, 0, &mut [0; PANEL], out);
         }
         let f = kernel::table(crate::isa::active()).floats[self.index()][usize::from(self.all)];
         if self.blocks > 0 {
@@ -239,6 +239,8 @@ impl FloatPanels {
                 }
             } else {
                 let span = b.window * BLOCK * PANEL;
+                // Where each row of the lists is, window after window.
+                let mut next = zeros_vec::<[u32; PANEL]>(if self.lists.is_some() { np } else { 0 })?;
                 for k in (0..blocks).step_by(b.window) {
                     let n = b.window.min(blocks - k);
                     let mut p = 0;
@@ -251,7 +253,8 @@ impl FloatPanels {
                             let to = grown(&mut scratch.weights, b.np * span)?;
                             for i in 0..count {
                                 if let Some(lists) = &self.lists {
-                                    lists.window(p0 + p + i, k * BLOCK, &mut to[i * span..][..n * BLOCK * PANEL]);
+                                    let to = &mut to[i * span..][..n * BLOCK * PANEL];
+                                    lists.window(p0 + p + i, k * BLOCK, &mut next[p + i], to);
                                     continue;
                                 }
                                 let f = s.floats[self.index()][usize::from(self.all)];

@@ -113,29 +113,33 @@ impl Lists {
         }
     }
 
-    /// Writes places `k0..k0 + out.len()/16` of a panel as f32 `[k][16]`.
-    pub(crate) fn window(&self, panel: usize, k0: usize, out: &mut [f32]) {
+    /// Writes places `k0..k0 + out.len()/16` of a panel as f32 `[k][16]`. `next` has for each row the first of its kept
+    /// numbers that is not before `k0`, and is moved on.
+    pub(crate) fn window(&self, panel: usize, k0: usize, next: &mut [u32; PANEL], out: &mut [f32]) {
+        match self.kind.size() {
+            2 => self.spread::<2>(panel, k0, next, out),
+            _ => self.spread::<4>(panel, k0, next, out),
+        }
+    }
+
+    #[inline(always)]
+    fn spread<const S: usize>(&self, panel: usize, k0: usize, next: &mut [u32; PANEL], out: &mut [f32]) {
         out.fill(0.0);
-        let (len, size) = (out.len() / PANEL, self.kind.size());
-        for i in 0..PANEL {
-            let at = |slot: usize| (self.starts[panel] + slot) * PANEL + i;
+        let end = k0 + out.len() / PANEL;
+        let from = self.starts[panel] * PANEL;
+        let (index, numbers) = (&self.index[from..], &self.numbers.as_chunks::<S>().0[from..]);
+        for (i, next) in next.iter_mut().enumerate() {
             let kept = self.kept[panel * PANEL + i] as usize;
-            let (mut slot, mut end) = (0, kept);
-            while slot < end {
-                let middle = usize::midpoint(slot, end);
-                if usize::from(self.index[at(middle)]) < k0 {
-                    slot = middle + 1;
-                } else {
-                    end = middle;
-                }
-            }
-            for slot in slot..kept {
-                let k = usize::from(self.index[at(slot)]);
-                if k >= k0 + len {
+            let mut slot = *next as usize;
+            while slot < kept {
+                let k = usize::from(index[slot * PANEL + i]);
+                if k >= end {
                     break;
                 }
-                out[(k - k0) * PANEL + i] = self.kind.read(&self.numbers[at(slot) * size..][..size]);
+                out[(k - k0) * PANEL + i] = self.kind.read(&numbers[slot * PANEL + i]);
+                slot += 1;
             }
+            *next = slot as u32;
         }
     }
 }

@@ -103,6 +103,15 @@ pub enum Panels {
     Rows(rows::RowPanels),
 }
 
+/// What an ungrouped integer product adds up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Summed {
+    /// Codes, dropped ones included, from which the share of the zero is to be taken.
+    Codes,
+    /// Values of kept codes.
+    Values,
+}
+
 /// A patch of an integer product that panels may compute themselves: panels `p0..p0 + np` and rows `m0..m0 + rows`, over
 /// blocks `b0..b0 + blocks` of K, into rows of `c` that are `ldc` apart.
 pub(crate) struct Patch<'a, T> {
@@ -117,21 +126,11 @@ pub(crate) struct Patch<'a, T> {
     pub ldc: usize,
 }
 
-#[cfg(target_arch = "x86_64")]
 impl Patch<'_, i32> {
     /// Whether it goes over all of K.
+    #[cfg(target_arch = "x86_64")]
     fn is_whole(&self) -> bool {
         self.b0 == 0 && self.blocks == self.job.w.geometry.blocks()
-    }
-
-    /// Adds what the caller takes off for the zero of all codes.
-    fn add_zero_share(&mut self) {
-        for m in 0..self.rows {
-            let share = self.job.act.zero_share(self.m0 + m, self.job.w.sub);
-            for v in &mut self.c[m * self.ldc..][..self.np * crate::pack::PANEL] {
-                *v = v.wrapping_add(share);
-            }
-        }
     }
 }
 
@@ -170,8 +169,8 @@ impl Panels {
         }
     }
 
-    /// An ungrouped integer product, `c += sum u*a` with dropped codes included, where these panels have a kernel for it.
-    pub(crate) fn raw(&self, a: Patch<i32>) -> bool {
+    /// An ungrouped integer product, where these panels have a kernel for it.
+    pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         match self {
             Self::Bits(p) => p.raw(a),
             Self::Tiles(p) => p.raw(a),

@@ -11,7 +11,7 @@
 use super::kernel::generic::MASKS;
 use super::kernel::{self, BitRaw, Fill, SparseKernels};
 use super::mask::code_bytes;
-use super::Patch;
+use super::{Patch, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::pack::{Geometry, Shared, BLOCK, PANEL};
@@ -185,12 +185,12 @@ impl BitPanels {
     }
 
     /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
-    pub(crate) fn raw(&self, a: Patch<i32>) -> bool {
-        let Patch { job, p0, np, m0, rows, b0, blocks, c, ldc } = a;
+    pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
+        let &mut Patch { job, p0, np, m0, rows, b0, blocks, ref mut c, ldc } = a;
         let (w, mr) = (job.w, job.b.mr);
         let t = kernel::table(job.t.isa);
         if job.b.path == Path::Tiles || w.bytes.is_some() || !matches!(mr, 1 | 2 | 4) || mr > t.max_mr || blocks == 0 {
-            return false;
+            return None;
         }
         let f = t.raw[self.kind()][mr.trailing_zeros() as usize];
         for p in 0..np {
@@ -207,7 +207,7 @@ impl BitPanels {
                 unsafe { f(&a) };
             }
         }
-        true
+        Some(Summed::Codes)
     }
 
     /// Spreads blocks of a panel to bytes.

@@ -22,7 +22,7 @@ use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 #[cfg(target_arch = "x86_64")]
 use crate::sparse::kernel::x86::bsr;
-use crate::sparse::Patch;
+use crate::sparse::{Patch, Summed};
 
 /// Values of a group.
 pub const RUN: usize = 32;
@@ -50,6 +50,8 @@ pub struct RowPanels {
     index: Buf<u16>,
     /// `[slot][16]`, empty where rows have one scale.
     scales: Buf<u16>,
+    /// The kept codes of each row added up, where rows have one scale.
+    sums: Vec<i32>,
     /// Where the slots of each panel begin, and the end.
     starts: Vec<usize>,
     /// Kept groups of each row.
@@ -80,7 +82,7 @@ impl RowPanels {
             && e.bits == 4
             && e.zero == crate::format::ZeroKind::None
             && g.is_plain()
-            && u16::try_from(g.kp / RUN * PLACE).is_ok()
+            && g.kp <= 1 << 16 // sums of 16 times the codes stay within 32 bits
             && (!grouped || (g.group == RUN && q.format.scale == crate::format::ScaleType::F16))
     }
 
@@ -108,9 +110,11 @@ impl RowPanels {
             PanelScales::F16(s) if g.groups > 1 => Some(s),
             _ => None,
         };
+        let mut sums = zeros_vec::<i32>(if own.is_some() { 0 } else { kept.len() })?;
         let mut out_scales = Buf::<u16>::zeroed(if own.is_some() { size(1)? } else { 0 })?;
         codes.fill(zero * 17);
         let to = (Shared(codes.as_mut_ptr()), Shared(index.as_mut_ptr()), Shared(out_scales.as_mut_ptr()));
+        let out_sums = Shared(sums.as_mut_ptr());
         let starts_ref = &starts;
         pool::try_run(threads, panels, None, |p| {
             let mut row = Taken::<u8>::new(runs * RUN)?;
@@ -119,6 +123,10 @@ impl RowPanels {
                 let n = p * PANEL + i;
                 row.fill(zero);
                 q.unpack_row(n, 0, &mut row[..q.cols]);
+                if own.is_none() {
+                    // SAFETY: the rows of panel p belong to this task.
+                    unsafe { *out_sums.get().add(n) = row.iter().map(|&u| i32::from(u) - i32::from(zero)).sum() };
+                }
                 for (slot, j) in (0..runs).filter(|&j| mask.unit(n, j)).enumerate() {
                     let slot = starts_ref[p] + slot;
                     let (at, (byte, shift)) = (slot * PANEL + i, byte_of(i));
@@ -137,7 +145,7 @@ impl RowPanels {
             }
             Ok(())
         })?;
-        Ok(Self { zero, codes, index, scales: out_scales, starts, kept })
+        Ok(Self { zero, codes, index, scales: out_scales, sums, starts, kept })
     }
 
     /// The slots of a panel.
@@ -168,7 +176,7 @@ impl RowPanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        let small = 2 * (self.index.len() + self.scales.len()) + 4 * self.kept.len();
+        let small = 2 * (self.index.len() + self.scales.len()) + 4 * (self.kept.len() + self.sums.len());
         self.codes.len() + small + self.starts.len() * size_of::<usize>()
     }
 
@@ -178,33 +186,25 @@ impl RowPanels {
         job.b.path != Path::Tiles && job.b.mr == 1 && job.t.isa >= Isa::Avx512Vnni && job.segs.act.is_empty()
     }
 
-    /// A row of activations as the kernels take it.
-    #[cfg(target_arch = "x86_64")]
-    fn entries(&self, job: &IntJob, m: usize, table: &mut [u8]) -> *const u8 {
-        let groups = job.w.geometry.kp / RUN;
-        assert!(table.len() >= groups * ENTRY);
-        // SAFETY: the row has codes for every place of K, the table an entry for every group; `serves_job` saw the level.
-        unsafe { bsr::entries(job.act.rows(m, 0).codes, groups, self.zero, table.as_mut_ptr()) };
-        table.as_ptr()
-    }
-
     /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn raw(&self, mut a: Patch<i32>) -> bool {
-        let Patch { job, p0, np, m0, rows, ldc, .. } = a;
+    pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
+        let &mut Patch { job, p0, np, m0, rows, ldc, .. } = a;
         if !Self::serves_job(job) || !a.is_whole() || !self.scales.is_empty() {
-            return false;
+            return None;
         }
-        let Ok(mut table) = Taken::<u8>::new(job.w.geometry.kp / RUN * ENTRY) else { return false };
+        let groups = job.w.geometry.kp / RUN;
+        let Ok(mut table) = Taken::<u8>::new(groups * RUN) else { return None };
         for m in 0..rows {
-            let x = self.entries(job, m0 + m, &mut table);
-            for (p, sums) in a.c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
+            // SAFETY: the row has codes for every place of K, the table an entry for every group; `serves_job` saw the level.
+            unsafe { bsr::unsigned(job.act.rows(m0 + m, 0).codes, groups, table.as_mut_ptr()) };
+            for (p, c) in a.c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
+                let sums = self.sums[(p0 + p) * PANEL..][..PANEL].as_ptr();
                 // SAFETY: whole slots, entries of every group, and the instructions of the level.
-                unsafe { bsr::raw(&self.slots(p0 + p), x, sums.as_mut_ptr()) };
+                unsafe { bsr::raw(&self.slots(p0 + p), table.as_ptr(), sums, c.as_mut_ptr()) };
             }
         }
-        a.add_zero_share();
-        true
+        Some(Summed::Values)
     }
 
     /// A grouped product of one row at a time; see [`super::Panels::grouped`].
@@ -214,20 +214,22 @@ impl RowPanels {
         if !Self::serves_job(job) || self.scales.is_empty() {
             return false;
         }
-        let Ok(mut table) = Taken::<u8>::new(job.w.geometry.kp / RUN * ENTRY) else { return false };
+        let groups = job.w.geometry.kp / RUN;
+        let Ok(mut table) = Taken::<u8>::new(groups * ENTRY) else { return false };
         for m in 0..rows {
-            let x = self.entries(job, m0 + m, &mut table);
-            for (p, sums) in c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
+            // SAFETY: as above.
+            unsafe { bsr::entries(job.act.rows(m0 + m, 0).codes, groups, self.zero, table.as_mut_ptr()) };
+            for (p, c) in c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
                 // SAFETY: as above; there is a scale for each group of a slot.
-                unsafe { bsr::grouped(&self.slots(p0 + p), x, sums.as_mut_ptr()) };
+                unsafe { bsr::grouped(&self.slots(p0 + p), table.as_ptr(), c.as_mut_ptr()) };
             }
         }
         true
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn raw(&self, _: Patch<i32>) -> bool {
-        false
+    pub(crate) fn raw(&self, _: &mut Patch<i32>) -> Option<Summed> {
+        None
     }
 
     #[cfg(not(target_arch = "x86_64"))]

@@ -3,7 +3,7 @@
 //! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
 //! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
 use super::mask::Mask;
-use super::{Patch, Structure};
+use super::{Patch, Structure, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::kernel::generic::IN_ORDER;
@@ -126,11 +126,11 @@ impl TilePanels {
 
     /// An ungrouped product of many rows by the kept tiles alone; see [`super::Panels::raw`].
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn raw(&self, mut a: Patch<i32>) -> bool {
+    pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         use super::kernel::x86::amx::{multiply, Kept};
-        let Patch { job, p0, np, m0, rows, blocks, ldc, .. } = a;
+        let &mut Patch { job, p0, np, m0, rows, blocks, ldc, .. } = a;
         if job.b.path != Path::Tiles || !self.signed() || !a.is_whole() {
-            return false;
+            return None;
         }
         let c = a.c.as_mut_ptr();
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles.
@@ -148,13 +148,12 @@ impl TilePanels {
                 }
             }
         }
-        a.add_zero_share();
-        true
+        Some(Summed::Values)
     }
 
     #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn raw(&self, _: Patch<i32>) -> bool {
-        false
+    pub(crate) fn raw(&self, _: &mut Patch<i32>) -> Option<Summed> {
+        None
     }
 
     /// Decodes blocks of a panel to bytes, dropped ones too.

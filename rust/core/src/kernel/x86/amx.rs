@@ -470,6 +470,21 @@ unsafe fn decode_bf16<const W: u8>(a: &F32Args, out: *mut u8) {
     }
 }
 
+/// Rounds a row of activations, a multiple of 32, to bf16: steps of 32, 1 KiB apart.
+///
+/// # Safety
+/// `out` has 64 bytes for each step; the CPU has AVX-512 BF16.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,avx2,fma,f16c")]
+pub unsafe fn bf16_row(row: &[f32], out: *mut u16) {
+    // SAFETY: as the caller says.
+    unsafe {
+        for (s, step) in row.chunks_exact(32).enumerate() {
+            let (low, high) = (V::loadf(step.as_ptr()), V::loadf(step.as_ptr().add(16)));
+            V::store(out.add(512 * s).cast(), std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low)));
+        }
+    }
+}
+
 /// Rounds floats `[k][16]`, an even number of k, to bf16 tiles.
 ///
 /// # Safety

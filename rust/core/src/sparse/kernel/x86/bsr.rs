@@ -1,9 +1,13 @@
 //! Kept groups of 32 values of four bits, for one row of activations (AVX-512 VNNI).
 //!
-//! Each row keeps other groups, so activations are fetched 32 at a time for each row by itself, from a table whose entries
-//! hold the 32 of a group and what its sums begin with: codes are unsigned, and the share of their zero goes off first.
-//! A register holds two rows; the eight sums of 32 bits that a row has are added up for 16 rows at once.
-use crate::sparse::rows::{Slots, ENTRY, PLACE};
+//! Each row keeps other groups, so activations are fetched 32 at a time for each row by itself, from a table. A register holds
+//! two rows; the eight sums of 32 bits that a row has are added up for 16 rows at once.
+//!
+//! Where groups have a scale each, that is done for every slot; an entry of the table holds the 32 activations of a group and
+//! what its sums begin with: codes are unsigned, and the share of their zero goes off first. Where rows have one scale it is
+//! done once a panel; the entries are unsigned activations, `x + 128`, and the codes signed, in the upper halves of bytes:
+//! `sum (x + 128) * 16q`, of which 128 times the sum of a row's codes, known beforehand, goes off at last.
+use crate::sparse::rows::{Slots, ENTRY, PLACE, RUN};
 use std::arch::x86_64::*;
 
 // No closures here: they would be compiled without the features.
@@ -24,6 +28,22 @@ pub(crate) unsafe fn entries(x: *const i8, groups: usize, zero: u8, table: *mut 
             let to = table.add(ENTRY * j).cast::<__m256i>();
             _mm256_storeu_si256(to, codes);
             _mm256_storeu_si256(to.add(1), _mm256_sub_epi32(none, share));
+        }
+    }
+}
+
+/// Activations as [`raw`] takes them, 32 bytes for each group: `x + 128`.
+///
+/// # Safety
+/// `x` has `groups` groups, `table` room for as many; the CPU has AVX-512 with VNNI.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(crate) unsafe fn unsigned(x: *const i8, groups: usize, table: *mut u8) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let top = _mm256_set1_epi8(-128);
+        for j in 0..groups {
+            let codes = _mm256_loadu_si256(x.add(32 * j).cast());
+            _mm256_storeu_si256(table.add(32 * j).cast(), _mm256_xor_si256(codes, top));
         }
     }
 }
@@ -51,16 +71,24 @@ macro_rules! four {
     }};
 }
 
-/// The sums of rows `r` and `r + 4` of a slot, and of `r + 1` and `r + 5`, whose codes share bytes.
+/// Where the table's entries of `size` bytes are for rows `r`, `r + 4`, `r + 1` and `r + 5` of a slot, whose codes share
+/// bytes.
+macro_rules! places {
+    ($index:expr, $table:expr, $size:expr, $r:literal) => {
+        // Volatile, lest they be fetched as a vector and taken apart, which costs twice what it saves.
+        [
+            $table.add(usize::from($index.add($r).read_volatile()) * ($size / PLACE)),
+            $table.add(usize::from($index.add($r + 4).read_volatile()) * ($size / PLACE)),
+            $table.add(usize::from($index.add($r + 1).read_volatile()) * ($size / PLACE)),
+            $table.add(usize::from($index.add($r + 5).read_volatile()) * ($size / PLACE)),
+        ]
+    };
+}
+
+/// The sums of rows `r` and `r + 4` of a slot, and of `r + 1` and `r + 5`.
 macro_rules! rows {
     ($codes:expr, $index:expr, $table:expr, $low:expr, $r:literal) => {{
-        // Volatile, lest they be fetched as a vector and taken apart, which costs twice what it saves.
-        let at = [
-            $table.add(usize::from($index.add($r).read_volatile()) * (ENTRY / PLACE)),
-            $table.add(usize::from($index.add($r + 4).read_volatile()) * (ENTRY / PLACE)),
-            $table.add(usize::from($index.add($r + 1).read_volatile()) * (ENTRY / PLACE)),
-            $table.add(usize::from($index.add($r + 5).read_volatile()) * (ENTRY / PLACE)),
-        ];
+        let at = places!($index, $table, ENTRY, $r);
         let u = _mm512_loadu_si512($codes.cast());
         let (u0, u1) = (_mm512_and_si512(u, $low), _mm512_and_si512(_mm512_srli_epi16::<4>(u), $low));
         (
@@ -70,16 +98,12 @@ macro_rules! rows {
     }};
 }
 
-/// The sums of 16 rows' groups of a slot: lane `i` is row `i`.
-macro_rules! slot {
-    ($codes:expr, $index:expr, $table:expr, $low:expr) => {{
-        let (codes, index) = ($codes, $index);
-        let (a, b) = rows!(codes, index, $table, $low, 0);
-        let (c, d) = rows!(codes.add(64), index, $table, $low, 2);
-        let first = four!(pair!(a, b), pair!(c, d));
-        let (a, b) = rows!(codes.add(128), index, $table, $low, 8);
-        let (c, d) = rows!(codes.add(192), index, $table, $low, 10);
-        let second = four!(pair!(a, b), pair!(c, d));
+/// The sums of rows that eight registers hold two by two: lane `i` is row `i`.
+macro_rules! tree {
+    ($s:expr) => {{
+        let s = $s;
+        let first = four!(pair!(s[0].0, s[0].1), pair!(s[1].0, s[1].1));
+        let second = four!(pair!(s[2].0, s[2].1), pair!(s[3].0, s[3].1));
         // 16 bytes of sums of four rows, twice for rows 0 to 3, then twice for rows 4 to 7.
         let (even, odd) = (_mm512_shuffle_i32x4::<0x88>(first, second), _mm512_shuffle_i32x4::<0xdd>(first, second));
         _mm512_add_epi32(even, odd)
@@ -112,7 +136,13 @@ pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
         let mut f = _mm512_loadu_ps(c);
         for i in 0..s.count {
             fetch!(s, i);
-            let d = slot!(s.codes.add(256 * i), s.index.add(16 * i), table, low);
+            let (codes, index) = (s.codes.add(256 * i), s.index.add(16 * i));
+            let d = tree!([
+                rows!(codes, index, table, low, 0),
+                rows!(codes.add(64), index, table, low, 2),
+                rows!(codes.add(128), index, table, low, 8),
+                rows!(codes.add(192), index, table, low, 10),
+            ]);
             let scale = _mm512_cvtph_ps(_mm256_loadu_si256(s.scales.add(16 * i).cast()));
             f = _mm512_fmadd_ps(_mm512_cvtepi32_ps(d), scale, f);
         }
@@ -120,20 +150,38 @@ pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
     }
 }
 
-/// Rows with one scale: `c += sum`.
+/// Rows with one scale: `c += sum`, where `128 * sums` of a row are in it once too often.
 ///
 /// # Safety
-/// As [`grouped`], `c` has 16 sums.
+/// `s` describes whole slots of a row of at most 65536 places, `table` has the [`unsigned`] activations of every group, `sums`
+/// and `c` 16 numbers; the CPU has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(crate) unsafe fn raw(s: &Slots, table: *const u8, c: *mut i32) {
+pub(crate) unsafe fn raw(s: &Slots, table: *const u8, sums: *const i32, c: *mut i32) {
     // SAFETY: as the contract says.
     unsafe {
-        let low = _mm512_set1_epi8(15);
-        let mut d = _mm512_loadu_si512(c.cast());
+        let (top, upper) = (_mm512_set1_epi8(-128), _mm512_set1_epi8(-16));
+        let mut acc = [(_mm512_setzero_si512(), _mm512_setzero_si512()); 4];
         for i in 0..s.count {
             fetch!(s, i);
-            d = _mm512_add_epi32(d, slot!(s.codes.add(256 * i), s.index.add(16 * i), table, low));
+            let (codes, index) = (s.codes.add(256 * i), s.index.add(16 * i));
+            macro_rules! step {
+                ($t:literal, $r:literal) => {
+                    let at = places!(index, table, RUN, $r);
+                    let u = _mm512_loadu_si512(codes.add(64 * $t).cast());
+                    // (u ^ top) & upper: the code as a signed number, times 16.
+                    let low = _mm512_ternarylogic_epi32::<0x28>(_mm512_slli_epi16::<4>(u), top, upper);
+                    let high = _mm512_ternarylogic_epi32::<0x28>(u, top, upper);
+                    acc[$t].0 = _mm512_dpbusd_epi32(acc[$t].0, two!(at[0], at[1], 0), low);
+                    acc[$t].1 = _mm512_dpbusd_epi32(acc[$t].1, two!(at[2], at[3], 0), high);
+                };
+            }
+            step!(0, 0);
+            step!(1, 2);
+            step!(2, 8);
+            step!(3, 10);
         }
-        _mm512_storeu_si512(c.cast(), d);
+        let share = _mm512_slli_epi32::<7>(_mm512_loadu_si512(sums.cast()));
+        let d = _mm512_sub_epi32(_mm512_srai_epi32::<4>(tree!(acc)), share);
+        _mm512_storeu_si512(c.cast(), _mm512_add_epi32(_mm512_loadu_si512(c.cast()), d));
     }
 }
