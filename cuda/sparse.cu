@@ -126,7 +126,7 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
                 phases ^= 1u << oldest;
                 oldest = oldest + 1 == STAGES ? 0 : oldest + 1;
                 held--;
-                tail = places[oldest];
+                if (copies) tail = places[oldest];
             }
             const u32 bar = ready + stage * 8;
             if (copies) {
