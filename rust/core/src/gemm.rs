@@ -1304,19 +1304,13 @@ pub(crate) fn finish_row(
 /// that it goes on, and far from the next.
 pub(crate) fn expect_row(y: &MatMut, m0: usize, m: usize, rows: usize, n0: usize, cols: usize) {
     const AHEAD: usize = 2;
+    let row = (m + AHEAD < rows).then(|| float_row(y, m0 + m + AHEAD, n0, cols)).flatten();
     #[cfg(target_arch = "x86_64")]
-    if m + AHEAD < rows {
-        if let Some(row) = float_row(y, m0 + m + AHEAD, n0, cols) {
-            for j in (0..cols).step_by(16) {
-                // SAFETY: a prefetch may name any address.
-                unsafe {
-                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_ET0 }>(row.wrapping_add(j).cast());
-                };
-            }
-        }
+    if let Some(row) = row {
+        crate::kernel::x86::fetch_to_write(row.cast(), 4 * cols);
     }
     #[cfg(not(target_arch = "x86_64"))]
-    let _ = (y, m0, m, rows, n0, cols, AHEAD);
+    let _ = row;
 }
 
 /// Columns `n0..n0 + cols` of row `m`, where they lie there as floats side by side.

@@ -37,3 +37,12 @@ instantiate!(
     ],
     lut [(4, T4, 2, [4, 4, 2], short [4, 2, 1]), (6, T6, 2, [4, 2, 1]), (12, H6, 4, [2, 1, 1])], inner [(2, U2, 4), (4, U4, 2)], bytes [U8, U8], rows [2, 4, 8], gemv [4, 2], gemm 2 [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 );
+
+/// Asks for the cache lines of `bytes` bytes, to be written soon.
+pub fn fetch_to_write(p: *const u8, bytes: usize) {
+    use std::arch::x86_64::{_mm_prefetch, _MM_HINT_ET0};
+    for line in (0..bytes).step_by(64) {
+        // SAFETY: a prefetch may name any address.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.wrapping_add(line).cast()) };
+    }
+}
