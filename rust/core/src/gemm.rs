@@ -339,7 +339,8 @@ pub(crate) fn int8(
                 let blocks = w.geometry.blocks();
                 for b0 in (0..blocks).step_by(step) {
                     sums[..padded * ldc].fill(0);
-                    job.raw_codes(p0, np, m0, rows, b0, step.min(blocks - b0), sums, ldc, &mut s.bytes)?;
+                    let at = Region { p0, np, m0, rows, b0, blocks: step.min(blocks - b0) };
+                    job.raw_codes(at, sums, ldc, &mut s.bytes)?;
                     wide.iter_mut().zip(sums.iter()).for_each(|(a, &v)| *a += i64::from(v));
                 }
                 for m in 0..rows {
@@ -352,7 +353,8 @@ pub(crate) fn int8(
                 job.two_level(inner, p0, np, m0, rows, sums, ldc);
                 Summed::Values
             } else {
-                job.raw(p0, np, m0, rows, 0, w.geometry.blocks(), sums, ldc, &mut s.bytes)?
+                let at = Region { p0, np, m0, rows, b0: 0, blocks: w.geometry.blocks() };
+                job.raw(at, sums, ldc, &mut s.bytes)?
             };
             for m in 0..rows {
                 expect_row(y, m0, m, rows, p0 * PANEL, cols);
@@ -507,6 +509,17 @@ pub(crate) fn ahead(w: &Packed, p: usize, np: usize, count: usize, window: usize
     }
 }
 
+/// A part of a product: panels `p0..p0 + np` by rows `m0..m0 + rows` of activations, over blocks `b0..b0 + blocks` of K.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Region {
+    pub p0: usize,
+    pub np: usize,
+    pub m0: usize,
+    pub rows: usize,
+    pub b0: usize,
+    pub blocks: usize,
+}
+
 /// One integer product: what every task shares.
 pub(crate) struct IntJob<'a> {
     pub w: &'a Packed,
@@ -576,21 +589,11 @@ impl IntJob<'_> {
         }
     }
 
-    /// Ungrouped sums of blocks `b0..b0 + blocks` of K, added to `c`: of codes, or where sparse panels have them so, of values.
-    pub fn raw(
-        &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-        bytes: &mut Option<Buf<u8>>,
-    ) -> Result<Summed> {
+    /// Ungrouped sums of a region, added to `c`: of codes, or where sparse panels have them so, of values.
+    pub fn raw(&self, at: Region, c: &mut [i32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<Summed> {
+        let Region { p0, np, m0, rows, b0, blocks } = at;
         if let Some(sparse) = &self.w.sparse {
-            if let Some(sums) = sparse.raw(&mut Patch { job: self, p0, np, m0, rows, b0, blocks, c: &mut *c, ldc }) {
+            if let Some(sums) = sparse.raw(&mut Patch { job: self, at, c: &mut *c, ldc }) {
                 return Ok(sums);
             }
         }
@@ -598,7 +601,7 @@ impl IntJob<'_> {
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx;
             if self.w.is_halved() {
-                self.halved_tiles::<true>(p0, np, m0, rows, b0, blocks, c.as_mut_ptr().cast(), ldc, bytes)?;
+                self.halved_tiles::<true>(at, c.as_mut_ptr().cast(), ldc, bytes)?;
                 return Ok(Summed::Codes);
             }
             let window = if self.w.is_bytes() { BYTE_WINDOW } else { raw_window(rows) };
@@ -684,22 +687,11 @@ impl IntJob<'_> {
     }
 
     /// As [`Self::raw`], always of codes. The sums of activations are their plain sums.
-    pub fn raw_codes(
-        &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
-        c: &mut [i32],
-        ldc: usize,
-        bytes: &mut Option<Buf<u8>>,
-    ) -> Result<()> {
-        if self.raw(p0, np, m0, rows, b0, blocks, c, ldc, bytes)? == Summed::Values {
-            for m in 0..rows {
-                let share = self.act.sum(m0 + m).wrapping_mul(self.w.sub);
-                c[m * ldc..][..np * PANEL].iter_mut().for_each(|v| *v = v.wrapping_add(share));
+    pub fn raw_codes(&self, at: Region, c: &mut [i32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<()> {
+        if self.raw(at, c, ldc, bytes)? == Summed::Values {
+            for m in 0..at.rows {
+                let share = self.act.sum(at.m0 + m).wrapping_mul(self.w.sub);
+                c[m * ldc..][..at.np * PANEL].iter_mut().for_each(|v| *v = v.wrapping_add(share));
             }
         }
         Ok(())
@@ -756,7 +748,8 @@ impl IntJob<'_> {
     ) -> Result<()> {
         if let Some(sparse) = &self.w.sparse {
             let blocks = self.w.geometry.blocks();
-            if sparse.grouped(Patch { job: self, p0, np, m0, rows, b0: 0, blocks, c: &mut *c, ldc }) {
+            let at = Region { p0, np, m0, rows, b0: 0, blocks };
+            if sparse.grouped(Patch { job: self, at, c: &mut *c, ldc }) {
                 return Ok(());
             }
         }
@@ -917,7 +910,8 @@ impl IntJob<'_> {
         let w = self.w;
         let blocks = w.geometry.blocks();
         if w.is_halved() {
-            return self.halved_tiles::<false>(p0, np, m0, rows, 0, blocks, c.as_mut_ptr(), ldc, bytes);
+            let at = Region { p0, np, m0, rows, b0: 0, blocks };
+            return self.halved_tiles::<false>(at, c.as_mut_ptr(), ldc, bytes);
         }
         let signed = plan::signed_bytes(w);
         let kernels = amx::grouped(signed);

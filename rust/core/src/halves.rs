@@ -1,7 +1,7 @@
 //! Integer products by tiles of weights whose integers take two bytes.
 use crate::buf::Buf;
 use crate::error::Result;
-use crate::gemm::{ahead, grown, IntJob};
+use crate::gemm::{ahead, grown, IntJob, Region};
 use crate::kernel::x86::{amx, halves};
 use crate::pack::{BLOCK, PANEL};
 
@@ -9,19 +9,15 @@ use crate::pack::{BLOCK, PANEL};
 const WINDOW: usize = 32;
 
 impl IntJob<'_> {
-    /// Adds the products of some blocks to float sums, or to `RAW` int32 sums of all of K; `c` has whole tiles.
+    /// Adds the products of a region to float sums, or to `RAW` int32 sums of all of K; `c` has whole tiles.
     pub(crate) fn halved_tiles<const RAW: bool>(
         &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        b0: usize,
-        blocks: usize,
+        at: Region,
         c: *mut f32,
         ldc: usize,
         bytes: &mut Option<Buf<u8>>,
     ) -> Result<()> {
+        let Region { p0, np, m0, rows, b0, blocks } = at;
         let per = if RAW { 1 } else { self.segs.blocks().max(1) };
         let window = ((WINDOW / per).max(1) * per).min(blocks.max(1));
         let buf = grown(bytes, window * self.w.unpacked_block())?.as_mut_ptr();

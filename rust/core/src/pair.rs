@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::format::HALF;
 use crate::gemm::{
     available, check, grown, int32_limit, int8, nothing, store_row, sum_zero_ptrs, tasks, tile_ldc, IntJob, Options,
-    SLAB,
+    Region, SLAB,
 };
 use crate::kernel;
 use crate::matrix::{MatMut, MatRef, Scalar};
@@ -238,17 +238,8 @@ fn raw_products(
             if narrow {
                 let sums = grown(&mut s.sums, len)?;
                 sums[..len].fill(0);
-                IntJob { w, t, b, act: &acts[0], segs }.raw_codes(
-                    p0,
-                    np,
-                    r0,
-                    count,
-                    0,
-                    kp / BLOCK,
-                    sums,
-                    ldc,
-                    &mut s.bytes,
-                )?;
+                let at = Region { p0, np, m0: r0, rows: count, b0: 0, blocks: kp / BLOCK };
+                IntJob { w, t, b, act: &acts[0], segs }.raw_codes(at, sums, ldc, &mut s.bytes)?;
                 for r in 0..count {
                     let row = &mut sums[r * ldc..][..cols];
                     let sum = acts[0].sum(r0 + r);
@@ -271,7 +262,8 @@ fn raw_products(
                 for b0 in (0..kp / BLOCK).step_by(step) {
                     let sums = grown(&mut s.sums, len)?;
                     sums[..len].fill(0);
-                    job.raw_codes(p0, np, r0, count, b0, step.min(kp / BLOCK - b0), sums, ldc, &mut s.bytes)?;
+                    let at = Region { p0, np, m0: r0, rows: count, b0, blocks: step.min(kp / BLOCK - b0) };
+                    job.raw_codes(at, sums, ldc, &mut s.bytes)?;
                     let wide = grown(&mut s.wide, len)?;
                     wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
                 }

@@ -22,7 +22,7 @@ pub use convert::{pack, unpack};
 pub use mask::Mask;
 
 use crate::error::Result;
-use crate::gemm::IntJob;
+use crate::gemm::{IntJob, Region};
 use crate::kernel::Kernels;
 use crate::pack::{Geometry, PanelScales};
 use crate::qtensor::QView;
@@ -112,16 +112,10 @@ pub(crate) enum Summed {
     Values,
 }
 
-/// A patch of an integer product that panels may compute themselves: panels `p0..p0 + np` and rows `m0..m0 + rows`, over
-/// blocks `b0..b0 + blocks` of K, into rows of `c` that are `ldc` apart.
+/// A region of an integer product that panels may compute themselves, into rows of `c` that are `ldc` apart.
 pub(crate) struct Patch<'a, T> {
     pub job: &'a IntJob<'a>,
-    pub p0: usize,
-    pub np: usize,
-    pub m0: usize,
-    pub rows: usize,
-    pub b0: usize,
-    pub blocks: usize,
+    pub at: Region,
     pub c: &'a mut [T],
     pub ldc: usize,
 }
@@ -130,7 +124,7 @@ impl Patch<'_, i32> {
     /// Whether it goes over all of K.
     #[cfg(target_arch = "x86_64")]
     fn is_whole(&self) -> bool {
-        self.b0 == 0 && self.blocks == self.job.w.geometry.blocks()
+        self.at.b0 == 0 && self.at.blocks == self.job.w.geometry.blocks()
     }
 }
 

@@ -14,6 +14,7 @@ use super::mask::code_bytes;
 use super::{Patch, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+use crate::gemm::Region;
 use crate::pack::{Geometry, Shared, BLOCK, PANEL};
 use crate::plan::Path;
 use crate::pool;
@@ -186,7 +187,7 @@ impl BitPanels {
 
     /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
-        let &mut Patch { job, p0, np, m0, rows, b0, blocks, ref mut c, ldc } = a;
+        let &mut Patch { job, at: Region { p0, np, m0, rows, b0, blocks }, ref mut c, ldc } = a;
         let (w, mr) = (job.w, job.b.mr);
         let t = kernel::table(job.t.isa);
         if job.b.path == Path::Tiles || w.bytes.is_some() || !matches!(mr, 1 | 2 | 4) || mr > t.max_mr || blocks == 0 {

@@ -12,7 +12,7 @@
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
-use crate::gemm::IntJob;
+use crate::gemm::{IntJob, Region};
 #[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::pack::{Geometry, PanelScales, Shared, PANEL};
@@ -189,7 +189,7 @@ impl RowPanels {
     /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
-        let &mut Patch { job, p0, np, m0, rows, ldc, .. } = a;
+        let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ldc, .. } = a;
         if !Self::serves_job(job) || !a.is_whole() || !self.scales.is_empty() {
             return None;
         }
@@ -210,7 +210,7 @@ impl RowPanels {
     /// A grouped product of one row at a time; see [`super::Panels::grouped`].
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
-        let Patch { job, p0, np, m0, rows, c, ldc, .. } = a;
+        let Patch { job, at: Region { p0, np, m0, rows, .. }, c, ldc } = a;
         if !Self::serves_job(job) || self.scales.is_empty() {
             return false;
         }

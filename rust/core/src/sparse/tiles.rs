@@ -6,6 +6,8 @@ use super::mask::Mask;
 use super::{Patch, Structure, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::Region;
 use crate::kernel::generic::IN_ORDER;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
@@ -128,7 +130,7 @@ impl TilePanels {
     #[cfg(target_arch = "x86_64")]
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         use super::kernel::x86::amx::{multiply, Kept};
-        let &mut Patch { job, p0, np, m0, rows, blocks, ldc, .. } = a;
+        let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ldc, .. } = a;
         if job.b.path != Path::Tiles || !self.signed() || !a.is_whole() {
             return None;
         }
