@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from nibblas.cuda._sparse import (
     GROUPS,
     PAIRS,
     TILES,
+    SparsePanels,
     SparseProblem,
     plan_sparse,
     ring_of,
@@ -79,6 +82,30 @@ def test_spans_are_of_equal_work(m: int, shape: tuple[int, int]) -> None:
                 work[t // d["WR"] * wide + r // d["SPAN"]] += sizes[t, r] + steady
         each = np.add.reduceat(work, starts[:-1])
         assert each.max() <= 1.05 * each.mean() + work.max()
+
+
+@pytest.mark.parametrize(
+    ("element", "own", "structure", "most"),
+    [
+        ("int8", S8, ENTRIES, 32),
+        ("int8", S8, PAIRS, 64),
+        ("int8", S8, FOURS, 64),
+        ("int8", S8, TILES, 64),
+        ("int4", F16, GROUPS, 16),
+        ("f16", F16, ENTRIES, None),
+        ("bf16", BF16, FOURS, None),
+    ],
+)
+def test_rows_that_records_serve(element: str, own: int, structure: int, most: int | None) -> None:
+    """More than that go to dense panels, where there are any: numbers have none."""
+    records: Any = SimpleNamespace(structure=structure)
+    panels: Any = SimpleNamespace(
+        element=SimpleNamespace(name=element), own=own, held={own: [records]}
+    )
+    compute = "int8" if own == S8 else "f32"
+    for m in (1, 8, 16, 17, 32, 33, 64, 65, 4096):
+        found = SparsePanels.act(panels, m, compute, own)
+        assert found == ((own, False) if most is None or m <= most else None), m
 
 
 @needs_nvrtc

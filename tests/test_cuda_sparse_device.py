@@ -275,6 +275,31 @@ def test_formats_without_a_kernel_are_spread(fmt: str) -> None:
     same_as_dense(weights(fmt, 90, 512, 0.5), activations(9, 512, np.float16))
 
 
+@pytest.mark.parametrize(
+    ("fmt", "density", "most"),
+    [
+        ("int8_bitmap", 0.5, 32),
+        ("int8_bitmap", 0.1, 64),
+        ("int8_2of4", 0.5, 64),
+        ("int8_block16x64", 0.4, 64),
+        ("int4_g128_bsr32", 0.5, 16),
+    ],
+)
+def test_rows_beyond_the_records_meet_dense_panels(fmt: str, density: float, most: int) -> None:
+    """Which nest a product takes, and that both give the CPU's bits."""
+    compute = "int8" if fmt.startswith("int8") else "f32"
+    q = weights(fmt, 100, 640, density)
+    d = q.to("cuda:0")
+    panels = d._storage.panels  # type: ignore[attr-defined]
+    for m in (most, most + 1):
+        x = activations(m, 640, np.float16)
+        beyond = m > most
+        nest = nb.explain(cupy.asarray(x), d.T, compute=compute).nest
+        assert (nest == "sparse") != beyond
+        assert (panels.spread is not None) == beyond
+        same_as_dense(q, x) if compute == "int8" else check(cupy.asarray(x) @ d.T, x, q)
+
+
 @pytest.mark.parametrize("fmt", ["int8_2of4", "int4_g128_bsr32", "int8_bitmap"])
 def test_activations_quantised_once(fmt: str) -> None:
     q, x = weights(fmt, 100, 640, 0.5), cupy.asarray(activations(6, 640, np.float16))

@@ -46,8 +46,14 @@ _STEADY = {ENTRIES: 16384, PAIRS: 8192, FOURS: 512, GROUPS: 2048, TILES: 5120}
 _MOST_BLOCKS = 288
 
 # Above so many rows of activations the arithmetic decides, and dense panels are quicker: a product
-# then makes them beside.
-_MOST_ROWS = {"int8": 64, "int4": 16}
+# then makes them beside. Numbers have no dense panels.
+_MOST_ROWS = {
+    ("int8", ENTRIES): 32,
+    ("int8", PAIRS): 64,
+    ("int8", FOURS): 64,
+    ("int8", TILES): 64,
+    ("int4", GROUPS): 16,
+}
 
 
 class _SparseArgs(_GemmArgs):
@@ -435,7 +441,8 @@ class SparsePanels(Panels):
 
         None where the records do not serve, or serve worse than dense panels.
         """
-        if m > _MOST_ROWS.get(self.element.name, m):
+        (records, *_) = self.held[self.own]
+        if m > _MOST_ROWS.get((self.element.name, records.structure), m):
             return None
         if self.own == S8:
             return (S8, False) if compute == "int8" else None
