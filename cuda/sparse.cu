@@ -26,6 +26,7 @@ constexpr int WIDTH = INT ? 1 : 2, PARTS = WIDTH; // bytes of a number of X; run
 constexpr int STEPS = 4 * WIDTH; // products of a record, along K
 constexpr int HALVES = halves_of(STRUCTURE), PLACES = RECORD_K * HALVES; // of a record along K
 constexpr int X_HALF = T * 128 * PARTS, X_RECORD = HALVES * X_HALF, X_STAGE = SPAN * X_RECORD;
+constexpr u32 FOURS_PIECES = INT ? 160 : 288; // of a record
 constexpr int SETS = KEPT_GROUPS ? Sets<ACT, 4>::value : 1;
 
 template <bool I> struct Number {
@@ -82,8 +83,9 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
     auto look = [&](int at) {
         if (at >= end) return Run{0, 0, 0};
         const int row_block = at / a.chunks, chunk = at - row_block * a.chunks, from = chunk * SPAN;
-        const u32 *row = a.offsets + (i64)min(row_block * WR + wr, tiles - 1) * a.records;
-        return Run{row[from], row[min(from + SPAN, a.records)], chunk};
+        const u32 tile = (u32)min(row_block * WR + wr, tiles - 1), first = tile * a.records + from, last = tile * a.records + min(from + SPAN, a.records);
+        if (FOURS) return Run{first * FOURS_PIECES, last * FOURS_PIECES, chunk};
+        return Run{a.offsets[first], a.offsets[last], chunk};
     };
     w_ring += wr * a.slot;
     places += wr * STAGES;
@@ -144,110 +146,144 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
     if (!waited) wait();
 }
 
-// Brings sums away, row block after row block. A run that is not all of K goes to the workspace, but that from the first
-// chunk on: its block comes to it last and adds those of the others, which came to theirs first. So no block waits
-// for one with a lower number, and the order of the sum is always the same.
-DEVICE void drain(const SparseArgs &a, int block, int m0, const float *sums, u8 *not_finite, u32 full, u32 free) {
-    // A lane has four rows of every 128, a warp every DRAIN-th column, TOGETHER of them at a time.
-    constexpr int BANDS = (R + 127) / 128, EACH = (T + DRAIN - 1) / DRAIN;
-    constexpr int MOST = NB_TOGETHER, TURN = (EACH + MOST - 1) / MOST, TOGETHER = (EACH + TURN - 1) / TURN;
-    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, columns = min(T, a.m - m0);
-    // Sums of int8 are integers until they are whole.
-    auto add = [&](float4 &v, float4 p) {
-        auto plus = [](float p, float q) { return INT ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q; };
-        v = make_float4(plus(v.x, p.x), plus(v.y, p.y), plus(v.z, p.z), plus(v.w, p.w));
-    };
-    float *slots = a.work + (i64)blockIdx.y * gridDim.x * (R * T);
-    Place<1> here;
-    int phase = 0;
-    wait_for_previous();
-    for (here.start(a.starts[block], a.starts[block + 1], a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
-        int last = block; // of the blocks that have a part
-        while (a.starts[last + 1] < (here.row_block + 1) * a.chunks) last++;
-        const bool collects = here.first == 0 && last > block, whole = here.first == 0;
-        float *mine = slots + (i64)block * (R * T);
-        int *counter = a.counters + blockIdx.y * a.row_blocks + here.row_block;
-        // What the rows need is read before the sums are there.
-        float scale[BANDS][4], bias[BANDS][4];
+// Sums of int8 are integers until they are whole.
+DEVICE void add(float4 &v, float4 p) {
+    auto plus = [](float p, float q) { return INT ? __int_as_float(__float_as_int(p) + __float_as_int(q)) : p + q; };
+    v = make_float4(plus(v.x, p.x), plus(v.y, p.y), plus(v.z, p.z), plus(v.w, p.w));
+}
+
+// Of the sums, a lane has four rows of every 128, a warp every DRAIN-th column, at most so many of them at a time.
+constexpr int BANDS = (R + 127) / 128, EACH = (T + DRAIN - 1) / DRAIN;
+constexpr int at_a_time(int most) {
+    const int turns = (EACH + most - 1) / most;
+    return (EACH + turns - 1) / turns;
+}
+
+// What the rows of a lane need beside their sums.
+struct Rows {
+    float scale[BANDS][4], bias[BANDS][4];
+    DEVICE Rows(const SparseArgs &a, int row_block, int lane) {
 #pragma unroll
         for (int i = 0; i < BANDS; i++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
-                const int n = min(here.row_block * R + i * 128 + 4 * lane + e, a.n - 1);
+                const int n = min(row_block * R + i * 128 + 4 * lane + e, a.n - 1);
                 scale[i][e] = INT ? scale_at(a.scales, n) : 1.0f;
                 bias[i][e] = a.bias ? a.bias[n] : 0.0f;
             }
-        float4 others[TOGETHER];
-        auto read_others = [&](int row, int col) {
+    }
+};
+
+// A warp takes its columns of sums from shared memory to Y, or to `part` of the workspace.
+DEVICE void bring(const SparseArgs &a, const Rows &rows, int row_block, int m0, int warp, int lane, const float *sums, const u8 *not_finite,
+                  float *part) {
+    constexpr int TOGETHER = at_a_time(NB_TOGETHER);
+    const int columns = min(T, a.m - m0);
 #pragma unroll
-            for (int c = 0; c < TOGETHER; c++) others[c] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            for (int b = block + 1; b <= last; b++)
+    for (int i = 0; i < BANDS; i++) {
+        const int row = i * 128 + 4 * lane, n = row_block * R + row;
+        if (row >= R) continue;
+        for (int col = warp; col < columns; col += DRAIN * TOGETHER) {
+            float4 v[TOGETHER];
+            float row_scale[TOGETHER];
 #pragma unroll
-                for (int c = 0; c < TOGETHER; c++)
-                    add(others[c], __ldcg((const float4 *)(slots + (i64)b * (R * T) + min(col + c * DRAIN, columns - 1) * R + row)));
-        };
+            for (int c = 0; c < TOGETHER; c++) {
+                const int at = min(col + c * DRAIN, columns - 1);
+                row_scale[c] = INT && a.row_scale ? a.row_scale[m0 + at] : 1.0f;
+                v[c] = *(const float4 *)(sums + at * PITCH + row);
+#pragma unroll
+                for (int w = 1; w < PLANES; w++) add(v[c], *(const float4 *)(sums + (w * T + at) * PITCH + row));
+                // A column of X that is not finite is so for every row.
+                if (FOURS && !INT && not_finite[at]) v[c].x = v[c].y = v[c].z = v[c].w = __uint_as_float(0x7fc00000u);
+            }
+#pragma unroll
+            for (int c = 0; c < TOGETHER; c++) {
+                const int at = col + c * DRAIN, m = m0 + at;
+                if (at >= columns) break;
+                if (part) {
+                    *(float4 *)(part + at * R + row) = v[c];
+                    continue;
+                }
+                const float sum[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
+                float y[4];
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    y[e] = INT ? __fmul_rn(__fmul_rn((float)__float_as_int(sum[e]), rows.scale[i][e]), row_scale[c]) : sum[e];
+                    if (a.bias) y[e] = __fadd_rn(y[e], rows.bias[i][e]);
+                }
+                if (a.wide && n + 3 < a.n)
+                    store_four(a.y, m * a.y_row + n, a.y_kind, y);
+                else
+#pragma unroll
+                    for (int e = 0; e < 4; e++)
+                        if (n + e < a.n) store_float(a.y, m * a.y_row + (n + e) * a.y_col, a.y_kind, y[e]);
+            }
+        }
+    }
+}
+
+// Brings sums away, row block after row block. A run that is not all of K goes to the workspace, but that from the first
+// chunk on: its block comes to it last, and those of the others, which came to theirs first, wait in shared memory for its own
+// to be added. So no block waits for one with a lower number, and the order of the sum is always the same.
+DEVICE void drain(const SparseArgs &a, int block, int m0, float *sums, u8 *not_finite, u32 full, u32 free) {
+    constexpr int PIECE = at_a_time(8); // of what waits in the workspace
+    const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, columns = min(T, a.m - m0);
+    float *slots = a.work + (i64)blockIdx.y * gridDim.x * (R * T);
+    auto counter_of = [&](int row_block) { return a.counters + blockIdx.y * a.row_blocks + row_block; };
+    // The last block that has a part of a row block.
+    auto last_of = [&](int row_block) {
+        int last = block;
+        while (a.starts[last + 1] < (row_block + 1) * a.chunks) last++;
+        return last;
+    };
+    auto wait_for_others = [&](int row_block) {
+        const int others = last_of(row_block) - block;
+        int there;
+        do {
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter_of(row_block)) : "memory");
+            if (there < others) __nanosleep(100);
+        } while (there < others);
+    };
+    Place<1> here;
+    int phase = 0;
+    wait_for_previous();
+    for (here.start(a.starts[block], a.starts[block + 1], a.chunks); !here.done(); here.finish(a.chunks), phase ^= 1) {
+        const int end = (here.row_block + 1) * a.chunks; // of the row block
+        const bool whole = here.first == 0, collects = whole && here.end < end;
+        // What the rows need is read before the sums are there.
+        const Rows rows(a, here.row_block, lane);
         if (collects) {
-            int there;
-            while (true) {
-                asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(there) : "l"(counter) : "memory");
-                if (there >= last - block) break;
-                __nanosleep(500);
-            }
-            read_others(min(4 * lane, R - 4), min(warp, columns - 1));
+            const bool waited = here.unit - a.chunks >= a.starts[block]; // as below
+            if (!waited) wait_for_others(here.row_block);
+            const int last = last_of(here.row_block);
+            for (int row = 4 * lane; row < R; row += 128)
+                for (int col = warp; col < columns; col += DRAIN * PIECE) {
+                    float4 others[PIECE];
+                    auto part = [&](int b, int c) { return __ldcg((const float4 *)(slots + (i64)b * (R * T) + min(col + c * DRAIN, columns - 1) * R + row)); };
+#pragma unroll
+                    for (int c = 0; c < PIECE; c++) others[c] = part(block + 1, c);
+                    for (int b = block + 2; b <= last; b++)
+#pragma unroll
+                        for (int c = 0; c < PIECE; c++) add(others[c], part(b, c));
+#pragma unroll
+                    for (int c = 0; c < PIECE; c++)
+                        if (col + c * DRAIN < columns) *(float4 *)(sums + (col + c * DRAIN) * PITCH + row) = others[c];
+                }
         }
+        warp_arrive(free, lane);
+        // What the run after this one adds to is waited for now: it may be a short one. Not before a part of a row block is
+        // brought away, which another block waits for.
+        if (whole && here.end > end && here.end < end + a.chunks) wait_for_others(here.row_block + 1);
         barrier_wait(full, phase);
-#pragma unroll
-        for (int i = 0; i < BANDS; i++) {
-            const int row = i * 128 + 4 * lane, n = here.row_block * R + row;
-            if (row >= R) continue;
-            for (int col = warp; col < columns; col += DRAIN * TOGETHER) {
-                if (collects && (i > 0 || col > warp)) read_others(row, col);
-                float4 v[TOGETHER];
-                float row_scale[TOGETHER];
-#pragma unroll
-                for (int c = 0; c < TOGETHER; c++) {
-                    const int at = min(col + c * DRAIN, columns - 1);
-                    row_scale[c] = INT && a.row_scale ? a.row_scale[m0 + at] : 1.0f;
-                    v[c] = *(const float4 *)(sums + at * PITCH + row);
-#pragma unroll
-                    for (int w = 1; w < PLANES; w++) add(v[c], *(const float4 *)(sums + (w * T + at) * PITCH + row));
-                    // A column of X that is not finite is so for every row.
-                    if (FOURS && !INT && not_finite[at]) v[c].x = v[c].y = v[c].z = v[c].w = __uint_as_float(0x7fc00000u);
-                    if (collects) add(v[c], others[c]);
-                }
-#pragma unroll
-                for (int c = 0; c < TOGETHER; c++) {
-                    const int at = col + c * DRAIN, m = m0 + at;
-                    if (at >= columns) break;
-                    if (!whole) {
-                        *(float4 *)(mine + at * R + row) = v[c];
-                        continue;
-                    }
-                    const float sum[4] = {v[c].x, v[c].y, v[c].z, v[c].w};
-                    float y[4];
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        y[e] = INT ? __fmul_rn(__fmul_rn((float)__float_as_int(sum[e]), scale[i][e]), row_scale[c]) : sum[e];
-                        if (a.bias) y[e] = __fadd_rn(y[e], bias[i][e]);
-                    }
-                    if (a.wide && n + 3 < a.n)
-                        store_four(a.y, m * a.y_row + n, a.y_kind, y);
-                    else
-#pragma unroll
-                        for (int e = 0; e < 4; e++)
-                            if (n + e < a.n) store_float(a.y, m * a.y_row + (n + e) * a.y_col, a.y_kind, y[e]);
-                }
-            }
-        }
-        if (FOURS && !INT) {
+        bring(a, rows, here.row_block, m0, warp, lane, sums, not_finite, whole ? nullptr : slots + (i64)block * (R * T));
+        if (FOURS && !INT && here.end > end) {
             meet<DRAINERS, 2>();
             for (int q = tid; q < T; q += DRAINERS) not_finite[q] = 0;
         }
-        warp_arrive(free, lane);
         if (!whole) __threadfence();
         if (!whole || collects) meet<DRAINERS, 1>();
-        if (!whole && tid == 0) atomicAdd(counter, 1);
-        if (collects && tid == 0) *counter = 0; // as the next launch expects it
+        if (!whole && tid == 0) atomicAdd(counter_of(here.row_block), 1);
+        if (collects && tid == 0) *counter_of(here.row_block) = 0; // as the next launch expects it
     }
 }
 
@@ -486,12 +522,13 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     };
 
     // Sums leave a warp at the end of a row block.
-    auto leave = [&](int phase) {
-        const bool later = TURNS && wk > 0;
+    auto leave = [&](int phase, bool collects) {
+        bool later = TURNS && wk > 0;
         if (later)
             barrier_wait(shared_address(&full[wk - 1]), phase);
         else
-            barrier_wait(shared_address(free), phase ^ 1);
+            barrier_wait(shared_address(free), phase);
+        if (wk == 0 && collects) later = true;
         if (FOURS && !INT)
 #pragma unroll
             for (int j = 0; j < NT; j++)
@@ -507,6 +544,7 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
     };
 
     u32 phases = 0;
+    bool whole = begin % a.chunks == 0;
     int stage = 0, left = 0;
     for (int row_block = begin / a.chunks; row_block * a.chunks < end; row_block++) {
         const int stop = min(end, (row_block + 1) * a.chunks);
@@ -517,23 +555,30 @@ extern "C" __global__ void __launch_bounds__(32 * (DRAIN + WARPS + WK), NB_RESID
             phases ^= 1u << stage;
             const int count = SPAN == 1 ? 1 : min(SPAN, a.records - (unit - row_block * a.chunks) * SPAN);
             u32 record = w_ring + places[warp * STAGES + stage], xs = x_ring + stage * X_STAGE;
+            // Two records of groups side by side: one waits while the other multiplies.
+            if (KEPT_GROUPS && NT == 1 && SPAN == 2 && count == 2) {
+                record = multiply_groups(record, xs);
+                multiply_groups(record, xs + X_RECORD);
+            } else {
 #pragma unroll 1
-            for (int i = 0; i < count; i++, xs += X_RECORD) {
-                if constexpr (KEPT_GROUPS)
-                    record = multiply_groups(record, xs);
-                else if constexpr (FOURS && INT)
-                    record = multiply_fours8(record, xs);
-                else if constexpr (FOURS)
-                    record = multiply_fours(record, xs);
-                else if constexpr (STRUCTURE == TILES)
-                    record = multiply_tiles(record, xs);
-                else
-                    record = multiply_bits(record, xs);
+                for (int i = 0; i < count; i++, xs += X_RECORD) {
+                    if constexpr (KEPT_GROUPS)
+                        record = multiply_groups(record, xs);
+                    else if constexpr (FOURS && INT)
+                        record = multiply_fours8(record, xs);
+                    else if constexpr (FOURS)
+                        record = multiply_fours(record, xs);
+                    else if constexpr (STRUCTURE == TILES)
+                        record = multiply_tiles(record, xs);
+                    else
+                        record = multiply_bits(record, xs);
+                }
             }
             warp_arrive(back + stage * 8, lane);
             stage = stage + 1 == STAGES ? 0 : stage + 1;
         }
-        leave(left);
+        leave(left, whole && end < (row_block + 1) * a.chunks);
+        whole = true;
         left ^= 1;
     }
 }

@@ -280,10 +280,10 @@ DEVICE bool is_kept(const GroupArgs &a, i64 record, int unit) {
     return kept;
 }
 
-// The masks of a record's quads, and how their units lie.
+// The masks of a record's quads, and where their units begin.
 struct Quads {
     u32 mask[8];
-    int starts[8], height = 0; // of the second tile, in units; rows of columns
+    int starts[8], count = 0; // of all
 
     DEVICE Quads(const GroupArgs &a, i64 record, int lane) {
         for (int j = 0; j < 4; j++) {
@@ -292,29 +292,14 @@ struct Quads {
             mask[2 * j + 1] = two >> 16;
         }
         for (int q = 0; q < 8; q++) {
-            const int below = __popc(mask[q] >> 8);
-            int wanted = 7; // the column whose place from above is this list's from below
-            for (int i = 0; i < 8; i++) {
-                const int other = __popc(mask[i] >> 8);
-                wanted -= other < below || (other == below && i < q);
-            }
-            for (int column = 0; column < 8; column++) {
-                const int above = __popc(mask[column] & 0xffu);
-                int place = 0;
-                for (int i = 0; i < 8; i++) {
-                    const int other = __popc(mask[i] & 0xffu);
-                    place += other < above || (other == above && i < column);
-                }
-                if (place != wanted) continue;
-                starts[q] = above * 8 + column;
-                height = max(height, above + below);
-            }
+            starts[q] = count;
+            count += __popc(mask[q]);
         }
     }
     // Where a unit lies.
     DEVICE int place(int unit) const {
-        const int q = unit >> 4, bit = unit & 15, before = mask[q] & ((1u << bit) - 1);
-        return bit < 8 ? __popc(before) * 8 + q : starts[q] + __popc(before >> 8) * 8;
+        const int q = unit >> 4;
+        return starts[q] + __popc(mask[q] & ((1u << (unit & 15)) - 1));
     }
 };
 
@@ -323,7 +308,7 @@ extern "C" __global__ void count_groups(const GroupArgs a) {
     const int lane = threadIdx.x & 31;
     if (record >= (i64)a.tiles * a.chunks) return;
     const Quads quads(a, record, lane);
-    if (lane == 0) a.offsets[record] = GROUPS_HEAD / 16 + quads.height * 8;
+    if (lane == 0) a.offsets[record] = GROUPS_HEAD / 16 + quads.count;
 }
 
 extern "C" __global__ void write_groups(const GroupArgs a) {
@@ -334,7 +319,7 @@ extern "C" __global__ void write_groups(const GroupArgs a) {
     const int row = (int)(record / a.chunks) * RECORD_ROWS + lane, group = (int)(record % a.chunks) / a.chunks_per_group;
     ((u16 *)(to + 32))[lane] = row < a.n ? a.scales[(i64)row * a.groups + group] : 0;
     const Quads quads(a, record, lane);
-    if (lane < 8) ((u32 *)to)[lane] = quads.mask[lane] | (u32)quads.starts[lane] << 16 | (u32)quads.height << 24;
+    if (lane < 8) ((u32 *)to)[lane] = quads.mask[lane] | (u32)quads.starts[lane] << 16 | (u32)quads.count << 24;
     for (int j = 0; j < 4; j++) {
         const int unit = j * 32 + lane;
         if (!(quads.mask[unit >> 4] >> (unit & 15) & 1)) continue;

@@ -21,6 +21,7 @@ from nibblas.cuda._sparse import (
     TILES,
     SparsePanels,
     SparseProblem,
+    most_rows,
     plan_sparse,
     ring_of,
     spans,
@@ -85,23 +86,26 @@ def test_spans_are_of_equal_work(m: int, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("element", "own", "structure", "most"),
+    ("element", "own", "structure", "kept", "most"),
     [
-        ("int8", S8, ENTRIES, 32),
-        ("int8", S8, PAIRS, 64),
-        ("int8", S8, FOURS, 64),
-        ("int8", S8, TILES, 64),
-        ("int4", F16, GROUPS, 16),
-        ("f16", F16, ENTRIES, None),
-        ("bf16", BF16, FOURS, None),
+        ("int8", S8, ENTRIES, 0.5, 32),
+        ("int8", S8, ENTRIES, 0.6, 16),
+        ("int8", S8, ENTRIES, 0.8, 0),
+        ("int8", S8, PAIRS, 0.2, 64),
+        ("int8", S8, FOURS, 0.5, 64),
+        ("int8", S8, TILES, 0.8, 64),
+        ("int4", F16, GROUPS, 1.0, 16),
+        ("f16", F16, ENTRIES, 0.8, None),
+        ("bf16", BF16, FOURS, 0.5, None),
     ],
 )
-def test_rows_that_records_serve(element: str, own: int, structure: int, most: int | None) -> None:
+def test_rows_that_records_serve(
+    element: str, own: int, structure: int, kept: float, most: int | None
+) -> None:
     """More than that go to dense panels, where there are any: numbers have none."""
+    assert most_rows(element, structure, kept) == most
     records: Any = SimpleNamespace(structure=structure)
-    panels: Any = SimpleNamespace(
-        element=SimpleNamespace(name=element), own=own, held={own: [records]}
-    )
+    panels: Any = SimpleNamespace(own=own, held={own: [records]}, most=most)
     compute = "int8" if own == S8 else "f32"
     for m in (1, 8, 16, 17, 32, 33, 64, 65, 4096):
         found = SparsePanels.act(panels, m, compute, own)

@@ -279,6 +279,7 @@ def test_formats_without_a_kernel_are_spread(fmt: str) -> None:
     ("fmt", "density", "most"),
     [
         ("int8_bitmap", 0.5, 32),
+        ("int8_bitmap", 0.6, 16),
         ("int8_bitmap", 0.1, 64),
         ("int8_2of4", 0.5, 64),
         ("int8_block16x64", 0.4, 64),
@@ -298,6 +299,15 @@ def test_rows_beyond_the_records_meet_dense_panels(fmt: str, density: float, mos
         assert (nest == "sparse") != beyond
         assert (panels.spread is not None) == beyond
         same_as_dense(q, x) if compute == "int8" else check(cupy.asarray(x) @ d.T, x, q)
+
+
+def test_a_bitmap_of_nearly_everything_lies_as_dense() -> None:
+    for density, sparse in ((0.65, True), (0.8, False)):
+        q = weights("int8_bitmap", 100, 640, density)
+        x = activations(4, 640, np.float16)
+        nest = nb.explain(cupy.asarray(x), q.to("cuda:0").T, compute="int8").nest
+        assert (nest == "sparse") == sparse
+        same_as_dense(q, x)
 
 
 @pytest.mark.parametrize("fmt", ["int8_2of4", "int4_g128_bsr32", "int8_bitmap"])

@@ -23,11 +23,9 @@
 //              units   [lane][4 registers] each
 //   groups   4-bit codes; a unit is 32 k of a row, the words of four lanes, as decode.cuh has them
 //              quads   [g] 16 bits, one per unit of the rows of the lanes (g, t): tile * 8 + (block of 32 k) * 2 + half of
-//                      the tile; a byte: where the units of the second tile begin, in 16 bytes after the head; a byte:
-//                      the height of the columns, the same for all
+//                      the tile; a byte: how many units lie before those of this quad; a byte: how many there are of all
 //              scales  [row], float16
-//              units   8 columns of 16 bytes: column g for the first tile of quad g, below it the second tile of some quad,
-//                      as above
+//              units   of 16 bytes, those of a quad after those of the one before: few lanes read at once, so few collide
 //
 // Records lie in the order of row tiles, then k; `offsets` says where each begins, in 16 bytes.
 #pragma once
@@ -132,16 +130,16 @@ struct Kept {
         asm volatile("ld.shared.u32 %0, [%1];" : "=r"(quad) : "r"(record + (lane >> 2) * 4));
         const u32 units = record + GROUPS_HEAD;
         mask = quad & 0xffffu;
-        next[0] = units + lane * 4;
-        next[1] = units + (quad >> 16 & 0xffu) * 16 + (lane & 3) * 4;
-        end = units + (quad >> 24) * 128;
+        next[0] = units + (quad >> 16 & 0xffu) * 16 + (lane & 3) * 4;
+        next[1] = next[0] + __popc(quad & 0xffu) * 16;
+        end = units + (quad >> 24) * 16;
     }
     // The next word; `bit` is known when this is compiled. Dropped codes are those of 0.
     DEVICE u32 word(int bit) {
         const u32 kept = mask & 1u << bit;
         u32 v = 0x88888888u, &at = next[bit >> 3 & 1];
         asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %1, 0;\n@p ld.shared.u32 %0, [%2];\n}" : "+r"(v) : "r"(kept), "r"(at));
-        at += bit >= 7 ? kept >> (bit - 7) : kept << (7 - bit);
+        at += bit >= 4 ? kept >> (bit - 4) : kept << (4 - bit);
         return v;
     }
 };

@@ -21,6 +21,7 @@ __all__ = [
     "SparsePanels",
     "SparseProblem",
     "build_sparse",
+    "most_rows",
     "panels_of",
     "plan_sparse",
 ]
@@ -45,15 +46,32 @@ _STEADY = {ENTRIES: 16384, PAIRS: 8192, FOURS: 512, GROUPS: 2048, TILES: 5120}
 # Of a grid along the rows of weights.
 _MOST_BLOCKS = 288
 
-# Above so many rows of activations the arithmetic decides, and dense panels are quicker: a product
-# then makes them beside. Numbers have no dense panels.
 _MOST_ROWS = {
-    ("int8", ENTRIES): 32,
     ("int8", PAIRS): 64,
     ("int8", FOURS): 64,
     ("int8", TILES): 64,
     ("int4", GROUPS): 16,
 }
+
+
+def most_rows(element: str, structure: int, kept: float) -> int | None:
+    """Return the rows of activations above which dense panels are quicker than records.
+
+    Then arithmetic decides, and a product makes such panels beside. None for numbers, which have
+    none.
+
+    Parameters
+    ----------
+    element : str
+        Name of the entries.
+    structure : int
+        Of the records.
+    kept : float
+        Fraction of the entries.
+    """
+    if element == "int8" and structure == ENTRIES:
+        return 32 if kept < 0.52 else 16 if kept < 0.7 else 0
+    return _MOST_ROWS.get((element, structure))
 
 
 class _SparseArgs(_GemmArgs):
@@ -209,7 +227,10 @@ def spans(sizes: NDArray[np.integer[Any]], steady: int, pl: Plan) -> NDArray[np.
     ends = work.reshape(pl.row_blocks, wr, -1, span).sum(axis=(1, 3)).cumsum()
     ends = np.concatenate([[0], ends])
     if np.diff(ends[even]).max() * blocks <= 1.05 * ends[-1]:
-        return even
+        # What a span has of its last row of records is more than a little, or nothing: a block
+        # would multiply that before it has brought away the sums of the row ahead of it.
+        rest = even % (pl.units // pl.row_blocks)
+        return np.asarray(even - np.where(20 * rest <= pl.units // blocks, rest, 0))
     equal: NDArray[np.int64] = np.searchsorted(ends, ends[-1] * np.arange(blocks + 1) / blocks)
     equal[0], equal[-1] = 0, pl.units
     # No span is empty.
@@ -226,7 +247,10 @@ _CUTS = {
     ENTRIES: {1: _WIDE, 2: _LEAN._replace(together=4), 4: _DEEP, 8: _TALL},
     PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _TALL},
     FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP._replace(together=6), 8: _DEEP._replace(together=2)},
-    GROUPS: {1: SparseCut(4, 3, span=2, drain=5), 2: SparseCut(4, 2, span=2, drain=6)},
+    GROUPS: {
+        1: SparseCut(4, 3, span=2, stages=3, drain=1, together=8),
+        2: SparseCut(4, 2, span=2, drain=6),
+    },
     TILES: {1: _LEAN, 2: _LEAN, 4: _LEAN, 8: _LEAN},
 }
 _CUTS_OF_INT8 = {
@@ -381,6 +405,7 @@ class SparsePanels(Panels):
         self.spread: Panels | None = None
         self.scales: Any = None
         self.held: dict[int, list[Records]] = {}
+        self.kept = 1.0
         name = self.element.name
         # The class of arithmetic that takes the entries as they are.
         self.own = {"f16": F16, "int8": S8}.get(name, BF16)
@@ -398,6 +423,7 @@ class SparsePanels(Panels):
                 self.held = {F16: groups, BF16: groups}
             else:
                 self.parts(self.own)
+        self.most = most_rows(name, self.held[self.own][0].structure, self.kept)
 
     def _records(self, numbers: Any) -> Records:
         """Pack numbers or codes of the device in the structure that is quicker."""
@@ -408,6 +434,7 @@ class SparsePanels(Panels):
         size = numbers.itemsize
         zero = 128 if size == 1 else 0
         kept = int(cupy.count_nonzero(numbers != zero))
+        self.kept = kept / max(numbers.size, 1)
         structure = PAIRS if kept < _PAIRS_BELOW[size] * numbers.size else ENTRIES
         if _tile_entries(numbers, zero) <= _TILES_BELOW * kept:
             structure = TILES
@@ -441,8 +468,7 @@ class SparsePanels(Panels):
 
         None where the records do not serve, or serve worse than dense panels.
         """
-        (records, *_) = self.held[self.own]
-        if m > _MOST_ROWS.get((self.element.name, records.structure), m):
+        if self.most is not None and m > self.most:
             return None
         if self.own == S8:
             return (S8, False) if compute == "int8" else None
@@ -598,7 +624,9 @@ def panels_of(host: _Storage, device: int) -> Panels:
         or (fmt.element.name == "int4" and runs and whole and fmt.scale == "f16")
     )
     if served and has_wgmma(device):
-        return SparsePanels(host, device)
+        panels = SparsePanels(host, device)
+        if panels.most != 0:
+            return panels
     if fmt.is_plain:
         raise ValueError(f"{fmt} needs a device of compute capability 9.0 on CUDA")
     return Panels(host.dense(), device)
