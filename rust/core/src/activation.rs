@@ -181,6 +181,11 @@ impl Act {
         16 * self.kp
     }
 
+    /// Sums, or scales of groups, from 16 rows to the next 16, where rows come by 16.
+    pub(crate) fn tile_segments(&self) -> usize {
+        16 * self.segments
+    }
+
     /// Sum of row `m` in a layout of one segment; 0 where there is nothing to sum.
     pub fn sum(&self, m: usize) -> i32 {
         let at = (m / self.mb) * self.mb * self.segments + m % self.mb;

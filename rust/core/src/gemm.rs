@@ -400,21 +400,25 @@ pub(crate) fn tile_ldc(b: &Blocking, np: usize) -> usize {
 }
 
 /// Blocks of K that integer tiles work on at a time. With few rows decoding is most of the work, and stores that miss the
-/// first-level cache are most of decoding: a window's decoded panels, codes, rows and sums have to fit there. With many it
-/// counts that sums are fetched and stored seldom.
+/// first-level cache are most of decoding: a window's decoded panels, codes, rows and sums have to fit there. With many
+/// both operands stream from the second-level cache, and it counts that sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
 fn raw_window(rows: usize) -> usize {
-    match rows {
-        0..=16 => 4,
-        17..=64 => 8,
-        _ => 16,
+    if rows <= 64 {
+        4
+    } else {
+        STREAM
     }
 }
 
-/// The same where float sums are fetched and stored for every segment of `per` blocks whatever the window is.
+/// The same for what streams from the second-level cache, or is tiles already.
+#[cfg(target_arch = "x86_64")]
+const STREAM: usize = 64;
+
+/// The same where float sums are fetched and stored for every segment of `per` blocks, or two, whatever the window is.
 #[cfg(target_arch = "x86_64")]
 fn grouped_window(rows: usize, per: usize) -> usize {
-    let blocks = if rows <= 64 { 2 } else { 8 };
+    let blocks = if (17..=64).contains(&rows) { 2 } else { 4 };
     (blocks / per).max(1) * per
 }
 
@@ -428,10 +432,54 @@ fn short_window(rows: usize) -> usize {
     }
 }
 
-/// The same for codes that are tiles already: they come from the second-level cache either way, so what counts is that
-/// the sums are fetched and stored seldom.
+/// Panels whose sums stay in the first-level cache, 16 KiB of it where it can be, until K is through.
 #[cfg(target_arch = "x86_64")]
-const BYTE_WINDOW: usize = 64;
+fn close_panels(rows: usize) -> usize {
+    (256 / rows).next_multiple_of(2).clamp(4, 16)
+}
+
+/// The order in which tiles take pairs of panels and windows of K, first panel and first block: `close` panels at a time.
+#[cfg(target_arch = "x86_64")]
+fn pairs(np: usize, close: usize, blocks: usize, window: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..np).step_by(close).flat_map(move |first| {
+        let end = np.min(first + close);
+        (0..blocks).step_by(window).flat_map(move |k| (first..end).step_by(2).map(move |p| (p, k)))
+    })
+}
+
+/// As [`ahead`] in the order of [`pairs`].
+#[cfg(target_arch = "x86_64")]
+fn pairs_ahead(w: &Packed, p: usize, np: usize, close: usize, window: usize) -> usize {
+    let first = p / close * close;
+    ahead(w, p - first, close.min(np - first), 2, window)
+}
+
+/// Bytes from the activations of rows `m..m + step` of a task to those that are multiplied next by a window, the first rows
+/// after the last; `stride` bytes lie between 16 rows. 0 where all rows stay close.
+#[cfg(target_arch = "x86_64")]
+fn rows_ahead(m: usize, rows: usize, step: usize, stride: usize) -> isize {
+    let next = if m + step < rows { m + step } else { 0 };
+    (next as isize - m as isize) / 16 * stride as isize
+}
+
+/// What pass `i` over a pair of panels, `n` blocks of codes that are tiles, fetches of the pair that comes next, `distance`
+/// bytes on: all passes together, or the first two, fetch the whole of it.
+#[cfg(target_arch = "x86_64")]
+fn panels_ahead(
+    pair: [*const u8; 2],
+    i: usize,
+    rows: usize,
+    n: usize,
+    distance: usize,
+) -> crate::kernel::x86::amx::Ahead {
+    use crate::kernel::x86::amx::Ahead;
+    let part = |quarters: usize| pair[i / quarters].wrapping_add(distance + (i % quarters) * n * 1024 / quarters);
+    match i {
+        0..8 if rows >= 8 * 32 => Ahead::PanelsSlowly(part(4)),
+        0..2 if rows < 8 * 32 => Ahead::Panels(part(1)),
+        _ => Ahead::Both,
+    }
+}
 
 /// The bias of some panels, zero-padded; null where there is none.
 pub(crate) fn padded_bias(
@@ -599,39 +647,45 @@ impl IntJob<'_> {
         }
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
-            use crate::kernel::x86::amx;
+            use crate::kernel::x86::amx::{self, Ahead};
             if self.w.is_halved() {
                 self.halved_tiles::<true>(at, c.as_mut_ptr().cast(), ldc, bytes)?;
                 return Ok(Summed::Codes);
             }
-            let window = if self.w.is_bytes() { BYTE_WINDOW } else { raw_window(rows) };
+            let window = if self.w.is_bytes() { STREAM } else { raw_window(rows) };
+            let streams = window == STREAM;
+            let close = if streams { np } else { close_panels(rows) };
             let buf = grown(bytes, 2 * window * 1024)?;
             let second = buf.as_mut_ptr().wrapping_add(window * 1024);
+            let stride = self.act.tile_stride();
             // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
             unsafe {
                 let _tiles = amx::Tiles::new(64);
-                for k in (0..blocks).step_by(window) {
+                for (p, k) in pairs(np, close, blocks, window) {
                     let n = window.min(blocks - k);
-                    for p in (0..np).step_by(2) {
-                        let last = (p + 1).min(np - 1);
-                        // Codes of a byte are tiles already.
-                        let pair = if self.w.is_bytes() {
-                            [self.codes(p0 + p, b0 + k), self.codes(p0 + last, b0 + k)]
+                    let last = (p + 1).min(np - 1);
+                    // Codes of a byte are tiles already.
+                    let pair = if self.w.is_bytes() {
+                        [self.codes(p0 + p, b0 + k), self.codes(p0 + last, b0 + k)]
+                    } else {
+                        let ahead = pairs_ahead(self.w, p, np, close, window);
+                        self.unpack(p0 + p, b0 + k, n, false, ahead, buf.as_mut_ptr());
+                        self.unpack(p0 + last, b0 + k, n, false, ahead, second);
+                        [buf.as_ptr(), second.cast_const()]
+                    };
+                    for m in (0..rows).step_by(32) {
+                        let a0 = self.act.rows((m0 + m) / 16, b0 + k).codes;
+                        let a1 = if m + 16 < rows {
+                            self.act.rows((m0 + m) / 16 + 1, b0 + k).codes
                         } else {
-                            let ahead = ahead(self.w, p, np, 2, window);
-                            self.unpack(p0 + p, b0 + k, n, false, ahead, buf.as_mut_ptr());
-                            self.unpack(p0 + last, b0 + k, n, false, ahead, second);
-                            [buf.as_ptr(), second.cast_const()]
+                            std::ptr::null()
                         };
-                        for m in (0..rows).step_by(32) {
-                            let a0 = self.act.rows((m0 + m) / 16, b0 + k).codes;
-                            let a1 = if m + 16 < rows {
-                                self.act.rows((m0 + m) / 16 + 1, b0 + k).codes
-                            } else {
-                                std::ptr::null()
-                            };
-                            amx::raw(a0, a1, pair, n, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
-                        }
+                        let ahead = match streams {
+                            true if self.w.is_bytes() => panels_ahead(pair, m / 32, rows, n, 2 * self.w.panel_bytes()),
+                            true => Ahead::Both,
+                            false => Ahead::Rows(rows_ahead(m, rows, 32, stride)),
+                        };
+                        amx::raw(a0, a1, pair, n, ahead, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
                     }
                 }
             }
@@ -755,7 +809,11 @@ impl IntJob<'_> {
         }
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
-            return self.grouped_tiles(p0, np, m0, rows, c, ldc, bytes);
+            let close = close_panels(rows);
+            for p in (0..np).step_by(close) {
+                self.grouped_tiles(p0 + p, close.min(np - p), m0, rows, &mut c[p * PANEL..], ldc, bytes)?;
+            }
+            return Ok(());
         }
         let w = self.w;
         let blocks = w.geometry.blocks();
@@ -823,8 +881,8 @@ impl IntJob<'_> {
         Ok(())
     }
 
-    /// What tile kernels need for the rows from `m` on, 16 or `two` times as many, against a pair of panels whose `n` blocks
-    /// from `k` on are decoded at `b`.
+    /// What tile kernels need for `rows` rows from `m` on against a pair of panels whose `n` blocks from `k` on are decoded at
+    /// `b`.
     #[cfg(target_arch = "x86_64")]
     pub fn tile_args(
         &self,
@@ -833,16 +891,16 @@ impl IntJob<'_> {
         k: usize,
         n: usize,
         m: usize,
-        two: bool,
+        rows: usize,
         c: *mut f32,
         ldc: usize,
     ) -> crate::kernel::x86::amx::TileGrp {
-        let act0 = self.act.rows(m / 16, k);
-        let act1 = if two { self.act.rows(m / 16 + 1, k) } else { act0 };
+        let act = self.act.rows(m / 16, k);
         let zeros = panels.map(|p| sum_zero_ptrs(self.w, p));
         crate::kernel::x86::amx::TileGrp {
-            a0: act0.codes,
-            a1: act1.codes,
+            a: act.codes,
+            a_stride: self.act.tile_stride(),
+            rows,
             b,
             steps: n,
             seg_steps: self.segs.blocks(),
@@ -852,8 +910,8 @@ impl IntJob<'_> {
             scales: panels.map(|p| sum_scale_ptr(self.w, p)),
             zeros: zeros.map(|z| z.0),
             fzeros: zeros.map(|z| z.1),
-            act0,
-            act1,
+            act,
+            act_stride: self.act.tile_segments(),
             c,
             ldc,
             dbl: doubling(self.w),
@@ -884,11 +942,9 @@ impl IntJob<'_> {
                 let n = window.min(blocks - k);
                 for p in 0..np {
                     self.unpack(p0 + p, k, n, true, ahead(w, p, np, 1, window), buf.as_mut_ptr());
-                    for m in (0..rows).step_by(16) {
-                        let at = c.as_mut_ptr().add(m * ldc + p * PANEL);
-                        let a = self.tile_args([p0 + p; 2], [buf.as_ptr(); 2], k, n, m0 + m, false, at, ldc);
-                        amx::short(!a.act0.scales.is_null())(&a);
-                    }
+                    let at = c.as_mut_ptr().add(p * PANEL);
+                    let a = self.tile_args([p0 + p; 2], [buf.as_ptr(); 2], k, n, m0, rows, at, ldc);
+                    amx::short(!a.act.scales.is_null())(&a);
                 }
             }
         }
@@ -914,12 +970,12 @@ impl IntJob<'_> {
             return self.halved_tiles::<false>(at, c.as_mut_ptr(), ldc, bytes);
         }
         let signed = plan::signed_bytes(w);
-        let kernels = amx::grouped(signed);
         // Scales of activations by groups cost more there than the sums gain, once rows are many.
         let act_groups = !self.act.rows(0, 0).scales.is_null();
-        if signed && self.segs.len <= BLOCK && (!act_groups || rows <= 64) {
+        if signed && self.segs.len <= BLOCK && (!act_groups || rows <= 16) {
             return self.short_tiles(p0, np, m0, rows, c, ldc, bytes);
         }
+        let kernel = amx::grouped(signed);
         let per = self.segs.blocks().max(1);
         let window = grouped_window(rows, per);
         let buf = grown(bytes, 2 * window * 1024)?;
@@ -934,13 +990,9 @@ impl IntJob<'_> {
                     let ahead = ahead(w, p, np, 2, window);
                     self.unpack(p0 + p, k, n, signed, ahead, buf.as_mut_ptr());
                     self.unpack(p0 + last, k, n, signed, ahead, second);
-                    for m in (0..rows).step_by(32) {
-                        let two = m + 16 < rows;
-                        let at = c.as_mut_ptr().add(m * ldc + p * PANEL);
-                        let pair = [buf.as_ptr(), second.cast_const()];
-                        let a = self.tile_args([p0 + p, p0 + last], pair, k, n, m0 + m, two, at, ldc);
-                        kernels[usize::from(two)](&a);
-                    }
+                    let pair = [buf.as_ptr(), second.cast_const()];
+                    let at = c.as_mut_ptr().add(p * PANEL);
+                    kernel(&self.tile_args([p0 + p, p0 + last], pair, k, n, m0, rows, at, ldc));
                 }
             }
         }
@@ -1148,7 +1200,8 @@ fn exact_in_bf16(w: &Packed) -> bool {
 
 #[cfg(target_arch = "x86_64")]
 fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking) -> Result<()> {
-    use crate::kernel::x86::{amx, words};
+    use crate::kernel::x86::amx::{self, Ahead};
+    use crate::kernel::x86::words;
     let t = kernel::table(o.isa);
     let a = bf16_blocks(x, w, t, b.threads)?;
     let (a, y) = (&a, &*y);
@@ -1168,7 +1221,6 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     // Packed codes that their decoder unpacks itself, or that are bytes.
     let small = late.as_ref().is_some_and(|l| l.table.is_some());
     let fused = w.sparse.is_none() && (small || (w.bits == 8 && (long || late.is_some())));
-    let kernels = amx::grouped_bf16();
     tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
@@ -1179,7 +1231,8 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
         let tiles = bytes.as_mut_ptr().wrapping_add(window * 1024);
         // SAFETY: permission came with the plan.
         let _tiles = unsafe { amx::Tiles::new(64) };
-        for k in (0..g.blocks()).step_by(window) {
+        let close = close_panels(rows);
+        for (p, k) in pairs(np, close, g.blocks(), window) {
             let n = window.min(g.blocks() - k);
             // The groups of this window's segments.
             let mut groups = [0u32; 2 * BF16_WINDOW];
@@ -1188,60 +1241,57 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                     *group = ((k * BLOCK + i * l.places) / g.padded).min(g.groups - 1) as u32;
                 }
             }
-            for p in (0..np).step_by(2) {
-                let count = 2.min(np - p);
-                // SAFETY: buffers hold a window of two panels and the padded rows; permission came with the plan.
-                unsafe {
-                    for i in 0..count {
-                        let panel = p0 + p + i;
-                        if let Some(panels) = &w.dense {
-                            let to = tiles.wrapping_add(i * window * 2048);
-                            panels.tiles(t, panel, k * BLOCK, n * BLOCK, &mut s.weights, to)?;
-                            continue;
-                        }
-                        let ahead = ahead(w, p, np, 2, window);
-                        let (codes, prefetch) = if fused {
-                            (w.codes_at(panel, k), ahead)
-                        } else {
-                            w.unpack(t, panel, k, n, 0, 0, ahead, bytes.as_mut_ptr());
-                            (bytes.as_ptr(), 0)
-                        };
-                        let args = F32Args { bytes: codes, prefetch, ..decode_args(w, panel, k, n) };
-                        decode(&args, tiles.wrapping_add(i * window * 2048));
+            let count = 2.min(np - p);
+            // SAFETY: buffers hold a window of two panels and the padded rows; permission came with the plan.
+            unsafe {
+                for i in 0..count {
+                    let panel = p0 + p + i;
+                    if let Some(panels) = &w.dense {
+                        let to = tiles.wrapping_add(i * window * 2048);
+                        panels.tiles(t, panel, k * BLOCK, n * BLOCK, &mut s.weights, to)?;
+                        continue;
                     }
-                    let second = tiles.wrapping_add((count - 1) * window * 2048);
-                    let pair = [tiles.cast_const(), second.cast_const()];
-                    for m in (0..rows).step_by(32) {
-                        let at = |i: usize| a.as_ptr().wrapping_add(((m0 + m) / 16 + i) * 16 * g.kp + k * BLOCK * 16);
-                        let two = m + 16 < rows;
-                        let a1 = if two { at(1) } else { std::ptr::null() };
-                        let c = c.as_mut_ptr().add(m * ldc + p * PANEL);
-                        let Some(l) = &late else {
-                            amx::bf16(at(0), a1, pair, 2 * n, c, ldc);
-                            continue;
-                        };
-                        let scales =
-                            [p0 + p, p0 + p + count - 1].map(|panel| scale_ptr(&w.scales, w.geometry.groups, panel));
-                        kernels[usize::from(two)](&amx::TileGrp {
-                            a0: at(0).cast(),
-                            a1: a1.cast(),
-                            b: pair,
-                            steps: 2 * n,
-                            seg_steps: l.steps,
-                            parts: 1,
-                            seg0: 0,
-                            seg_group: groups.as_ptr(),
-                            scales,
-                            zeros: [std::ptr::null(); 2],
-                            fzeros: [std::ptr::null(); 2],
-                            act0: NO_SUMS,
-                            act1: NO_SUMS,
-                            c,
-                            ldc,
-                            dbl: 0,
-                        });
-                    }
+                    let ahead = pairs_ahead(w, p, np, close, window);
+                    let (codes, prefetch) = if fused {
+                        (w.codes_at(panel, k), ahead)
+                    } else {
+                        w.unpack(t, panel, k, n, 0, 0, ahead, bytes.as_mut_ptr());
+                        (bytes.as_ptr(), 0)
+                    };
+                    let args = F32Args { bytes: codes, prefetch, ..decode_args(w, panel, k, n) };
+                    decode(&args, tiles.wrapping_add(i * window * 2048));
                 }
+                let second = tiles.wrapping_add((count - 1) * window * 2048);
+                let pair = [tiles.cast_const(), second.cast_const()];
+                let at = |m: usize| a.as_ptr().wrapping_add((m0 + m) * g.kp + k * BLOCK * 16);
+                let c = c.as_mut_ptr().add(p * PANEL);
+                let Some(l) = &late else {
+                    for m in (0..rows).step_by(32) {
+                        let a1 = if m + 16 < rows { at(m + 16) } else { std::ptr::null() };
+                        let ahead = Ahead::Rows(rows_ahead(m, rows, 32, 32 * g.kp));
+                        amx::bf16(at(m), a1, pair, 2 * n, ahead, c.add(m * ldc), ldc);
+                    }
+                    continue;
+                };
+                amx::GROUPED_BF16(&amx::TileGrp {
+                    a: at(0).cast(),
+                    a_stride: 32 * g.kp,
+                    rows,
+                    b: pair,
+                    steps: 2 * n,
+                    seg_steps: l.steps,
+                    parts: 1,
+                    seg0: 0,
+                    seg_group: groups.as_ptr(),
+                    scales: [p0 + p, p0 + p + count - 1].map(|panel| scale_ptr(&w.scales, w.geometry.groups, panel)),
+                    zeros: [std::ptr::null(); 2],
+                    fzeros: [std::ptr::null(); 2],
+                    act: NO_SUMS,
+                    act_stride: 0,
+                    c,
+                    ldc,
+                    dbl: 0,
+                });
             }
         }
         for m in 0..rows {

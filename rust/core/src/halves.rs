@@ -29,11 +29,9 @@ impl IntJob<'_> {
                 for p in 0..np {
                     // What finishes raw sums takes the zero away.
                     self.unpack(p0 + p, b0 + k, n, !RAW, ahead(self.w, p, np, 1, window), buf);
-                    for m in (0..rows).step_by(16) {
-                        let at = c.add(m * ldc + p * PANEL);
-                        let a = self.tile_args([p0 + p; 2], [buf.cast_const(); 2], b0 + k, n, m0 + m, false, at, ldc);
-                        halves::kernel(!a.act0.scales.is_null(), RAW)(&a);
-                    }
+                    let at = c.add(p * PANEL);
+                    let a = self.tile_args([p0 + p; 2], [buf.cast_const(); 2], b0 + k, n, m0, rows, at, ldc);
+                    halves::kernel(!a.act.scales.is_null(), RAW)(&a);
                 }
             }
         }

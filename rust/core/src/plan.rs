@@ -93,6 +93,9 @@ impl Blocking {
     }
 }
 
+/// Rows of a task of bf16 tiles: with K of 4096 they take half of the second-level cache.
+const BF16_ROWS: usize = 128;
+
 /// Whether decoded values fit a signed byte, so that tiles need no correction.
 pub(crate) fn signed_bytes(w: &Packed) -> bool {
     let top = w.mul * w.byte_top;
@@ -126,6 +129,8 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
     }
     .min(t.max_mr);
     let mr = w.sparse.as_ref().filter(|_| m <= 4).and_then(Panels::few_rows).unwrap_or(mr);
+    // The sums of short groups and of eight rows do not fit the registers: four rows twice, the second time from the cache.
+    let mr = if m <= 8 && !raw && segs.registers() < 16 && w.bits == 4 && w.sparse.is_none() { mr.min(4) } else { mr };
     let inner = w.inner.as_ref().filter(|_| raw && w.geometry.kp <= crate::gemm::int32_limit(w));
     let fused = match (raw, w.is_table()) {
         _ if inner.is_some() => {
@@ -160,7 +165,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
             mr: 32,
             np: 2,
             task_panels: 16,
-            task_rows: m.min(256),
+            task_rows: m.min(BF16_ROWS),
             window: 0,
             ..base
         };

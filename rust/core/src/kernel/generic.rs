@@ -527,11 +527,9 @@ pub unsafe fn grouped<
 ) {
     // SAFETY: as the contract says; indices follow the shapes in `a`.
     unsafe {
-        let dbl = S::splat(a.dbl);
-        // Rows of one scale meet ones here, which change nothing, and get theirs in the epilogue.
-        let ones = [1.0; MR];
-        let (act_scales, act_step) =
-            if a.act.scales.is_null() { (ones.as_ptr(), 0) } else { (a.act.scales, a.act.rows) };
+        let odd = a.dbl != 0;
+        // Rows of one scale get it in the epilogue.
+        let act_groups = !a.act.scales.is_null();
         let table = registers_of::<S, U>(a.table);
         let per = registers::<U>(PARTS);
         let mut f = [[S::splatf(0.0); MR]; NP];
@@ -542,9 +540,19 @@ pub unsafe fn grouped<
         }
         let mut acc = [[[S::splat(0); PARTS]; MR]; NP];
         let mut seg = a.seg0;
-        // Closes segment `seg`, whose sums are in parts `from..to`.
+        // Closes segment `seg`, whose sums are in parts `from..to`. Where groups are short this is most of the work, so what
+        // a weight or its activations do not need is left out.
         macro_rules! flush {
             ($from:expr, $to:expr) => {{
+                match (act_groups, odd) {
+                    (false, false) => flush!($from, $to, false, false),
+                    (false, true) => flush!($from, $to, false, true),
+                    (true, false) => flush!($from, $to, true, false),
+                    (true, true) => flush!($from, $to, true, true),
+                }
+                seg += 1;
+            }};
+            ($from:expr, $to:expr, $act_groups:literal, $odd:literal) => {{
                 let g = *a.seg_group.add(seg) as usize * 16;
                 let sums = a.act.sums.add(seg * a.act.rows);
                 for p in 0..NP {
@@ -557,7 +565,9 @@ pub unsafe fn grouped<
                             acc[p][m][t] = S::splat(0);
                         }
                         let sum = S::splat(*sums.add(m));
-                        d = S::add(d, S::and(d, dbl));
+                        if $odd {
+                            d = S::add(d, d);
+                        }
                         if INNER {
                             let zero =
                                 if ZEROS { S::mul(S::load_u8(a.zeros.add(p * a.scale_stride + g)), sum) } else { sum };
@@ -566,7 +576,11 @@ pub unsafe fn grouped<
                             f[p][m] = S::from_bits(c);
                             continue;
                         }
-                        let s = S::mulf(s, S::splatf(*act_scales.add(seg * act_step + m)));
+                        let s = if $act_groups {
+                            S::mulf(s, S::splatf(*a.act.scales.add(seg * a.act.rows + m)))
+                        } else {
+                            s
+                        };
                         if !ZEROS {
                             f[p][m] = S::fma(S::cvt(S::sub(d, sum)), s, f[p][m]);
                         } else if a.fzeros.is_null() {
@@ -579,7 +593,6 @@ pub unsafe fn grouped<
                         }
                     }
                 }
-                seg += 1;
             }};
         }
         let mut left = a.seg_blocks;
@@ -587,6 +600,10 @@ pub unsafe fn grouped<
             let x = a.act.codes.add(b * a.act.block_stride);
             let w = a.codes.add(b * 128 * U::BITS);
             fetch::<S, NP>(w, a.panel_stride, 128 * U::BITS, a.prefetch, a.blocks - b);
+            if SEG > 0 && SEG < 16 {
+                // As they are already, since segments end with the block: said so that they are kept in registers.
+                acc = [[[S::splat(0); PARTS]; MR]; NP];
+            }
             let small = if SEG == 0 { a.seg_registers } else { SEG };
             if SEG == 0 && small < 16 {
                 for i in (0..16).step_by(small) {

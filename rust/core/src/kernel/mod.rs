@@ -473,12 +473,14 @@ macro_rules! instantiate {
                     _ => trellis_floats::<8, HYB>,
                 }
             }
-            #[allow(unused_variables)]
+            #[allow(unused_variables, unreachable_patterns)]
             fn grouped_fused(bits: usize, zeros: bool, seg: usize, mr: usize) -> Option<(GroupedFn, usize)> {
                 macro_rules! rows { ($z:literal) => { match (bits, seg, mr) {
                     $( ($bits, 16, 1) => Some((grouped::<$u, $z, 16, $np1, 1, $parts> as GroupedFn, $np1)),
                        ($bits, 16, 2) => Some((grouped::<$u, $z, 16, $np2, 2, $parts>, $np2)),
                        ($bits, 16, 4) => Some((grouped::<$u, $z, 16, $np4, 4, $parts>, $np4)),
+                       $( ($bits, 8, 2) => Some((grouped::<$u, $z, 8, $fn2, 2, $parts>, $fn2)),
+                          ($bits, 8, 4) => Some((grouped::<$u, $z, 8, $fn4, 4, $parts>, $fn4)), )?
                        ($bits, 8, 1) => Some((grouped::<$u, $z, 8, $np1, 1, $parts>, $np1)),
                        ($bits, 8, 2) => Some((grouped::<$u, $z, 8, $np2, 2, $parts>, $np2)),
                        ($bits, 8, 4) => Some((grouped::<$u, $z, 8, $np4, 4, $parts>, $np4)),

@@ -26,6 +26,9 @@ const ROWS: usize = 2;
 #[cfg(target_arch = "x86_64")]
 const WINDOW: usize = 32;
 
+/// Entries of a list that kernels read ahead of the one they are at.
+pub(crate) const LOOK_AHEAD: usize = 2;
+
 /// The kept tiles of a weight.
 #[derive(Debug)]
 pub struct TilePanels {
@@ -35,7 +38,7 @@ pub struct TilePanels {
     /// The code of 0.
     zero: u8,
     data: Buf<u8>,
-    /// Blocks along K of the kept tiles, ascending within a panel.
+    /// Blocks along K of the kept tiles, ascending within a panel, and [`LOOK_AHEAD`] more that mean nothing.
     index: Vec<u32>,
     /// Where the tiles of each panel begin in `index`, and the end.
     starts: Vec<usize>,
@@ -66,8 +69,11 @@ impl TilePanels {
             }
             starts[p + 1] = index.len();
         }
+        let count = index.len();
+        index.try_reserve_exact(LOOK_AHEAD).map_err(|_| Error::OutOfMemory(count))?;
+        index.resize(count + LOOK_AHEAD, 0);
         let offset = if bits == 8 && zero == 128 { 128 } else { 0 };
-        let mut data = Buf::<u8>::zeroed(index.len().checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+        let mut data = Buf::<u8>::zeroed(count.checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
         let out = Shared(data.as_mut_ptr());
         let (index_ref, starts_ref) = (&index, &starts);
         pool::try_run(threads, panels, None, |p| {
@@ -113,12 +119,12 @@ impl TilePanels {
 
     /// Kept tiles in all.
     pub fn len(&self) -> usize {
-        self.index.len()
+        self.index.len() - LOOK_AHEAD
     }
 
     /// Whether no tile is kept.
     pub fn is_empty(&self) -> bool {
-        self.index.is_empty()
+        self.len() == 0
     }
 
     /// Bytes held.

@@ -69,13 +69,15 @@ impl Drop for Tiles {
     }
 }
 
-/// Arguments of a grouped tile product: 32 activation rows (or 16) by two panels.
+/// Arguments of a grouped tile product: rows of activations by two panels, over a window of K.
 #[derive(Debug, Clone, Copy)]
 pub struct TileGrp {
-    /// First step of the first 16 rows: 1 KiB each.
-    pub a0: *const i8,
-    /// The same for rows 16 to 31, or null.
-    pub a1: *const i8,
+    /// First step of the first 16 rows: steps are 1 KiB each.
+    pub a: *const i8,
+    /// Bytes to the next 16 rows.
+    pub a_stride: usize,
+    /// Rows of activations.
+    pub rows: usize,
     /// Decoded panels, 1 KiB a step.
     pub b: [*const u8; 2],
     /// Steps of K: 64 places of int8 or 32 of bf16.
@@ -94,11 +96,11 @@ pub struct TileGrp {
     pub zeros: [*const u8; 2],
     /// Float zeros of the two panels or null.
     pub fzeros: [*const f32; 2],
-    /// Sums and scales of rows 0 to 15 (`codes` unused).
-    pub act0: ActRows,
-    /// The same for rows 16 to 31.
-    pub act1: ActRows,
-    /// Float sums `[m][ldc]`, read and written.
+    /// Sums and scales of the first 16 rows (`codes` unused).
+    pub act: ActRows,
+    /// Sums, or scales, to those of the next 16 rows.
+    pub act_stride: usize,
+    /// Float sums `[m][ldc]`, read and written; whole tiles of rows.
     pub c: *mut f32,
     /// Row stride of `c`.
     pub ldc: usize,
@@ -106,19 +108,122 @@ pub struct TileGrp {
     pub dbl: i32,
 }
 
+impl TileGrp {
+    /// Sums and scales of the rows from `m` on, a multiple of 16.
+    #[inline(always)]
+    pub(super) fn act_at(&self, m: usize) -> ActRows {
+        let by = m / 16 * self.act_stride;
+        ActRows { sums: self.act.sums.wrapping_add(by), scales: self.act.scales.wrapping_add(by), ..self.act }
+    }
+}
+
+/// What a product fetches into the first-level cache for products to come, a tile for each that it loads. A load of a tile
+/// that misses there holds up all that follow it; a fetch costs next to nothing.
+#[derive(Debug, Clone, Copy)]
+pub enum Ahead {
+    /// Activations so many bytes on (0: they are there); panels are there.
+    Rows(isize),
+    /// Both operands, two steps on.
+    Both,
+    /// As `Both`, and into the second-level cache 1 KiB a step from here on.
+    Panels(*const u8),
+    /// The same by 256 bytes a step.
+    PanelsSlowly(*const u8),
+}
+
+/// Fetches the tile at an address.
+macro_rules! fetch {
+    ($at:literal) => {
+        concat!(
+            "prefetcht0 [",
+            $at,
+            "]\n",
+            "prefetcht0 [",
+            $at,
+            " + 64]\n",
+            "prefetcht0 [",
+            $at,
+            " + 128]\n",
+            "prefetcht0 [",
+            $at,
+            " + 192]\n",
+            "prefetcht0 [",
+            $at,
+            " + 256]\n",
+            "prefetcht0 [",
+            $at,
+            " + 320]\n",
+            "prefetcht0 [",
+            $at,
+            " + 384]\n",
+            "prefetcht0 [",
+            $at,
+            " + 448]\n",
+            "prefetcht0 [",
+            $at,
+            " + 512]\n",
+            "prefetcht0 [",
+            $at,
+            " + 576]\n",
+            "prefetcht0 [",
+            $at,
+            " + 640]\n",
+            "prefetcht0 [",
+            $at,
+            " + 704]\n",
+            "prefetcht0 [",
+            $at,
+            " + 768]\n",
+            "prefetcht0 [",
+            $at,
+            " + 832]\n",
+            "prefetcht0 [",
+            $at,
+            " + 896]\n",
+            "prefetcht0 [",
+            $at,
+            " + 960]"
+        )
+    };
+}
+
+pub(crate) use fetch;
+
+/// Fetches 256 bytes into the second-level cache.
+macro_rules! fetch_far {
+    ($at:literal) => {
+        concat!(
+            "prefetcht1 [",
+            $at,
+            "]\n",
+            "prefetcht1 [",
+            $at,
+            " + 64]\n",
+            "prefetcht1 [",
+            $at,
+            " + 128]\n",
+            "prefetcht1 [",
+            $at,
+            " + 192]\n"
+        )
+    };
+}
+
 /// Asm of a pass over `n` steps of K, 1 KiB of each operand tile a step: 2x2 tiles of sums, or 1x2. What comes before the
-/// loop and after it, and the operands of that, are given.
+/// loop and after it, what is fetched after the first and the last load of activations, and the operands of that, are given.
 macro_rules! tile_loop {
-    (2, $dp:literal, [$($first:literal),*], [$($last:literal),*], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
+    (2, $dp:literal, [$($first:literal),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
             $($first,)*
             "2:",
             "tileloadd tmm6, [{b0} + {s}]",
             "tileloadd tmm4, [{a0} + {s}]",
+            $fetch0,
             concat!($dp, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{b1} + {s}]",
             concat!($dp, " tmm1, tmm4, tmm7"),
             "tileloadd tmm5, [{a1} + {s}]",
+            $fetch1,
             concat!($dp, " tmm2, tmm5, tmm6"),
             concat!($dp, " tmm3, tmm5, tmm7"),
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
@@ -133,14 +238,16 @@ macro_rules! tile_loop {
             options(nostack),
         )
     };
-    (1, $dp:literal, [$($first:literal),*], [$($last:literal),*], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
+    (1, $dp:literal, [$($first:literal),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
             $($first,)*
             "2:",
             "tileloadd tmm6, [{b0} + {s}]",
             "tileloadd tmm4, [{a0} + {s}]",
+            $fetch0,
             concat!($dp, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{b1} + {s}]",
+            $fetch1,
             concat!($dp, " tmm1, tmm4, tmm7"),
             "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
             "dec {n}",
@@ -157,50 +264,80 @@ macro_rules! tile_loop {
 
 /// Sums from nothing, stored 1 KiB each.
 macro_rules! fresh {
-    (2, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+    (2, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr, $($more:tt)*) => {
         tile_loop!(
             2, $dp,
             ["tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3"],
             ["tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 1024], tmm1",
              "tilestored [{o} + {s} + 2048], tmm2", "tilestored [{o} + {s} + 3072], tmm3"],
-            $a0, $a1, $b0, $b1, $n, o = in(reg) $out
+            $fetch, $a0, $a1, $b0, $b1, $n, o = in(reg) $out $($more)*
         )
     };
-    (1, $dp:literal, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr) => {
+    (1, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $out:expr, $($more:tt)*) => {
         tile_loop!(
             1, $dp,
             ["tilezero tmm0", "tilezero tmm1"],
             ["tilestored [{o} + {s}], tmm0", "tilestored [{o} + {s} + 1024], tmm1"],
-            $a0, $a1, $b0, $b1, $n, o = in(reg) $out
+            $fetch, $a0, $a1, $b0, $b1, $n, o = in(reg) $out $($more)*
         )
     };
 }
 
 /// Sums read from `c` and written there; one row of tiles where `a1` is null.
 macro_rules! accumulate {
-    ($dp:literal, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {{
-        let stride = $ldc * 4;
-        let (c0, c1, c2) = ($c, $c.wrapping_add(16), $c.wrapping_add(16 * $ldc));
-        let c3 = c2.wrapping_add(16);
-        if $a1.is_null() {
-            tile_loop!(
-                1, $dp,
-                ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]"],
-                ["tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1"],
-                $a0, $a1, $b[0], $b[1], $n, c0 = in(reg) c0, c1 = in(reg) c1, t = in(reg) stride
-            );
-        } else {
-            tile_loop!(
+    ($dp:literal, $ahead:expr, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {
+        match ($a1.is_null(), $ahead) {
+            (true, Ahead::Rows(_)) => accumulate!(1, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
+            (true, _) => accumulate!(
+                1, $dp, [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048")), fetch!("{b1} + 2048")],
+                $a0, $a1, $b, $n, $c, $ldc,
+            ),
+            (false, Ahead::Rows(0)) => accumulate!(2, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
+            (false, Ahead::Rows(d)) => accumulate!(
+                2, $dp, [fetch!("{a0} + {d}"), fetch!("{a1} + {d}")],
+                $a0, $a1, $b, $n, $c, $ldc, , d = in(reg) d
+            ),
+            (false, Ahead::Both) => accumulate!(
                 2, $dp,
-                ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c1} + {t}]",
-                 "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c3} + {t}]"],
-                ["tilestored [{c0} + {t}], tmm0", "tilestored [{c1} + {t}], tmm1",
-                 "tilestored [{c2} + {t}], tmm2", "tilestored [{c3} + {t}], tmm3"],
-                $a0, $a1, $b[0], $b[1], $n,
-                c0 = in(reg) c0, c1 = in(reg) c1, c2 = in(reg) c2, c3 = in(reg) c3, t = in(reg) stride
-            );
+                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048")),
+                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"))],
+                $a0, $a1, $b, $n, $c, $ldc,
+            ),
+            (false, Ahead::Panels(next)) => accumulate!(
+                2, $dp,
+                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048"), "\n",
+                         fetch_far!("{f}"), "\n", fetch_far!("{f} + 256")),
+                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"), "\n",
+                         fetch_far!("{f} + 512"), "\n", fetch_far!("{f} + 768"), "\nadd {f}, 1024")],
+                $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
+            ),
+            (false, Ahead::PanelsSlowly(next)) => accumulate!(
+                2, $dp,
+                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048"), "\n", fetch_far!("{f}"), "\nadd {f}, 256"),
+                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"))],
+                $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
+            ),
         }
-    }};
+    };
+    (1, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
+        tile_loop!(
+            1, $dp,
+            ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c0} + {t} + 64]"],
+            ["tilestored [{c0} + {t}], tmm0", "tilestored [{c0} + {t} + 64], tmm1"],
+            $fetch, $a0, $a1, $b[0], $b[1], $n, c0 = in(reg) $c, t = in(reg) $ldc * 4 $($more)*
+        )
+    };
+    (2, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
+        tile_loop!(
+            2, $dp,
+            ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c0} + {t} + 64]",
+             "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c2} + {t} + 64]"],
+            ["tilestored [{c0} + {t}], tmm0", "tilestored [{c0} + {t} + 64], tmm1",
+             "tilestored [{c2} + {t}], tmm2", "tilestored [{c2} + {t} + 64], tmm3"],
+            $fetch, $a0, $a1, $b[0], $b[1], $n,
+            c0 = in(reg) $c, c2 = in(reg) $c.wrapping_add(16 * $ldc), t = in(reg) $ldc * 4 $($more)*
+        )
+    };
 }
 
 /// Tiles of B hold signed values: sums are those of the values.
@@ -210,112 +347,176 @@ const UNSIGNED: u8 = 1;
 /// Tiles hold bfloat16: sums are float32.
 const FLOAT: u8 = 2;
 
-/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each).
+/// Multiplies `n` steps into `out` (tiles row-block major, 1 KiB each), and fetches activations `ahead` bytes on.
 #[inline(always)]
 unsafe fn steps<const MT: usize, const KIND: u8>(
-    a0: *const i8,
-    a1: *const i8,
-    b0: *const u8,
-    b1: *const u8,
+    a: [*const i8; 2],
+    b: [*const u8; 2],
     n: usize,
+    ahead: isize,
     out: *mut i32,
 ) {
+    macro_rules! run {
+        ($dp:literal) => {
+            if MT == 1 {
+                fresh!(1, $dp, ["", ""], a[0], a[1], b[0], b[1], n, out,)
+            } else if ahead == 0 {
+                fresh!(2, $dp, ["", ""], a[0], a[1], b[0], b[1], n, out,)
+            } else {
+                let fetch = ahead;
+                fresh!(
+                    2, $dp, [fetch!("{a0} + {d}"), fetch!("{a1} + {d}")],
+                    a[0], a[1], b[0], b[1], n, out, , d = in(reg) fetch
+                )
+            }
+        };
+    }
     // SAFETY: the caller's pointers hold n steps; tiles are configured.
     unsafe {
-        match (MT, KIND) {
-            (2, SIGNED) => fresh!(2, "tdpbssd", a0, a1, b0, b1, n, out),
-            (2, UNSIGNED) => fresh!(2, "tdpbsud", a0, a1, b0, b1, n, out),
-            (2, _) => fresh!(2, "tdpbf16ps", a0, a1, b0, b1, n, out),
-            (_, SIGNED) => fresh!(1, "tdpbssd", a0, a1, b0, b1, n, out),
-            (_, UNSIGNED) => fresh!(1, "tdpbsud", a0, a1, b0, b1, n, out),
-            (_, _) => fresh!(1, "tdpbf16ps", a0, a1, b0, b1, n, out),
+        match KIND {
+            SIGNED => run!("tdpbssd"),
+            UNSIGNED => run!("tdpbsud"),
+            _ => run!("tdpbf16ps"),
         }
     }
 }
 
-/// Adds one segment's tiles to the float sums.
+/// Adds the tiles of `S` segments that follow each other to the float sums, which are fetched and stored once: of 16 rows, or 32,
+/// from `m` on.
 #[inline(always)]
-unsafe fn flush<const MT: usize, const KIND: u8>(a: &TileGrp, seg: usize, tiles: *const i32) {
-    // SAFETY: the caller's arguments; tiles hold MT*2 KiB.
+unsafe fn flush<const MT: usize, const KIND: u8, const S: usize>(
+    a: &TileGrp,
+    m: usize,
+    seg: usize,
+    panels: &[Segment; S],
+    tiles: *const i32,
+) {
+    // SAFETY: the caller's arguments; tiles hold MT*2 KiB for each segment, 4 KiB apart.
     unsafe {
-        let g = *a.seg_group.add(seg) as usize * 16;
         let dbl = V::splat(a.dbl);
-        let act_groups = !a.act0.scales.is_null();
-        let (int_zeros, float_zeros) = (!a.zeros[0].is_null(), !a.fzeros[0].is_null());
-        let mut scales = [V::splatf(0.0); 2];
-        let mut z = [V::splat(1); 2];
-        let mut zf = [V::splatf(0.0); 2];
-        for p in 0..2 {
-            scales[p] = generic::scales::<V>(a.scales[p], g);
-            if KIND == UNSIGNED && int_zeros {
-                z[p] = V::load_u8(a.zeros[p].add(g));
-            }
-            if KIND == UNSIGNED && float_zeros {
-                zf[p] = V::loadf(a.fzeros[p].add(g));
+        let act_groups = !a.act.scales.is_null();
+        let float_zeros = !a.fzeros[0].is_null();
+        for t in 0..MT {
+            let act = a.act_at(m + 16 * t);
+            for r in 0..16 {
+                let c = a.c.add((m + t * 16 + r) * a.ldc);
+                let mut f = [V::loadf(c), V::loadf(c.add(16))];
+                for (s, panels) in panels.iter().enumerate() {
+                    let at = (seg + s) * act.rows + r;
+                    let row = if act_groups { V::splatf(*act.scales.add(at)) } else { V::splatf(1.0) };
+                    let sum = if KIND == UNSIGNED { V::splat(*act.sums.add(at)) } else { V::splat(0) };
+                    for p in 0..2 {
+                        let d = V::load(tiles.add(s * 1024 + (t * 2 + p) * 256 + r * 16).cast());
+                        let scale = if act_groups { V::mulf(panels.scales[p], row) } else { panels.scales[p] };
+                        f[p] = if KIND == FLOAT {
+                            V::fma(V::from_bits(d), scale, f[p])
+                        } else if KIND == SIGNED {
+                            V::fma(V::cvt(d), scale, f[p])
+                        } else {
+                            let d = V::add(d, V::and(d, dbl));
+                            if float_zeros {
+                                let f = V::fma(V::cvt(d), scale, f[p]);
+                                let zero = V::mulf(scale, panels.float_zeros[p]);
+                                V::fma(V::cvt(sum), V::from_bits(V::xor_sign(V::bits(zero))), f)
+                            } else {
+                                V::fma(V::cvt(V::sub(d, V::mul(panels.zeros[p], sum))), scale, f[p])
+                            }
+                        };
+                    }
+                }
+                V::storef(c, f[0]);
+                V::storef(c.add(16), f[1]);
             }
         }
-        for t in 0..MT {
-            let act = if t == 0 { &a.act0 } else { &a.act1 };
-            let at = seg * act.rows;
-            for r in 0..16 {
-                let row = if act_groups { V::splatf(*act.scales.add(at + r)) } else { V::splatf(1.0) };
-                let sum = if KIND == UNSIGNED { V::splat(*act.sums.add(at + r)) } else { V::splat(0) };
-                for p in 0..2 {
-                    let d = V::load(tiles.add((t * 2 + p) * 256 + r * 16).cast());
-                    let s = if act_groups { V::mulf(scales[p], row) } else { scales[p] };
-                    let c = a.c.add((t * 16 + r) * a.ldc + p * 16);
-                    let mut f = V::loadf(c);
-                    if KIND == FLOAT {
-                        f = V::fma(V::from_bits(d), s, f);
-                    } else if KIND == UNSIGNED {
-                        let d = V::add(d, V::and(d, dbl));
-                        if float_zeros {
-                            f = V::fma(V::cvt(d), s, f);
-                            f = V::fma(V::cvt(sum), V::from_bits(V::xor_sign(V::bits(V::mulf(s, zf[p])))), f);
-                        } else {
-                            f = V::fma(V::cvt(V::sub(d, V::mul(z[p], sum))), s, f);
-                        }
-                    } else {
-                        f = V::fma(V::cvt(d), s, f);
-                    }
-                    V::storef(c, f);
+    }
+}
+
+/// What a segment's sums are multiplied with, for two panels.
+#[derive(Clone, Copy)]
+struct Segment {
+    scales: [__m512; 2],
+    zeros: [__m512i; 2],
+    float_zeros: [__m512; 2],
+}
+
+impl Segment {
+    #[inline(always)]
+    unsafe fn new<const KIND: u8>(a: &TileGrp, seg: usize) -> Self {
+        // SAFETY: the caller's arguments; zeros that are not null have 16 numbers for each group.
+        unsafe {
+            let g = *a.seg_group.add(seg) as usize * 16;
+            let mut s = Self { scales: [V::splatf(0.0); 2], zeros: [V::splat(1); 2], float_zeros: [V::splatf(0.0); 2] };
+            for p in 0..2 {
+                s.scales[p] = generic::scales::<V>(a.scales[p], g);
+                if KIND == UNSIGNED && !a.zeros[0].is_null() {
+                    s.zeros[p] = V::load_u8(a.zeros[p].add(g));
+                }
+                if KIND == UNSIGNED && !a.fzeros[0].is_null() {
+                    s.float_zeros[p] = V::loadf(a.fzeros[p].add(g));
                 }
             }
+            s
+        }
+    }
+}
+
+/// `S` segments from segment `i` of the window on: all rows, 32 at a time, then 16.
+#[inline(always)]
+unsafe fn segments<const KIND: u8, const S: usize>(a: &TileGrp, i: usize, tiles: *mut i32) {
+    // SAFETY: as the caller says; tiles hold 4 KiB for each segment.
+    unsafe {
+        let mut panels = [Segment::new::<KIND>(a, a.seg0 + i); S];
+        for (s, panels) in panels.iter_mut().enumerate().skip(1) {
+            *panels = Segment::new::<KIND>(a, a.seg0 + i + s);
+        }
+        let mut m = 0;
+        while m < a.rows {
+            let rows = a.a.add(m / 16 * a.a_stride);
+            let two = m + 16 < a.rows;
+            let next = if two && m + 32 < a.rows { 2 * a.a_stride as isize } else { -((m / 16 * a.a_stride) as isize) };
+            for s in 0..S {
+                let i = i + s;
+                // Offsets of a segment: whole steps, or parts of one (A: so many bytes into each row, B: rows on).
+                let (ao, bo, n) = if a.seg_steps == 0 {
+                    ((i / a.parts) * 1024 + (i % a.parts) * (64 / a.parts), i * (1024 / a.parts), 1)
+                } else {
+                    (i * a.seg_steps * 1024, i * a.seg_steps * 1024, a.seg_steps.min(a.steps - i * a.seg_steps))
+                };
+                let x = rows.add(ao);
+                let b = a.b.map(|b| b.add(bo));
+                if two {
+                    // A step's rows are fetched with its first part. One window of few rows stays close.
+                    let ahead = if a.rows <= 32 || (a.seg_steps == 0 && !i.is_multiple_of(a.parts)) { 0 } else { next };
+                    steps::<2, KIND>([x, x.add(a.a_stride)], b, n, ahead, tiles.add(s * 1024));
+                } else {
+                    steps::<1, KIND>([x, x], b, n, 0, tiles.add(s * 1024));
+                }
+            }
+            if two {
+                flush::<2, KIND, S>(a, m, a.seg0 + i, &panels, tiles);
+            } else {
+                flush::<1, KIND, S>(a, m, a.seg0 + i, &panels, tiles);
+            }
+            m += 32;
         }
     }
 }
 
 #[inline(always)]
-unsafe fn grouped_body<const MT: usize, const KIND: u8>(a: &TileGrp) {
+unsafe fn grouped_body<const KIND: u8>(a: &TileGrp) {
     #[repr(align(64))]
     #[allow(dead_code)]
     struct Pair([[i32; 1024]; 2]);
     // SAFETY: as the caller says.
     unsafe {
-        let mut buf = std::mem::MaybeUninit::<Pair>::uninit();
-        let buf = buf.as_mut_ptr().cast::<i32>();
-        let (count, per) =
-            if a.seg_steps == 0 { (a.steps * a.parts, 0) } else { (a.steps.div_ceil(a.seg_steps), a.seg_steps) };
-        for i in 0..=count {
-            if i < count {
-                // Offsets of segment i: whole steps, or parts of one (A: so many bytes into each row, B: rows on).
-                let (ao, bo, n) = if per == 0 {
-                    ((i / a.parts) * 1024 + (i % a.parts) * (64 / a.parts), i * (1024 / a.parts), 1)
-                } else {
-                    (i * per * 1024, i * per * 1024, per.min(a.steps - i * per))
-                };
-                steps::<MT, KIND>(
-                    a.a0.add(ao),
-                    a.a1.wrapping_add(ao),
-                    a.b[0].add(bo),
-                    a.b[1].add(bo),
-                    n,
-                    buf.add((i % 2) * 1024),
-                );
-            }
-            if i > 0 {
-                flush::<MT, KIND>(a, a.seg0 + i - 1, buf.add(((i - 1) % 2) * 1024));
-            }
+        let mut tiles = std::mem::MaybeUninit::<Pair>::uninit();
+        let tiles = tiles.as_mut_ptr().cast::<i32>();
+        let count = if a.seg_steps == 0 { a.steps * a.parts } else { a.steps.div_ceil(a.seg_steps) };
+        for i in (0..count / 2 * 2).step_by(2) {
+            segments::<KIND, 2>(a, i, tiles);
+        }
+        if count % 2 == 1 {
+            segments::<KIND, 1>(a, count - 1, tiles);
         }
     }
 }
@@ -336,11 +537,11 @@ macro_rules! one_product {
     };
 }
 
-/// 16 rows by one panel of signed values whose segments are one product each (64 places or fewer). What bounds these is the
-/// way of the sums, not the products: float sums stay in registers all the way, and take a segment's sums from a ring two
-/// segments after its product was begun.
+/// 16 rows from `m` on by one panel of signed values whose segments are one product each (64 places or fewer). What bounds these
+/// is the way of the sums, not the products: float sums stay in registers all the way, and take a segment's sums from a ring
+/// two segments after its product was begun.
 #[inline(always)]
-unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
+unsafe fn short_body<const ACT: bool>(a: &TileGrp, m: usize) {
     #[repr(align(64))]
     #[allow(dead_code)]
     struct Ring([[i32; 256]; 4]);
@@ -350,6 +551,7 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
         let ring = ring.as_mut_ptr().cast::<i32>();
         let count = a.steps * a.parts;
         let shift = a.parts.trailing_zeros();
+        let (x, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));
         macro_rules! product {
             ($i:expr, $c:tt, $x:tt, $w:tt) => {
                 if $i < count {
@@ -358,7 +560,7 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
                         $c,
                         $x,
                         $w,
-                        a.a0.add(step * 1024 + ((part * 64) >> shift)),
+                        x.add(step * 1024 + ((part * 64) >> shift)),
                         a.b[0].add(($i * 1024) >> shift),
                         ring.add($i % 4 * 256)
                     );
@@ -367,14 +569,14 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
         }
         let mut f = [V::splatf(0.0); 16];
         for (r, f) in f.iter_mut().enumerate() {
-            *f = V::loadf(a.c.add(r * a.ldc));
+            *f = V::loadf(c.add(r * a.ldc));
         }
         macro_rules! add {
             ($i:expr) => {
                 if $i < count {
                     let seg = a.seg0 + $i;
                     let s = generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16);
-                    let rows = a.act0.scales.wrapping_add(seg * a.act0.rows);
+                    let rows = act.scales.wrapping_add(seg * act.rows);
                     for (r, f) in f.iter_mut().enumerate() {
                         let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
                         *f = V::fma(V::cvt(V::load(ring.add($i % 4 * 256 + r * 16).cast())), s, *f);
@@ -391,18 +593,20 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp) {
             add!(i + 1);
         }
         for (r, f) in f.iter().enumerate() {
-            V::storef(a.c.add(r * a.ldc), *f);
+            V::storef(c.add(r * a.ldc), *f);
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn short_entry<const ACT: bool>(a: &TileGrp) {
-    // SAFETY: as the caller says.
-    unsafe { short_body::<ACT>(a) }
+    for m in (0..a.rows).step_by(16) {
+        // SAFETY: as the caller says.
+        unsafe { short_body::<ACT>(a, m) }
+    }
 }
 
-/// The kernel of 16 rows by the first panel of a [`TileGrp`] for segments of 64 places or fewer, signed and without zeros.
+/// The kernel of a [`TileGrp`]'s first panel for segments of 64 places or fewer, signed and without zeros.
 pub fn short(act_groups: bool) -> TileFn {
     if act_groups {
         short_entry::<true>
@@ -415,24 +619,22 @@ pub fn short(act_groups: bool) -> TileFn {
 pub type TileFn = unsafe fn(&TileGrp);
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-unsafe fn grouped_entry<const MT: usize, const KIND: u8>(a: &TileGrp) {
+unsafe fn grouped_entry<const KIND: u8>(a: &TileGrp) {
     // SAFETY: as the caller says.
-    unsafe { grouped_body::<MT, KIND>(a) }
+    unsafe { grouped_body::<KIND>(a) }
 }
 
-/// The grouped tile kernels for 16 and 32 rows. `signed`: B holds the values themselves, so nothing needs correcting.
-pub fn grouped(signed: bool) -> [TileFn; 2] {
+/// The grouped tile kernel. `signed`: B holds the values themselves, so nothing needs correcting.
+pub fn grouped(signed: bool) -> TileFn {
     if signed {
-        [grouped_entry::<1, SIGNED>, grouped_entry::<2, SIGNED>]
+        grouped_entry::<SIGNED>
     } else {
-        [grouped_entry::<1, UNSIGNED>, grouped_entry::<2, UNSIGNED>]
+        grouped_entry::<UNSIGNED>
     }
 }
 
-/// The grouped tile kernels for bf16 operands whose scales come after the sums.
-pub fn grouped_bf16() -> [TileFn; 2] {
-    [grouped_entry::<1, FLOAT>, grouped_entry::<2, FLOAT>]
-}
+/// The grouped tile kernel for bf16 operands whose scales come after the sums.
+pub const GROUPED_BF16: TileFn = grouped_entry::<FLOAT>;
 
 /// Rounds two rows of floats to bf16, ties to even, and pairs them, the even one in the low halves. Subnormal numbers become
 /// 0, as the tiles would have them.
@@ -572,16 +774,16 @@ pub fn bf16_table_decoder(bits: usize) -> unsafe fn(&F32Args, *mut u8) {
 ///
 /// # Safety
 /// Each pointer has `n` KiB, `c` is readable and writable for whole tiles, tiles are configured for 64 bytes.
-pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, c: *mut f32, ldc: usize) {
+pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, ahead: Ahead, c: *mut f32, ldc: usize) {
     // SAFETY: as the caller says.
-    unsafe { accumulate!("tdpbf16ps", a0, a1, b, n, c, ldc) }
+    unsafe { accumulate!("tdpbf16ps", ahead, a0, a1, b, n, c, ldc) }
 }
 
 /// Integer product of unsigned codes: 16 (`a1` null) or 32 rows by two panels over `n` blocks, added to `c` (int32).
 ///
 /// # Safety
 /// As [`bf16`].
-pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, c: *mut i32, ldc: usize) {
+pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, ahead: Ahead, c: *mut i32, ldc: usize) {
     // SAFETY: as the caller says.
-    unsafe { accumulate!("tdpbsud", a0, a1, b, n, c, ldc) }
+    unsafe { accumulate!("tdpbsud", ahead, a0, a1, b, n, c, ldc) }
 }

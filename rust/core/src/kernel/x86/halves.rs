@@ -31,11 +31,11 @@ macro_rules! products {
     };
 }
 
-/// 16 rows by the first panel of a [`TileGrp`], whose steps are 2 KiB of signed halves: `c = fma(f32(16*high + low), s, c)` for
+/// 16 rows from `m` on by the first panel of a [`TileGrp`], whose steps are 2 KiB of signed halves: `c = fma(f32(16*high + low), s, c)` for
 /// its segments; `RAW`: one segment, added to int32 sums. Sums stay in registers, and a segment is added while the tiles work on
 /// the next.
 #[inline(always)]
-unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp) {
+unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
     #[repr(align(64))]
     #[allow(dead_code)]
     struct Ring([[i32; 512]; 2]);
@@ -48,9 +48,10 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp) {
             (_, 0) => (a.steps * a.parts, 0),
             (_, per) => (a.steps.div_ceil(per), per),
         };
+        let (rows, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));
         let mut f = [V::splatf(0.0); 16];
         for (r, f) in f.iter_mut().enumerate() {
-            *f = V::loadf(a.c.add(r * a.ldc));
+            *f = V::loadf(c.add(r * a.ldc));
         }
         for i in 0..=count {
             if i < count {
@@ -60,7 +61,7 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp) {
                 } else {
                     (i * per * 1024, i * per * 2048, per.min(a.steps - i * per))
                 };
-                let (x, w, o) = (a.a0.add(x), a.b[0].add(w), ring.add(i % 2 * 512));
+                let (x, w, o) = (rows.add(x), a.b[0].add(w), ring.add(i % 2 * 512));
                 if i % 2 == 0 {
                     products!("tmm0", "tmm1", "tmm4", x, w, n, o);
                 } else {
@@ -74,32 +75,34 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp) {
                 } else {
                     generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16)
                 };
-                let rows = a.act0.scales.wrapping_add(seg * a.act0.rows);
+                let scales = act.scales.wrapping_add(seg * act.rows);
                 for (r, f) in f.iter_mut().enumerate() {
                     let at = ring.add((i - 1) % 2 * 512 + r * 16);
                     let d = V::add(V::load(at.cast()), V::shl32(V::load(at.add(256).cast()), 4));
                     *f = if RAW {
                         V::from_bits(V::add(V::bits(*f), d))
                     } else {
-                        let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
+                        let s = if ACT { V::mulf(s, V::splatf(*scales.add(r))) } else { s };
                         V::fma(V::cvt(d), s, *f)
                     };
                 }
             }
         }
         for (r, f) in f.iter().enumerate() {
-            V::storef(a.c.add(r * a.ldc), *f);
+            V::storef(c.add(r * a.ldc), *f);
         }
     }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
 unsafe fn entry<const ACT: bool, const RAW: bool>(a: &TileGrp) {
-    // SAFETY: as the caller says.
-    unsafe { body::<ACT, RAW>(a) }
+    for m in (0..a.rows).step_by(16) {
+        // SAFETY: as the caller says.
+        unsafe { body::<ACT, RAW>(a, m) }
+    }
 }
 
-/// The kernel of 16 rows by the first panel for groups of activations or none, or for one segment whose int32 sums `c` holds.
+/// The kernel of all rows by the first panel for groups of activations or none, or for one segment whose int32 sums `c` holds.
 /// Tiles are configured for a segment, or for 64 places.
 pub fn kernel(act_groups: bool, raw: bool) -> TileFn {
     match (act_groups, raw) {
