@@ -100,7 +100,7 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
         for (int p = 0; p < SPAN * HALVES * PARTS; p++)
             copy_box(x_ring + slot * X_STAGE + p * (T * 128), map, ready + slot * 8, k + p * (128 / WIDTH), m0);
     };
-    // X may still be in the making: it follows once the rings are full of weights.
+    // X may still be in the making: it follows once the rings are full of weights, or hold some.
     const int start = unit;
     bool waited = false;
     auto wait = [&]() {
@@ -114,6 +114,8 @@ DEVICE void feed(const SparseArgs &a, const Map *map, int unit, int end, int m0,
         for (int i = 0; i < AHEAD && unit + i * WK < end; i++) {
             const u32 first = __shfl_sync(~0u, now.first, i * WR + wr), last = __shfl_sync(~0u, now.last, i * WR + wr);
             const int chunk = __shfl_sync(~0u, now.chunk, i * WR), bytes = (int)(last - first) * 16;
+            // Kept groups wait for what they read more than for memory: one run is enough of a start.
+            if (KEPT_GROUPS && !waited && held > 0) wait();
             // Room for this run: none is cut in two.
             while (true) {
                 if (held == 0) next = tail = 0;

@@ -368,13 +368,7 @@ pub(crate) fn int8(
                     zeros: zi,
                     fzeros: zf,
                 };
-                let bad = act.bad[m0 + m] != 0;
-                let direct = float_row(y, m0 + m, p0 * PANEL, cols).filter(|_| !bad);
-                // SAFETY: all arrays reach the end of the last panel.
-                unsafe { (t.finish_raw)(sums.as_ptr().add(m * ldc), direct.unwrap_or(floats.as_mut_ptr()), &e) };
-                if direct.is_none() {
-                    store_row(y, m0 + m, p0 * PANEL, &floats[..cols], bad);
-                }
+                finish_sums(t, y, m0 + m, p0 * PANEL, &sums[m * ldc..], floats, &e, act.bad[m0 + m] != 0);
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
@@ -498,7 +492,12 @@ pub(crate) fn padded_bias(
 }
 
 /// The row scales of some panels as f32 (formats with one scale per row).
-fn row_scales(slot: &mut Option<Buf<f32>>, scales: &PanelScales, p0: usize, np: usize) -> Result<*const f32> {
+pub(crate) fn row_scales(
+    slot: &mut Option<Buf<f32>>,
+    scales: &PanelScales,
+    p0: usize,
+    np: usize,
+) -> Result<*const f32> {
     let (lo, len) = (p0 * PANEL, np * PANEL);
     if let PanelScales::F32(b) = scales {
         if !b.is_empty() {
@@ -1311,6 +1310,26 @@ const NO_SUMS: kernel::ActRows = kernel::ActRows {
     scales: std::ptr::null(),
     rows: 0,
 };
+
+/// Turns a row of integer sums into floats, as `e` says, and writes it to row `m` from column `n0`; `floats` is for what does not
+/// go there straight.
+pub(crate) fn finish_sums(
+    t: &Kernels,
+    y: &MatMut,
+    m: usize,
+    n0: usize,
+    sums: &[i32],
+    floats: &mut [f32],
+    e: &Finish,
+    bad: bool,
+) {
+    let direct = float_row(y, m, n0, e.cols).filter(|_| !bad);
+    // SAFETY: the sums, the arrays of `e` and the row of floats reach the end of the last panel.
+    unsafe { (t.finish_raw)(sums.as_ptr(), direct.unwrap_or(floats.as_mut_ptr()), e) };
+    if direct.is_none() {
+        store_row(y, m, n0, &floats[..e.cols], bad);
+    }
+}
 
 /// Finishes a row of float sums, the activation scale, then the bias, and writes it to row `m` from column `n0`.
 pub(crate) fn finish_row(

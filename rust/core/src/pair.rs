@@ -183,7 +183,16 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
     };
     #[cfg(target_arch = "x86_64")]
     if bits::serve(a, w, o) {
-        return bits::products(a, w, o, emit);
+        return bits::products(a, w, o, |at, sums, ldc, _| {
+            for (r, row) in sums.chunks_exact_mut(ldc).enumerate() {
+                let row = &mut row[..(at.np * PANEL).min(n - at.p0 * PANEL)];
+                for v in row {
+                    *v = 2 * *v - k as i32;
+                }
+                emit(at.m0 + r, at.p0 * PANEL, Sums::I32(row));
+            }
+            Ok(())
+        });
     }
     let (planes, a_top) = value_planes(a, o)?;
     let w_top = i64::from(w.mul) * i64::from(w.byte_top) + i64::from(w.sub).max(i64::from(w.zero_max));
@@ -310,6 +319,32 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     let scales = &scales[..m * groups];
     let plain = w.inner.is_none() && !matches!(w.zeros, PanelZeros::Float(_));
     let ungrouped = groups <= 1 && w.geometry.groups <= 1 && plain;
+    #[cfg(target_arch = "x86_64")]
+    if ungrouped && bits::serve(a, w, o) {
+        use crate::gemm::{finish_sums, padded_bias, row_scales};
+        use crate::kernel::generic::Finish;
+        let (t, y) = (kernel::table(o.isa), &*y);
+        return bits::products(a, w, o, |at, sums, ldc, s| {
+            let (cols, n0) = (at.np * PANEL, at.p0 * PANEL);
+            let bias = padded_bias(&mut s.bias, o.bias, at.p0, at.np, w.n)?;
+            let w_scales = row_scales(&mut s.weights, w.sum_scales(), at.p0, at.np)?;
+            let floats = grown(&mut s.floats, cols)?;
+            for (r, row) in sums.chunks_exact(ldc).enumerate() {
+                let e = Finish {
+                    cols,
+                    act_scale: scales[at.m0 + r] * w.step,
+                    sum: k as i32,
+                    dbl: -1,
+                    bias,
+                    scales: w_scales,
+                    zeros: std::ptr::null(),
+                    fzeros: std::ptr::null(),
+                };
+                finish_sums(t, y, at.m0 + r, n0, row, floats, &e, false);
+            }
+            Ok(())
+        });
+    }
     let count = if ungrouped { w.n } else { 0 };
     let mut w_scales = Taken::<f32>::new(count)?;
     w.scales.read(&mut w_scales[..count]);
@@ -330,10 +365,6 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
             store_row(out, row, n0 + at, floats, false);
         }
     };
-    #[cfg(target_arch = "x86_64")]
-    if ungrouped && bits::serve(a, w, o) {
-        return bits::products(a, w, o, emit);
-    }
     let (planes, _) = value_planes(a, o)?;
     if planes.len() > 1 {
         if !ungrouped {
@@ -361,8 +392,9 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
 mod bits {
     use super::*;
     use crate::format::ValueMap;
+    use crate::gemm::Scratch;
     use crate::isa::Isa;
-    use crate::kernel::x86::popcount::{self, Differing};
+    use crate::kernel::x86::popcount::{self, Equal};
     use crate::plan::Blocking;
 
     fn is_sign(map: ValueMap, bits: usize) -> bool {
@@ -388,8 +420,14 @@ mod bits {
         [x as u32, (x >> 32) as u32]
     }
 
-    /// The sums of every row, given to `emit(row, first column, sums)`.
-    pub(super) fn products(a: &QView, w: &Packed, o: &Options, emit: impl Fn(usize, usize, Sums) + Sync) -> Result<()> {
+    /// How many values of each two rows are equal, task by task: given to `finish(region, counts [rows][ldc], ldc, scratch)`.
+    /// With `e` of them equal the product is `2e - K`.
+    pub(super) fn products(
+        a: &QView,
+        w: &Packed,
+        o: &Options,
+        finish: impl Fn(Region, &mut [i32], usize, &mut Scratch) -> Result<()> + Sync,
+    ) -> Result<()> {
         let (m, k, blocks) = (a.rows, a.cols, w.geometry.blocks());
         let row_bytes = k.div_ceil(8);
         let mut x = Taken::<i32>::new(m * blocks * 2)?;
@@ -418,14 +456,15 @@ mod bits {
         let b = base.cut(m, w.panels(), w.n, k, o.threads, popcount::NP);
         tasks(&b, m, w.panels(), o, |p0, np, m0, rows, s| {
             let ldc = np * PANEL;
-            let sums = grown(&mut s.sums, rows * ldc)?;
+            let mut own = s.sums.take();
+            let sums = &mut grown(&mut own, rows * ldc)?[..rows * ldc];
             let mut p = 0;
             while p < np {
                 let wide = np - p >= popcount::NP;
                 let mut r = 0;
                 while r < rows {
                     let many = rows - r >= mr;
-                    let args = Differing {
+                    let args = Equal {
                         codes: w.codes.as_ptr().wrapping_add((p0 + p) * w.panel_bytes()),
                         panel_stride: w.panel_bytes(),
                         blocks,
@@ -436,20 +475,14 @@ mod bits {
                         ldc,
                     };
                     // SAFETY: whole panels, existing rows, and the CPU counts bits (`serve`).
-                    unsafe { popcount::differing(wide, many)(&args) };
+                    unsafe { popcount::equal(wide, many)(&args) };
                     r += if many { mr } else { 1 };
                 }
                 p += if wide { popcount::NP } else { 1 };
             }
-            let cols = ldc.min(w.n - p0 * PANEL);
-            for r in 0..rows {
-                let row = &mut sums[r * ldc..][..cols];
-                for d in row.iter_mut() {
-                    *d = k as i32 - 2 * *d;
-                }
-                emit(m0 + r, p0 * PANEL, Sums::I32(row));
-            }
-            Ok(())
+            let done = finish(Region { p0, np, m0, rows, b0: 0, blocks }, sums, ldc, s);
+            s.sums = own;
+            done
         })
     }
 

@@ -1,4 +1,4 @@
-//! Counts of differing bits, for one-bit codes on both sides.
+//! Counts of equal bits, for one-bit codes on both sides.
 use std::arch::x86_64::*;
 
 /// Rows of the wide kernels.
@@ -11,7 +11,7 @@ const AHEAD: usize = 2048;
 
 /// Arguments of a count.
 #[derive(Debug, Clone, Copy)]
-pub struct Differing {
+pub struct Equal {
     /// First panel of one-bit codes.
     pub codes: *const u8,
     /// Bytes between panels.
@@ -36,7 +36,7 @@ pub fn is_available() -> bool {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vpopcntdq")]
-unsafe fn count<const PANELS: usize, const ROWS: usize>(a: &Differing) {
+unsafe fn count<const PANELS: usize, const ROWS: usize>(a: &Equal) {
     // SAFETY: the caller's arguments hold whole blocks of each panel and row.
     unsafe {
         let mut acc = [[_mm512_setzero_si512(); ROWS]; PANELS];
@@ -57,7 +57,7 @@ unsafe fn count<const PANELS: usize, const ROWS: usize>(a: &Differing) {
 #[target_feature(enable = "avx512f,avx512bw,avx512vpopcntdq")]
 unsafe fn block<const PANELS: usize, const ROWS: usize>(
     acc: &mut [[__m512i; ROWS]; PANELS],
-    a: &Differing,
+    a: &Equal,
     b: usize,
     mask: [__m512i; 2],
 ) {
@@ -72,8 +72,8 @@ unsafe fn block<const PANELS: usize, const ROWS: usize>(
                 }
                 for m in 0..ROWS {
                     let x = _mm512_set1_epi32(*a.x.add(m * a.x_stride + 2 * b + i) as i32);
-                    // (w ^ x) & mask
-                    let d = _mm512_ternarylogic_epi32::<0x28>(w, x, mask[i]);
+                    // !(w ^ x) & mask
+                    let d = _mm512_ternarylogic_epi32::<0x82>(w, x, mask[i]);
                     acc[p][m] = _mm512_add_epi32(acc[p][m], _mm512_popcnt_epi32(d));
                 }
             }
@@ -82,7 +82,7 @@ unsafe fn block<const PANELS: usize, const ROWS: usize>(
 }
 
 /// The kernel for [`NP`] panels or one, [`MR`] rows or one.
-pub fn differing(wide: bool, many: bool) -> unsafe fn(&Differing) {
+pub fn equal(wide: bool, many: bool) -> unsafe fn(&Equal) {
     match (wide, many) {
         (true, true) => count::<NP, MR>,
         (true, false) => count::<NP, 1>,
