@@ -186,7 +186,7 @@ pub fn matmul_raw(a: &QView, w: &Packed, out: &mut RawOut, o: &Options) -> Resul
         return bits::products(a, w, o, |at, sums, ldc, _| {
             for (r, row) in sums.chunks_exact_mut(ldc).enumerate() {
                 let row = &mut row[..(at.np * PANEL).min(n - at.p0 * PANEL)];
-                for v in row {
+                for v in row.iter_mut() {
                     *v = 2 * *v - k as i32;
                 }
                 emit(at.m0 + r, at.p0 * PANEL, Sums::I32(row));
