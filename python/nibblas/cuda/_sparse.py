@@ -244,7 +244,7 @@ def spans(sizes: NDArray[np.integer[Any]], steady: int, pl: Plan) -> NDArray[np.
 _WIDE, _DEEP, _LEAN = SparseCut(4, 3, drain=5), SparseCut(4, 2, drain=6), SparseCut(4, 2, drain=2)
 _FULL, _TALL = SparseCut(4, 4, drain=4), SparseCut(8, 1, drain=3, together=8)
 _CUTS = {
-    ENTRIES: {1: _WIDE, 2: _LEAN._replace(together=4), 4: _DEEP, 8: _TALL},
+    ENTRIES: {1: _WIDE, 2: _LEAN._replace(together=8), 4: _DEEP, 8: _TALL},
     PAIRS: {1: _WIDE, 2: _DEEP, 4: _DEEP, 8: _TALL},
     FOURS: {1: _WIDE, 2: _DEEP, 4: _DEEP._replace(together=6), 8: _DEEP._replace(together=2)},
     GROUPS: {
