@@ -67,6 +67,16 @@ def test_every_level_equals_the_reference(isa: str, compute: str, fmt: str) -> N
             )
 
 
+@pytest.mark.parametrize("fmt", ["int8", "int4", "int4_g128_si8", "int4_g128", "uint4_g32"])
+@pytest.mark.parametrize("m", [40, 70, 259])
+def test_many_rows_and_more_than_a_window_of_k(m: int, fmt: str) -> None:
+    n, k = 70, 4230
+    x, q = product(m, n, k, fmt)
+    got = np.empty((m, n), np.float32)
+    _core.matmul(x, q._storage.pack(1), got, "int8", None, 1, levels()[-1])
+    np.testing.assert_array_equal(got.view(np.uint32), reference(x, q, "int8").view(np.uint32))
+
+
 def integer_result(x: np.ndarray, q: nb.QTensor) -> np.ndarray:
     """``compute="int8"`` in float64 with exact integers and one rounding for each step."""
     absmax = np.abs(x).max(1, keepdims=True)

@@ -131,59 +131,13 @@ pub enum Ahead {
     PanelsSlowly(*const u8),
 }
 
-/// Fetches the tile at an address.
+/// Fetches the tile at an address, 16 lines.
 macro_rules! fetch {
     ($at:literal) => {
-        concat!(
-            "prefetcht0 [",
-            $at,
-            "]\n",
-            "prefetcht0 [",
-            $at,
-            " + 64]\n",
-            "prefetcht0 [",
-            $at,
-            " + 128]\n",
-            "prefetcht0 [",
-            $at,
-            " + 192]\n",
-            "prefetcht0 [",
-            $at,
-            " + 256]\n",
-            "prefetcht0 [",
-            $at,
-            " + 320]\n",
-            "prefetcht0 [",
-            $at,
-            " + 384]\n",
-            "prefetcht0 [",
-            $at,
-            " + 448]\n",
-            "prefetcht0 [",
-            $at,
-            " + 512]\n",
-            "prefetcht0 [",
-            $at,
-            " + 576]\n",
-            "prefetcht0 [",
-            $at,
-            " + 640]\n",
-            "prefetcht0 [",
-            $at,
-            " + 704]\n",
-            "prefetcht0 [",
-            $at,
-            " + 768]\n",
-            "prefetcht0 [",
-            $at,
-            " + 832]\n",
-            "prefetcht0 [",
-            $at,
-            " + 896]\n",
-            "prefetcht0 [",
-            $at,
-            " + 960]"
-        )
+        concat!(fetch!($at, 0, 64, 128, 192, 256, 320, 384, 448), fetch!($at, 512, 576, 640, 704, 768, 832, 896, 960))
+    };
+    ($at:literal, $($line:literal),*) => {
+        concat!($("prefetcht0 [", $at, " + ", $line, "]\n"),*)
     };
 }
 
@@ -192,20 +146,10 @@ pub(crate) use fetch;
 /// Fetches 256 bytes into the second-level cache.
 macro_rules! fetch_far {
     ($at:literal) => {
-        concat!(
-            "prefetcht1 [",
-            $at,
-            "]\n",
-            "prefetcht1 [",
-            $at,
-            " + 64]\n",
-            "prefetcht1 [",
-            $at,
-            " + 128]\n",
-            "prefetcht1 [",
-            $at,
-            " + 192]\n"
-        )
+        fetch_far!($at, 0, 64, 128, 192)
+    };
+    ($at:literal, $($line:literal),*) => {
+        concat!($("prefetcht1 [", $at, " + ", $line, "]\n"),*)
     };
 }
 
