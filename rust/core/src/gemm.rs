@@ -448,14 +448,6 @@ fn pairs_ahead(w: &Packed, p: usize, np: usize, close: usize, window: usize) -> 
     ahead(w, p - first, close.min(np - first), 2, window)
 }
 
-/// Bytes from the activations of rows `m..m + step` of a task to those that are multiplied next by a window, the first rows
-/// after the last; `stride` bytes lie between 16 rows. 0 where all rows stay close.
-#[cfg(target_arch = "x86_64")]
-fn rows_ahead(m: usize, rows: usize, step: usize, stride: usize) -> isize {
-    let next = if m + step < rows { m + step } else { 0 };
-    (next as isize - m as isize) / 16 * stride as isize
-}
-
 /// What pass `i` over a pair of panels, `n` blocks of codes that are tiles, fetches of the pair that comes next, `distance`
 /// bytes on: all passes together, or the first two, fetch the whole of it.
 #[cfg(target_arch = "x86_64")]
@@ -682,7 +674,7 @@ impl IntJob<'_> {
                         let ahead = match streams {
                             true if self.w.is_bytes() => panels_ahead(pair, m / 32, rows, n, 2 * self.w.panel_bytes()),
                             true => Ahead::Both,
-                            false => Ahead::Rows(rows_ahead(m, rows, 32, stride)),
+                            false => Ahead::Rows(amx::rows_ahead(m, rows, stride)),
                         };
                         amx::raw(a0, a1, pair, n, ahead, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
                     }
@@ -1267,7 +1259,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                 let Some(l) = &late else {
                     for m in (0..rows).step_by(32) {
                         let a1 = if m + 16 < rows { at(m + 16) } else { std::ptr::null() };
-                        let ahead = Ahead::Rows(rows_ahead(m, rows, 32, 32 * g.kp));
+                        let ahead = Ahead::Rows(amx::rows_ahead(m, rows, 32 * g.kp));
                         amx::bf16(at(m), a1, pair, 2 * n, ahead, c.add(m * ldc), ldc);
                     }
                     continue;

@@ -484,8 +484,7 @@ macro_rules! instantiate {
                        ($bits, 8, 1) => Some((grouped::<$u, $z, 8, $np1, 1, $parts>, $np1)),
                        ($bits, 8, 2) => Some((grouped::<$u, $z, 8, $np2, 2, $parts>, $np2)),
                        ($bits, 8, 4) => Some((grouped::<$u, $z, 8, $np4, 4, $parts>, $np4)),
-                       $( ($bits, 16, 8) => Some((grouped::<$u, $z, 16, $np8, 8, $parts>, $np8)),
-                          ($bits, 8, 8) => Some((grouped::<$u, $z, 8, $np8, 8, $parts>, $np8)), )?
+                       $( ($bits, 16, 8) => Some((grouped::<$u, $z, 16, $np8, 8, $parts>, $np8)), )?
                        $( ($bits, 4, 1) => Some((grouped::<$u, $z, 4, $fn1, 1, $parts>, $fn1)),
                           ($bits, 4, 2) => Some((grouped::<$u, $z, 4, $fn2, 2, $parts>, $fn2)),
                           ($bits, 4, 4) => Some((grouped::<$u, $z, 4, $fn4, 4, $parts>, $fn4)), )? )*

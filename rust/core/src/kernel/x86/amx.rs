@@ -13,6 +13,7 @@ use crate::kernel::simd::Simd;
 use crate::kernel::{ActRows, F32Args, ScalePtr};
 use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 /// Tile configuration (palette 1): C 16x64 bytes, A 16 x `k` bytes, B `k/4` x 64 bytes.
 #[repr(C, align(64))]
@@ -131,6 +132,30 @@ pub enum Ahead {
     PanelsSlowly(*const u8),
 }
 
+/// Bytes from the activations of rows `m..m + 32` to those that are multiplied next by the same panels, the first rows after
+/// the last; `stride` bytes lie between 16 rows. 0 where all rows stay close.
+#[inline(always)]
+pub fn rows_ahead(m: usize, rows: usize, stride: usize) -> isize {
+    let next = if m + 32 < rows { m + 32 } else { 0 };
+    (next as isize - m as isize) / 16 * stride as isize
+}
+
+/// Memory for `N` sums on their way from tiles to registers, not initialised.
+#[repr(align(64))]
+pub(super) struct Ring<const N: usize>(MaybeUninit<[i32; N]>);
+
+impl<const N: usize> Ring<N> {
+    #[inline(always)]
+    pub(super) const fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    #[inline(always)]
+    pub(super) fn as_mut_ptr(&mut self) -> *mut i32 {
+        self.0.as_mut_ptr().cast()
+    }
+}
+
 /// Fetches the tile at an address, 16 lines.
 macro_rules! fetch {
     ($at:literal) => {
@@ -233,7 +258,7 @@ macro_rules! accumulate {
         match ($a1.is_null(), $ahead) {
             (true, Ahead::Rows(_)) => accumulate!(1, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
             (true, _) => accumulate!(
-                1, $dp, [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048")), fetch!("{b1} + 2048")],
+                1, $dp, [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048")), fetch!("{b1} + 2048")],
                 $a0, $a1, $b, $n, $c, $ldc,
             ),
             (false, Ahead::Rows(0)) => accumulate!(2, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
@@ -243,22 +268,22 @@ macro_rules! accumulate {
             ),
             (false, Ahead::Both) => accumulate!(
                 2, $dp,
-                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048")),
-                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"))],
+                [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048")),
+                 concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"))],
                 $a0, $a1, $b, $n, $c, $ldc,
             ),
             (false, Ahead::Panels(next)) => accumulate!(
                 2, $dp,
-                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048"), "\n",
-                         fetch_far!("{f}"), "\n", fetch_far!("{f} + 256")),
-                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"), "\n",
-                         fetch_far!("{f} + 512"), "\n", fetch_far!("{f} + 768"), "\nadd {f}, 1024")],
+                [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048"),
+                         fetch_far!("{f}"), fetch_far!("{f} + 256")),
+                 concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"),
+                         fetch_far!("{f} + 512"), fetch_far!("{f} + 768"), "add {f}, 1024")],
                 $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
             ),
             (false, Ahead::PanelsSlowly(next)) => accumulate!(
                 2, $dp,
-                [concat!(fetch!("{a0} + 2048"), "\n", fetch!("{b0} + 2048"), "\n", fetch_far!("{f}"), "\nadd {f}, 256"),
-                 concat!(fetch!("{a1} + 2048"), "\n", fetch!("{b1} + 2048"))],
+                [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048"), fetch_far!("{f}"), "add {f}, 256"),
+                 concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"))],
                 $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
             ),
         }
@@ -307,10 +332,9 @@ unsafe fn steps<const MT: usize, const KIND: u8>(
             } else if ahead == 0 {
                 fresh!(2, $dp, ["", ""], a[0], a[1], b[0], b[1], n, out,)
             } else {
-                let fetch = ahead;
                 fresh!(
                     2, $dp, [fetch!("{a0} + {d}"), fetch!("{a1} + {d}")],
-                    a[0], a[1], b[0], b[1], n, out, , d = in(reg) fetch
+                    a[0], a[1], b[0], b[1], n, out, , d = in(reg) ahead
                 )
             }
         };
@@ -417,7 +441,7 @@ unsafe fn segments<const KIND: u8, const S: usize>(a: &TileGrp, i: usize, tiles:
         while m < a.rows {
             let rows = a.a.add(m / 16 * a.a_stride);
             let two = m + 16 < a.rows;
-            let next = if two && m + 32 < a.rows { 2 * a.a_stride as isize } else { -((m / 16 * a.a_stride) as isize) };
+            let next = rows_ahead(m, a.rows, a.a_stride);
             for s in 0..S {
                 let i = i + s;
                 // Offsets of a segment: whole steps, or parts of one (A: so many bytes into each row, B: rows on).
@@ -429,8 +453,8 @@ unsafe fn segments<const KIND: u8, const S: usize>(a: &TileGrp, i: usize, tiles:
                 let x = rows.add(ao);
                 let b = a.b.map(|b| b.add(bo));
                 if two {
-                    // A step's rows are fetched with its first part. One window of few rows stays close.
-                    let ahead = if a.rows <= 32 || (a.seg_steps == 0 && !i.is_multiple_of(a.parts)) { 0 } else { next };
+                    // A step's rows are fetched with its first part.
+                    let ahead = if a.seg_steps == 0 && !i.is_multiple_of(a.parts) { 0 } else { next };
                     steps::<2, KIND>([x, x.add(a.a_stride)], b, n, ahead, tiles.add(s * 1024));
                 } else {
                     steps::<1, KIND>([x, x], b, n, 0, tiles.add(s * 1024));
@@ -448,13 +472,10 @@ unsafe fn segments<const KIND: u8, const S: usize>(a: &TileGrp, i: usize, tiles:
 
 #[inline(always)]
 unsafe fn grouped_body<const KIND: u8>(a: &TileGrp) {
-    #[repr(align(64))]
-    #[allow(dead_code)]
-    struct Pair([[i32; 1024]; 2]);
     // SAFETY: as the caller says.
     unsafe {
-        let mut tiles = std::mem::MaybeUninit::<Pair>::uninit();
-        let tiles = tiles.as_mut_ptr().cast::<i32>();
+        let mut tiles = Ring::<2048>::new();
+        let tiles = tiles.as_mut_ptr();
         let count = if a.seg_steps == 0 { a.steps * a.parts } else { a.steps.div_ceil(a.seg_steps) };
         for i in (0..count / 2 * 2).step_by(2) {
             segments::<KIND, 2>(a, i, tiles);
@@ -486,13 +507,10 @@ macro_rules! one_product {
 /// two segments after its product was begun.
 #[inline(always)]
 unsafe fn short_body<const ACT: bool>(a: &TileGrp, m: usize) {
-    #[repr(align(64))]
-    #[allow(dead_code)]
-    struct Ring([[i32; 256]; 4]);
     // SAFETY: the caller's arguments; tiles are configured for a segment.
     unsafe {
-        let mut ring = std::mem::MaybeUninit::<Ring>::uninit();
-        let ring = ring.as_mut_ptr().cast::<i32>();
+        let mut ring = Ring::<1024>::new();
+        let ring = ring.as_mut_ptr();
         let count = a.steps * a.parts;
         let shift = a.parts.trailing_zeros();
         let (x, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));

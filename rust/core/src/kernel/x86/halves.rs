@@ -1,5 +1,5 @@
 //! Tiles of integers beyond a byte: two products for each step, of the low and of the high halves, put together in int32.
-use super::amx::{TileFn, TileGrp};
+use super::amx::{Ring, TileFn, TileGrp};
 use super::avx512::Avx512Vnni as V;
 use crate::kernel::generic;
 use crate::kernel::simd::Simd;
@@ -36,13 +36,10 @@ macro_rules! products {
 /// the next.
 #[inline(always)]
 unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
-    #[repr(align(64))]
-    #[allow(dead_code)]
-    struct Ring([[i32; 512]; 2]);
     // SAFETY: as the contract of `kernel` says.
     unsafe {
-        let mut ring = std::mem::MaybeUninit::<Ring>::uninit();
-        let ring = ring.as_mut_ptr().cast::<i32>();
+        let mut ring = Ring::<1024>::new();
+        let ring = ring.as_mut_ptr();
         let (count, per) = match (RAW, a.seg_steps) {
             (true, _) => (1, a.steps),
             (_, 0) => (a.steps * a.parts, 0),

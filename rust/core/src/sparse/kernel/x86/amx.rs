@@ -1,7 +1,8 @@
 //! Kept tiles on AMX: one panel by up to 32 rows of activations, the dropped tiles left out.
 //!
 //! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K
-//! those are. Operands of the step after the next are fetched meanwhile. Values are signed bytes, so a tile that is left out takes nothing with it.
+//! those are. Operands of the step after the next are fetched meanwhile. Values are signed bytes, so a tile that is left out
+//! takes nothing with it.
 use crate::kernel::x86::amx::fetch;
 use crate::sparse::tiles::LOOK_AHEAD;
 use std::arch::asm;
