@@ -4,6 +4,7 @@
 //! 0 so is q. A row with NaN or Inf is flagged, and its output row becomes NaN.
 use crate::buf::Taken;
 use crate::error::{Error, Result};
+use crate::isa;
 use crate::kernel::{ActRows, Kernels};
 use crate::matrix::{MatRef, Scalar};
 use crate::pack::{Geometry, Shared, BLOCK};
@@ -145,12 +146,10 @@ impl Act {
         pool::try_run(threads, rows.div_ceil(batch), None, |t| {
             let mut s = RowScratch {
                 floats: Taken::new(g.k.next_multiple_of(16))?,
-                flat: Taken::new(g.k.next_multiple_of(16))?,
-                placed: Taken::new(kp + 16)?,
+                flat: Taken::new(g.k.next_multiple_of(BLOCK))?,
                 sums: Taken::new(n + 16)?,
                 scales: Taken::new(act_group.map_or(1, |a| g.k.div_ceil(a)))?,
             };
-            s.placed[..kp].fill(0);
             for m in t * batch..rows.min((t + 1) * batch) {
                 // SAFETY: row m belongs to this task alone; the kernels' features were checked by the table look-up.
                 unsafe {
@@ -196,7 +195,6 @@ impl Act {
 struct RowScratch {
     floats: Taken<f32>,
     flat: Taken<i8>,
-    placed: Taken<i8>,
     sums: Taken<i32>,
     /// Of the row's groups.
     scales: Taken<f32>,
@@ -224,6 +222,38 @@ impl Parts {
     }
 }
 
+/// The codes of a row, where kernels read them: every 64 of them `stride` bytes after those before.
+#[derive(Clone, Copy)]
+struct RowCodes {
+    first: *mut i8,
+    stride: usize,
+}
+
+impl RowCodes {
+    /// Writes codes from place `p` on.
+    unsafe fn put(self, mut p: usize, mut codes: &[i8]) {
+        while !codes.is_empty() {
+            let n = codes.len().min(BLOCK - p % BLOCK);
+            // SAFETY: the caller's row has the places.
+            unsafe {
+                let to = self.first.add(p / BLOCK * self.stride + p % BLOCK);
+                std::ptr::copy_nonoverlapping(codes.as_ptr(), to, n);
+            }
+            (p, codes) = (p + n, &codes[n..]);
+        }
+    }
+
+    /// Zeros from place `p` up to `end`.
+    unsafe fn clear(self, mut p: usize, end: usize) {
+        while p < end {
+            let n = (end - p).min(BLOCK - p % BLOCK);
+            // SAFETY: the caller's row has the places.
+            unsafe { self.first.add(p / BLOCK * self.stride + p % BLOCK).write_bytes(0, n) };
+            p += n;
+        }
+    }
+}
+
 /// Quantises row `m` and puts its codes, sums and scales where the kernels read them.
 unsafe fn quantise_one(
     x: &MatRef,
@@ -237,13 +267,20 @@ unsafe fn quantise_one(
     out: &Parts,
     buf: &mut RowScratch,
 ) {
-    // In a plain layout codes need no placing; the tail of `placed` past K stays 0.
-    let plain = g.is_plain();
-    let flat: &mut [i8] = if plain { &mut buf.placed } else { &mut buf.flat };
-    // SAFETY: row m of the outputs belongs to the caller; buffers reach the next multiple of 16.
+    // SAFETY: row m of the outputs belongs to the caller; buffers reach the next multiple of 64.
     unsafe {
+        let (block, i) = (m / out.mb, m % out.mb);
+        let stride = out.mb * BLOCK;
+        let to = RowCodes { first: out.codes.get().add(block * out.mb * out.kp + i * BLOCK), stride };
+        // In a plain layout codes go where they belong at once.
+        let plain = g.is_plain();
         let s = if x.scalar == Scalar::I8 {
-            copy_codes(x, m, flat);
+            if plain && x.col_stride == 1 {
+                to.put(0, std::slice::from_raw_parts(x.row_ptr(m).cast(), g.k));
+            } else {
+                copy_codes(x, m, &mut buf.flat);
+                place(g, &buf.flat, to);
+            }
             if let Some(a) = act_group {
                 let count = g.k.div_ceil(a);
                 out.group_scales(m, segs, |j| match given {
@@ -258,50 +295,55 @@ unsafe fn quantise_one(
             let step = act_group.unwrap_or(g.k).max(1);
             let count = g.k.div_ceil(step);
             let scales = &mut buf.scales[..count];
-            let finite = (kernels.quantise_groups)(src.as_ptr(), g.k, step, scales.as_mut_ptr(), flat.as_mut_ptr());
+            let (codes, stride) = if plain { (to.first, to.stride) } else { (buf.flat.as_mut_ptr(), BLOCK) };
+            let in_place = std::ptr::eq(src.as_ptr().cast(), x.row_ptr(m));
+            let fetch = in_place && m + 1 < x.rows && !isa::streams_by_itself();
+            let ahead = if fetch { x.row_stride as usize } else { 0 };
+            let finite = (kernels.quantise_groups)(src.as_ptr(), g.k, step, scales.as_mut_ptr(), codes, stride, ahead);
             *out.bad.get().add(m) = u8::from(!finite);
             if !finite {
-                flat[..g.k].fill(0);
+                to.clear(0, out.kp);
                 scales.fill(1.0);
+            } else if !plain {
+                place(g, &buf.flat, to);
             }
             if act_group.is_some() {
                 out.group_scales(m, segs, |j| scales.get(j).copied().unwrap_or(0.0));
             }
             scales[0]
         };
-        *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
         if plain {
-            buf.placed[g.k..out.kp].fill(0);
-        } else {
-            g.runs(|k0, p0, len| buf.placed[p0..p0 + len].copy_from_slice(&buf.flat[k0..k0 + len]));
+            to.clear(g.k, out.kp);
         }
-        let (block, i) = (m / out.mb, m % out.mb);
-        let to = out.codes.get().add(block * out.mb * out.kp + i * BLOCK);
-        if out.mb == 1 {
-            std::ptr::copy_nonoverlapping(buf.placed.as_ptr(), to, out.kp);
-        } else {
-            for (b, chunk) in buf.placed[..out.kp].chunks_exact(BLOCK).enumerate() {
-                std::ptr::copy_nonoverlapping(chunk.as_ptr(), to.add(b * out.mb * BLOCK), BLOCK);
-            }
-        }
+        *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
         let Some(factor) = factor else { return };
         let n = out.segments;
+        let codes = |b: usize| to.first.cast_const().wrapping_add(b * stride);
         if segs.registers() == 16 {
             let per = segs.blocks();
             for seg in 0..n {
                 let count = per.min(out.kp / BLOCK - seg * per);
-                buf.sums[seg] = (kernels.sum_blocks)(buf.placed.as_ptr().add(seg * per * BLOCK), count);
+                buf.sums[seg] = (kernels.sum_blocks)(codes(seg * per), stride, count);
             }
         } else {
             buf.sums[..n].fill(0);
             for b in 0..out.kp / BLOCK {
                 let first = buf.sums.as_mut_ptr().add(b * BLOCK / segs.len);
-                (kernels.code_sums)(buf.placed.as_ptr().add(b * BLOCK), segs.registers(), first);
+                (kernels.code_sums)(codes(b), segs.registers(), first);
             }
         }
         for (seg, v) in buf.sums[..n].iter().enumerate() {
             *out.sums.get().add((block * n + seg) * out.mb + i) = v.wrapping_mul(factor);
         }
+    }
+}
+
+/// Puts the codes of a row into the padded places of a layout that is not plain; the others hold 0.
+unsafe fn place(g: &Geometry, flat: &[i8], to: RowCodes) {
+    // SAFETY: the caller's row has `kp` places.
+    unsafe {
+        to.clear(0, g.kp);
+        g.runs(|k0, p0, len| to.put(p0, &flat[k0..k0 + len]));
     }
 }
 
@@ -327,5 +369,87 @@ fn copy_codes(x: &MatRef, m: usize, out: &mut [i8]) {
     for (j, o) in out[..x.cols].iter_mut().enumerate() {
         // SAFETY: element (m, j) of the view, one byte.
         *o = unsafe { *base.wrapping_offset(j as isize * x.col_stride).cast::<i8>() };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::isa::Isa;
+    use crate::kernel;
+
+    /// Floats near ties and far from them, of a size that `shift` moves down to the subnormal ones, some groups all zeros.
+    fn values(k: usize, group: usize, seed: u32, shift: i32) -> Vec<f32> {
+        let mut state = seed;
+        let mut next = || {
+            state = state.wrapping_mul(1664525).wrapping_add(1013904223);
+            state >> 8
+        };
+        let mut x = vec![0f32; k.next_multiple_of(16)];
+        for (j, part) in x[..k].chunks_mut(group).enumerate() {
+            if j % 5 == 4 {
+                continue;
+            }
+            for v in part.iter_mut() {
+                let t = (next() % 509) as f32 / 2.0 - 127.0;
+                let t = if next() % 4 == 0 { t + (next() % 1000) as f32 * 1e-6 } else { t };
+                *v = t * 2f32.powi(shift / 2) * 2f32.powi(shift - shift / 2);
+            }
+            part[0] = 127.0 * 2f32.powi(shift / 2) * 2f32.powi(shift - shift / 2);
+        }
+        x
+    }
+
+    #[test]
+    fn codes_are_the_rounded_quotients_on_every_level() {
+        for isa in Isa::ALL.into_iter().filter(|i| i.is_available()) {
+            let t = kernel::table(isa);
+            for (k, seed) in
+                [(1, 1), (15, 2), (16, 3), (17, 4), (63, 5), (64, 6), (65, 7), (100, 8), (1328, 9), (4100, 10)]
+            {
+                for group in [16, 32, 48, 64, 128, k] {
+                    for (shift, stride) in [(0, 64), (-9, 192), (-126, 64), (-133, 1024), (-146, 64), (100, 128)] {
+                        let x = values(k, group, seed, shift);
+                        let count = k.div_ceil(group);
+                        let mut scales = vec![0f32; count];
+                        let mut q = vec![99i8; k.div_ceil(64) * stride];
+                        // SAFETY: buffers reach as far as the contract says; the level is available.
+                        let finite = unsafe {
+                            let (s, q) = (scales.as_mut_ptr(), q.as_mut_ptr());
+                            (t.quantise_groups)(x.as_ptr(), k, group, s, q, stride, 0)
+                        };
+                        assert!(finite);
+                        for (i, &v) in x[..k].iter().enumerate() {
+                            let part = &x[i / group * group..k.min((i / group + 1) * group)];
+                            let s = part.iter().fold(0f32, |t, v| t.max(v.abs())) / 127.0;
+                            assert_eq!(
+                                scales[i / group].to_bits(),
+                                s.to_bits(),
+                                "{isa} k={k} group={group} shift={shift}"
+                            );
+                            let want = if s == 0.0 { 0.0 } else { (v / s).round_ties_even().clamp(-127.0, 127.0) };
+                            let got = q[i / 64 * stride + i % 64];
+                            assert_eq!(
+                                f32::from(got),
+                                want,
+                                "{isa} k={k} group={group} shift={shift} at {i}: {v} / {s}"
+                            );
+                        }
+                        // What lies between the blocks is not theirs.
+                        let between = q.chunks(stride).flat_map(|c| &c[64..]);
+                        assert!(between.into_iter().all(|&v| v == 99));
+                        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                            let mut x = x.clone();
+                            x[k - 1] = bad;
+                            // SAFETY: as above.
+                            let finite = unsafe {
+                                let (s, q) = (scales.as_mut_ptr(), q.as_mut_ptr());
+                                (t.quantise_groups)(x.as_ptr(), k, group, s, q, stride, 0)
+                            };
+                            assert!(!finite, "{isa} k={k} group={group}: {bad}");
+                        }
+                    }
+                }
+            }
+        }
     }
 }

@@ -59,6 +59,24 @@ impl Isa {
     }
 }
 
+/// Whether the CPU fetches what a product with one row reads from memory faster without being asked. On a Zen 4 prefetching makes
+/// `int4_g128` with cold weights take 1.5 times as long (measured), on the Xeons it is what they need.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn streams_by_itself() -> bool {
+    use std::sync::OnceLock;
+    static AMD: OnceLock<bool> = OnceLock::new();
+    *AMD.get_or_init(|| {
+        let id = std::arch::x86_64::__cpuid(0);
+        [id.ebx, id.edx, id.ecx] == [*b"Auth", *b"enti", *b"cAMD"].map(u32::from_le_bytes)
+    })
+}
+
+/// See above: nothing is known of other CPUs.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn streams_by_itself() -> bool {
+    false
+}
+
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())

@@ -1022,72 +1022,138 @@ pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
     }
 }
 
-/// `q = clip(rint(x/s), -127, 127)` for `n` floats, a multiple of 16; `inverse` is the rounded reciprocal of `s`.
-///
-/// A product with the reciprocal decides every value that is not within 2^-12 of a tie, where it cannot differ from the
-/// true quotient after rounding; the others take the division.
-///
-/// # Safety
-/// `x` has `n` readable floats and `q` as many writable bytes; the CPU has the features of `S`.
-#[inline(always)]
-unsafe fn quantise<S: Simd>(x: *const f32, n: usize, scale: f32, inverse: f32, q: *mut i8) {
-    // SAFETY: as the contract says.
-    unsafe {
-        let s = S::splatf(scale);
-        let (lo, hi) = (S::splatf(-127.0), S::splatf(127.0));
-        let quick = scale >= f32::MIN_POSITIVE * 4.0 && inverse >= f32::MIN_POSITIVE;
-        let inv = S::splatf(inverse);
-        let half = S::splatf(0.5 - 1.0 / 4096.0);
-        let abs = S::splat(0x7fff_ffff);
-        for i in (0..n).step_by(16) {
-            let v = S::loadf(x.add(i));
-            if quick {
-                let t = S::mulf(v, inv);
-                let r = S::rint(t);
-                let d = S::from_bits(S::and(S::bits(S::subf(t, S::cvt(r))), abs));
-                if !S::any_gt(d, half) {
-                    S::store_i8(q.add(i), r);
-                    continue;
+/// How groups of activations are quantised: by a product with the reciprocal of the scale, where it is not within 2^-12 of a tie
+/// and so cannot differ from the true quotient after rounding, or by a division.
+struct Divisors {
+    scale: [f32; 16],
+    /// 0 where the scale is, so that codes are too.
+    inverse: [f32; 16],
+    /// Groups whose reciprocals are too coarse.
+    divide: [bool; 16],
+}
+
+impl Divisors {
+    /// Scales `top / 127` of sixteen groups from the bits of their largest magnitudes: one division serves all.
+    #[inline(always)]
+    unsafe fn new<S: Simd>(top: &[u32; 16]) -> Self {
+        // SAFETY: the caller's features.
+        unsafe {
+            let s = S::divf(S::from_bits(S::load(top.as_ptr().cast())), S::splatf(127.0));
+            let mut d = Self { scale: [0.0; 16], inverse: [0.0; 16], divide: [false; 16] };
+            S::storef(d.scale.as_mut_ptr(), s);
+            S::storef(d.inverse.as_mut_ptr(), S::divf(S::splatf(1.0), s));
+            for j in 0..16 {
+                if d.scale[j] == 0.0 {
+                    d.inverse[j] = 0.0;
+                } else {
+                    d.divide[j] = d.scale[j] < f32::MIN_POSITIVE * 4.0 || d.inverse[j] < f32::MIN_POSITIVE;
                 }
             }
-            let r = S::rint(S::maxf(S::minf(S::divf(v, s), hi), lo));
-            S::store_i8(q.add(i), r);
+            d
+        }
+    }
+
+    /// `clip(rint(x/s), -127, 127)` for `R` times 16 floats, those of group `j[i]`; false where a product does not decide all.
+    #[inline(always)]
+    unsafe fn quick<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R], out: &mut [S::I; R]) -> bool {
+        // SAFETY: the caller's floats and features.
+        unsafe {
+            let abs = S::splat(0x7fff_ffff);
+            let (mut worst, mut divide) = (S::splatf(0.0), false);
+            for i in 0..R {
+                divide |= self.divide[j[i]];
+                let t = S::mulf(S::loadf(x.add(16 * i)), S::splatf(self.inverse[j[i]]));
+                out[i] = S::rint(t);
+                worst = S::maxf(worst, S::from_bits(S::and(S::bits(S::subf(t, S::cvt(out[i]))), abs)));
+            }
+            !divide && !S::any_gt(worst, S::splatf(0.5 - 1.0 / 4096.0))
+        }
+    }
+
+    /// The same by division.
+    #[inline(always)]
+    unsafe fn exact<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R], out: &mut [S::I; R]) {
+        // SAFETY: the caller's floats and features.
+        unsafe {
+            for i in 0..R {
+                let scale = self.scale[j[i]];
+                out[i] = if scale == 0.0 {
+                    S::splat(0)
+                } else {
+                    let t = S::divf(S::loadf(x.add(16 * i)), S::splatf(scale));
+                    S::rint(S::maxf(S::minf(t, S::splatf(127.0)), S::splatf(-127.0)))
+                };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn codes<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R]) -> [S::I; R] {
+        // SAFETY: the caller's floats and features.
+        unsafe {
+            let mut out = [S::splat(0); R];
+            if !self.quick::<S, R>(x, j, &mut out) {
+                self.exact::<S, R>(x, j, &mut out);
+            }
+            out
         }
     }
 }
 
 /// Quantises `k` floats in groups of `group`, a multiple of 16, each with a scale `absmax/127` of its own, written to
-/// `scales`; codes of a group whose scale is 0 are 0. Returns false at the first group that is not finite.
+/// `scales`; codes of a group whose scale is 0 are 0. Every 64 codes are `stride` bytes after those before. Returns false at the
+/// first group that is not finite. Asks for the floats `ahead` bytes on meanwhile, those of the row that comes next.
 ///
 /// # Safety
-/// `x` and `q` reach the next multiple of 16, `scales` has a place for each group; the CPU has the features of `S`.
+/// `x` reaches the next multiple of 16, `q` has the last 64 codes whole, `scales` has a place for each group; the CPU has the
+/// features of `S`.
 #[inline(always)]
-pub unsafe fn quantise_groups<S: Simd>(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8) -> bool {
+pub unsafe fn quantise_groups<S: Simd>(
+    x: *const f32,
+    k: usize,
+    group: usize,
+    scales: *mut f32,
+    q: *mut i8,
+    stride: usize,
+    ahead: usize,
+) -> bool {
     // SAFETY: as the contract says.
     unsafe {
-        // Sixteen groups at a time: their largest values wait for nothing, and one division serves all.
+        // Sixteen groups at a time, whose largest values wait for nothing: they begin with a block of codes.
         for g0 in (0..k.div_ceil(group)).step_by(16) {
             let count = 16.min(k.div_ceil(group) - g0);
-            let span = |j: usize| ((g0 + j) * group, group.min(k - (g0 + j) * group));
             let mut top = [0u32; 16];
             for (j, t) in top[..count].iter_mut().enumerate() {
-                let (at, len) = span(j);
-                *t = absmax_bits::<S>(x.add(at), len);
+                let at = (g0 + j) * group;
+                *t = absmax_bits::<S>(x.add(at), group.min(k - at));
                 if *t >= 0x7f80_0000 {
                     return false;
                 }
             }
-            let s = S::divf(S::from_bits(S::load(top.as_ptr().cast())), S::splatf(127.0));
-            let (mut scale, mut inverse) = ([0.0; 16], [0.0; 16]);
-            S::storef(scale.as_mut_ptr(), s);
-            S::storef(inverse.as_mut_ptr(), S::divf(S::splatf(1.0), s));
-            scales.add(g0).copy_from_nonoverlapping(scale.as_ptr(), count);
-            for j in 0..count {
-                let (at, len) = span(j);
-                if scale[j] == 0.0 {
-                    q.add(at).write_bytes(0, len.next_multiple_of(16));
+            let d = Divisors::new::<S>(&top);
+            scales.add(g0).copy_from_nonoverlapping(d.scale.as_ptr(), count);
+            let end = k.min((g0 + count) * group);
+            // The group of the next 16 floats, and how many of them it has left.
+            let (mut j, mut left) = (0, group);
+            for at in (g0 * group..end).step_by(64) {
+                let mut of = [0; 4];
+                for of in &mut of {
+                    if left == 0 {
+                        (j, left) = (j + 1, group);
+                    }
+                    *of = j;
+                    left = left.saturating_sub(16);
+                }
+                for line in 0..4 {
+                    S::prefetch(x.wrapping_add(at + 16 * line).cast::<u8>().wrapping_add(ahead));
+                }
+                let to = q.add(at / 64 * stride);
+                if at + 64 <= end {
+                    S::store_i8x4(to, d.codes::<S, 4>(x.add(at), of));
                 } else {
-                    quantise::<S>(x.add(at), len.next_multiple_of(16), scale[j], inverse[j], q.add(at));
+                    for i in 0..(end - at).div_ceil(16) {
+                        S::store_i8(to.add(16 * i), d.codes::<S, 1>(x.add(at + 16 * i), [of[i]])[0]);
+                    }
                 }
             }
         }
@@ -1112,18 +1178,18 @@ pub unsafe fn code_sums<S: Simd>(q: *const i8, seg: usize, out: *mut i32) {
     }
 }
 
-/// Sum of the codes of `n` runs of 64 bytes.
+/// Sum of the codes of `n` runs of 64 bytes, `stride` apart.
 ///
 /// # Safety
-/// `q` has `64*n` readable bytes; the CPU has the features of `S`.
+/// The runs are readable; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn sum_blocks<S: Simd>(q: *const i8, n: usize) -> i32 {
+pub unsafe fn sum_blocks<S: Simd>(q: *const i8, stride: usize, n: usize) -> i32 {
     // SAFETY: as the contract says.
     unsafe {
         let one = S::splat8(1);
         let mut d = S::splat(0);
         for b in 0..n {
-            d = S::dot7(d, one, S::load(q.add(b * 64).cast()));
+            d = S::dot7(d, one, S::load(q.add(b * stride).cast()));
         }
         let mut lanes = [0i32; 16];
         S::store(lanes.as_mut_ptr().cast(), d);

@@ -254,11 +254,11 @@ pub struct Kernels {
     /// Panels of the dense float kernel.
     pub gemm_np: usize,
     /// See [`generic::quantise_groups`].
-    pub quantise_groups: unsafe fn(*const f32, usize, usize, *mut f32, *mut i8) -> bool,
+    pub quantise_groups: unsafe fn(*const f32, usize, usize, *mut f32, *mut i8, usize, usize) -> bool,
     /// See [`generic::code_sums`].
     pub code_sums: unsafe fn(*const i8, usize, *mut i32),
     /// See [`generic::sum_blocks`].
-    pub sum_blocks: unsafe fn(*const i8, usize) -> i32,
+    pub sum_blocks: unsafe fn(*const i8, usize, usize) -> i32,
     /// See [`generic::finish_raw`].
     pub finish_raw: unsafe fn(*const i32, *mut f32, &Finish),
     /// See [`generic::finish_f32`].
@@ -375,9 +375,9 @@ macro_rules! instantiate {
                 unsafe { generic::gemm::<$v, NP, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn quantise_groups(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8) -> bool {
+            unsafe fn quantise_groups(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8, stride: usize, ahead: usize) -> bool {
                 // SAFETY: as above.
-                unsafe { generic::quantise_groups::<$v>(x, k, group, scales, q) }
+                unsafe { generic::quantise_groups::<$v>(x, k, group, scales, q, stride, ahead) }
             }
             $(#[$feature])*
             unsafe fn code_sums(q: *const i8, seg: usize, out: *mut i32) {
@@ -385,9 +385,9 @@ macro_rules! instantiate {
                 unsafe { generic::code_sums::<$v>(q, seg, out) }
             }
             $(#[$feature])*
-            unsafe fn sum_blocks(q: *const i8, n: usize) -> i32 {
+            unsafe fn sum_blocks(q: *const i8, stride: usize, n: usize) -> i32 {
                 // SAFETY: as above.
-                unsafe { generic::sum_blocks::<$v>(q, n) }
+                unsafe { generic::sum_blocks::<$v>(q, stride, n) }
             }
             $(#[$feature])*
             unsafe fn finish_raw(c: *const i32, out: *mut f32, e: &Finish) {

@@ -82,6 +82,7 @@ unsafe impl Simd for Scalar {
         dot7(acc: I, u: I, s: I) -> I = dot(acc, u, s);
         load_u8(p: *const u8) -> I = p.cast::<[u8; 16]>().read_unaligned().map(i32::from);
         store_i8(p: *mut i8, v: I) -> () = p.cast::<[i8; 16]>().write_unaligned(v.map(|x| x as i8));
+        store_i8x4(p: *mut i8, v: [I; 4]) -> () = p.cast::<[[i8; 16]; 4]>().write_unaligned(v.map(|v| v.map(|x| x as i8)));
         cvt(a: I) -> F = a.map(|v| v as f32);
         rint(a: F) -> I = a.map(|v| v.round_ties_even() as i32);
         magic(a: I, j: usize) -> F = a.map(|v| f32::from_bits(0x4B00_0000 | ((v as u32 >> (8 * j)) & 0xff)));

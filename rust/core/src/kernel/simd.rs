@@ -70,6 +70,8 @@ pub unsafe trait Simd: 'static + Sized {
     unsafe fn load_u8(p: *const u8) -> Self::I;
     /// Lanes (each within i8) stored as 16 bytes.
     unsafe fn store_i8(p: *mut i8, v: Self::I) -> ();
+    /// As `store_i8` for four registers, 64 bytes.
+    unsafe fn store_i8x4(p: *mut i8, v: [Self::I; 4]) -> ();
     unsafe fn cvt(a: Self::I) -> Self::F;
     /// Round to nearest even.
     unsafe fn rint(a: Self::F) -> Self::I;

@@ -176,6 +176,15 @@ macro_rules! common {
                 [_mm256_cvtepu8_epi32(b), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(b))]
             };
             store_i8(p: *mut i8, v: I) -> () = _mm_storeu_si128(p.cast(), narrow(v));
+            store_i8x4(p: *mut i8, v: [I; 4]) -> () = {
+                // Fours of the halves of two registers in turns, within 16 bytes.
+                let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                for i in 0..2 {
+                    let (a, b) = (v[2 * i], v[2 * i + 1]);
+                    let all = _mm256_packs_epi16(_mm256_packs_epi32(a[0], a[1]), _mm256_packs_epi32(b[0], b[1]));
+                    _mm256_storeu_si256(p.add(32 * i).cast(), _mm256_permutevar8x32_epi32(all, order));
+                }
+            };
             cvt(a: I) -> F = both!(_mm256_cvtepi32_ps, a);
             rint(a: F) -> I = both!(_mm256_cvtps_epi32, a);
             magic(a: I, j: usize) -> F = [magic(a[0], j), magic(a[1], j)];

@@ -223,6 +223,12 @@ macro_rules! common {
             top(a: I) -> u32 = _mm512_reduce_max_epu32(a);
             load_u8(p: *const u8) -> I = _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()));
             store_i8(p: *mut i8, v: I) -> () = _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v));
+            store_i8x4(p: *mut i8, v: [I; 4]) -> () = {
+                // Fours of each register in turns, within 16 bytes.
+                let all = _mm512_packs_epi16(_mm512_packs_epi32(v[0], v[1]), _mm512_packs_epi32(v[2], v[3]));
+                let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+                _mm512_storeu_si512(p.cast(), _mm512_permutexvar_epi32(order, all));
+            };
             cvt(a: I) -> F = _mm512_cvtepi32_ps(a);
             rint(a: F) -> I = _mm512_cvt_roundps_epi32::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
             magic(a: I, j: usize) -> F = magic(a, j);
