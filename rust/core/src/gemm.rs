@@ -3,14 +3,14 @@
 use crate::activation::{Act, Segments};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::isa::Isa;
+use crate::isa::{self, Isa};
 use crate::kernel::generic::{Finish, IN_ORDER, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64};
 use crate::kernel::{self, F32Args, GemmArgs, Grp, Kernels, Raw, ScalePtr};
 use crate::matrix::{MatMut, MatRef, Scalar};
 use crate::pack::{Inner, Packed, PanelScales, PanelZeros, Shared, BLOCK, HALF_ZERO, PANEL};
 use crate::plan::{self, Blocking, Path, Plan};
 use crate::pool;
-use crate::sparse::{Patch, Summed};
+use crate::sparse::{Panels, Patch, Summed};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
@@ -327,18 +327,16 @@ pub(crate) fn int8(
         let padded = rows.next_multiple_of(mb.max(1)).next_multiple_of(if mb == 16 { 32 } else { 1 });
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         if raw {
-            let sums = grown(&mut s.sums, padded * ldc)?;
-            sums[..padded * ldc].fill(0);
             let floats = grown(&mut s.floats, cols)?;
             let scales = row_scales(&mut s.weights, w.sum_scales(), p0, np)?;
             let (zi, zf) = sum_zero_ptrs(w, p0);
+            let blocks = w.geometry.blocks();
             if long {
+                let sums = &mut grown(&mut s.sums, padded * ldc)?[..padded * ldc];
                 let wide = grown(&mut s.wide, padded * ldc)?;
                 wide[..padded * ldc].fill(0);
                 let step = int32_limit(w) / BLOCK;
-                let blocks = w.geometry.blocks();
                 for b0 in (0..blocks).step_by(step) {
-                    sums[..padded * ldc].fill(0);
                     let at = Region { p0, np, m0, rows, b0, blocks: step.min(blocks - b0) };
                     job.raw_codes(at, sums, ldc, &mut s.bytes)?;
                     wide.iter_mut().zip(sums.iter()).for_each(|(a, &v)| *a += i64::from(v));
@@ -349,26 +347,34 @@ pub(crate) fn int8(
                 }
                 return Ok(());
             }
-            let summed = if let Some(inner) = inner {
-                job.two_level(inner, p0, np, m0, rows, sums, ldc);
-                Summed::Values
-            } else {
-                let at = Region { p0, np, m0, rows, b0: 0, blocks: w.geometry.blocks() };
-                job.raw(at, sums, ldc, &mut s.bytes)?
-            };
-            for m in 0..rows {
-                expect_row(y, m0, m, rows, p0 * PANEL, cols);
-                let e = Finish {
-                    cols,
-                    act_scale: act.scale[m0 + m],
-                    sum: if summed == Summed::Values || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
-                    dbl: doubling(w),
-                    bias,
-                    scales,
-                    zeros: zi,
-                    fzeros: zf,
+            // Where rows are taken a few at a time, their sums are finished before they leave the first-level cache.
+            let few = w.sparse.as_ref().filter(|_| b.path == Path::Tiles).and_then(Panels::rows_at_a_time);
+            let step = few.unwrap_or(padded);
+            let sums = &mut grown(&mut s.sums, step * ldc)?[..step * ldc];
+            for first in (0..rows).step_by(step) {
+                let count = step.min(rows - first);
+                let summed = if let Some(inner) = inner {
+                    job.two_level(inner, p0, np, m0 + first, count, sums, ldc);
+                    Summed::Values
+                } else {
+                    let at = Region { p0, np, m0: m0 + first, rows: count, b0: 0, blocks };
+                    job.raw(at, sums, ldc, &mut s.bytes)?
                 };
-                finish_sums(t, y, m0 + m, p0 * PANEL, &sums[m * ldc..], floats, &e, act.bad[m0 + m] != 0);
+                for m in first..first + count {
+                    expect_row(y, m0, m, rows, p0 * PANEL, cols);
+                    let e = Finish {
+                        cols,
+                        act_scale: act.scale[m0 + m],
+                        sum: if summed == Summed::Values || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
+                        dbl: doubling(w),
+                        bias,
+                        scales,
+                        zeros: zi,
+                        fzeros: zf,
+                    };
+                    let sums = &sums[(m - first) * ldc..];
+                    finish_sums(t, y, m0 + m, p0 * PANEL, sums, floats, &e, act.bad[m0 + m] != 0);
+                }
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
@@ -619,16 +625,17 @@ impl IntJob<'_> {
         unsafe { self.w.unpack(self.t, panel, block, blocks, dbl, sub, ahead, out) };
     }
 
-    /// Bytes to prefetch ahead: a KiB or two of each panel's stream.
+    /// Bytes to prefetch ahead: a KiB or two of each panel's stream, where that helps.
     fn prefetch(&self) -> usize {
-        if self.w.panel_bytes() >= 4096 {
-            2048
-        } else {
+        if self.w.panel_bytes() < 4096 || (self.b.mr == 1 && isa::streams_by_itself()) {
             0
+        } else {
+            2048
         }
     }
 
-    /// Ungrouped sums of a region, added to `c`: of codes, or where sparse panels have them so, of values.
+    /// Ungrouped sums of a region, written to `c`, whose rows are those of whole tiles: of codes, or where sparse panels have them
+    /// so, of values.
     pub fn raw(&self, at: Region, c: &mut [i32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<Summed> {
         let Region { p0, np, m0, rows, b0, blocks } = at;
         if let Some(sparse) = &self.w.sparse {
@@ -640,6 +647,7 @@ impl IntJob<'_> {
         if self.b.path == Path::Tiles {
             use crate::kernel::x86::amx::{self, Ahead};
             if self.w.is_halved() {
+                c.fill(0);
                 self.halved_tiles::<true>(at, c.as_mut_ptr().cast(), ldc, bytes)?;
                 return Ok(Summed::Codes);
             }
@@ -649,6 +657,9 @@ impl IntJob<'_> {
             let buf = grown(bytes, 2 * window * 1024)?;
             let second = buf.as_mut_ptr().wrapping_add(window * 1024);
             let stride = self.act.tile_stride();
+            if blocks == 0 {
+                c.fill(0);
+            }
             // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
             unsafe {
                 let _tiles = amx::Tiles::new(64);
@@ -676,12 +687,13 @@ impl IntJob<'_> {
                             true => Ahead::Both,
                             false => Ahead::Rows(amx::rows_ahead(m, rows, stride)),
                         };
-                        amx::raw(a0, a1, pair, n, ahead, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
+                        amx::raw([a0, a1], pair, n, ahead, k == 0, c.as_mut_ptr().add(m * ldc + p * PANEL), ldc);
                     }
                 }
             }
             return Ok(Summed::Codes);
         }
+        c.fill(0);
         let mr = self.b.mr;
         let call = |f: kernel::RawFn, codes, panel_stride, b: usize, n, p: usize, m: usize, c: *mut i32, prefetch| {
             let a = Raw {
@@ -748,6 +760,7 @@ impl IntJob<'_> {
         let stride = w.geometry.groups * PANEL;
         let find = |single| (self.t.inner)(w.bits, w.has_zeros(), self.segs.registers(), mr, single);
         let (Some(wide), Some(single)) = (find(false), find(true)) else { return };
+        c.fill(0);
         let c = c.as_mut_ptr();
         let mut p = 0;
         while p < np {
@@ -1217,7 +1230,10 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         let padded = rows.next_multiple_of(32);
         let c = grown(&mut s.floats, padded * ldc)?;
-        c[..padded * ldc].fill(0.0);
+        // Other products begin at 0 by themselves.
+        if late.is_some() {
+            c[..padded * ldc].fill(0.0);
+        }
         let bytes = grown(&mut s.bytes, window * (1024 + 2 * 2048))?;
         let tiles = bytes.as_mut_ptr().wrapping_add(window * 1024);
         // SAFETY: permission came with the plan.
@@ -1260,7 +1276,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
                     for m in (0..rows).step_by(32) {
                         let a1 = if m + 16 < rows { at(m + 16) } else { std::ptr::null() };
                         let ahead = Ahead::Rows(amx::rows_ahead(m, rows, 32 * g.kp));
-                        amx::bf16(at(m), a1, pair, 2 * n, ahead, c.add(m * ldc), ldc);
+                        amx::bf16([at(m), a1], pair, 2 * n, ahead, k == 0, c.add(m * ldc), ldc);
                     }
                     continue;
                 };

@@ -245,8 +245,7 @@ fn raw_products(
             // SAFETY: zeros reach the end of the last panel.
             let zero = |j: usize| if zi.is_null() { w.sub } else { i32::from(unsafe { *zi.add(j) }) };
             if narrow {
-                let sums = grown(&mut s.sums, len)?;
-                sums[..len].fill(0);
+                let sums = &mut grown(&mut s.sums, len)?[..len];
                 let at = Region { p0, np, m0: r0, rows: count, b0: 0, blocks: kp / BLOCK };
                 IntJob { w, t, b, act: &acts[0], segs }.raw_codes(at, sums, ldc, &mut s.bytes)?;
                 for r in 0..count {
@@ -269,12 +268,11 @@ fn raw_products(
                 let weight = if i + 1 < acts.len() { i64::from(HALF) } else { 1 };
                 let step = (int32_limit(w) / BLOCK).max(1);
                 for b0 in (0..kp / BLOCK).step_by(step) {
-                    let sums = grown(&mut s.sums, len)?;
-                    sums[..len].fill(0);
+                    let sums = &mut grown(&mut s.sums, len)?[..len];
                     let at = Region { p0, np, m0: r0, rows: count, b0, blocks: step.min(kp / BLOCK - b0) };
                     job.raw_codes(at, sums, ldc, &mut s.bytes)?;
                     let wide = grown(&mut s.wide, len)?;
-                    wide.iter_mut().zip(&sums[..len]).for_each(|(a, &v)| *a += weight * i64::from(v));
+                    wide.iter_mut().zip(&*sums).for_each(|(a, &v)| *a += weight * i64::from(v));
                 }
             }
             let wide = grown(&mut s.wide, len)?;

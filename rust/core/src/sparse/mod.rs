@@ -163,12 +163,26 @@ impl Panels {
         }
     }
 
-    /// An ungrouped integer product, where these panels have a kernel for it.
+    /// An ungrouped integer product written to `c`, where these panels have a kernel for it.
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         match self {
-            Self::Bits(p) => p.raw(a),
             Self::Tiles(p) => p.raw(a),
-            Self::Rows(p) => p.raw(a),
+            Self::Bits(p) => {
+                a.c.fill(0);
+                p.raw(a)
+            }
+            Self::Rows(p) => {
+                a.c.fill(0);
+                p.raw(a)
+            }
+        }
+    }
+
+    /// Rows of activations that an ungrouped product of many takes one after the other, for all panels of a task.
+    pub(crate) fn rows_at_a_time(&self) -> Option<usize> {
+        match self {
+            Self::Tiles(p) if p.signed() => Some(tiles::ROWS * 16),
+            _ => None,
         }
     }
 

@@ -19,8 +19,7 @@ use crate::qtensor::{zeros_vec, QView};
 /// Blocks of 16 rows of activations that meet a kept tile at a time. Two take five tile registers and leave three that
 /// operands of the next steps are renamed to; with four, which fetch a kept tile half as often, every step waits for the
 /// one before (measured: two are 1.4 times faster).
-#[cfg(target_arch = "x86_64")]
-const ROWS: usize = 2;
+pub(super) const ROWS: usize = 2;
 /// Blocks of K that products work on at a time. Activations come from the second-level cache as well; what counts is that
 /// the sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
@@ -151,7 +150,7 @@ impl TilePanels {
                     for p in 0..np {
                         let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
                         let c = c.wrapping_add(m * ldc + p * PANEL);
-                        multiply(&Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc }, count);
+                        multiply(&Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc }, count, k == 0);
                     }
                 }
             }

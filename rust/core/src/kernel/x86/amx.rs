@@ -181,7 +181,7 @@ macro_rules! fetch_far {
 /// Asm of a pass over `n` steps of K, 1 KiB of each operand tile a step: 2x2 tiles of sums, or 1x2. What comes before the
 /// loop and after it, what is fetched after the first and the last load of activations, and the operands of that, are given.
 macro_rules! tile_loop {
-    (2, $dp:literal, [$($first:literal),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
+    (2, $dp:literal, [$($first:expr),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
             $($first,)*
             "2:",
@@ -207,7 +207,7 @@ macro_rules! tile_loop {
             options(nostack),
         )
     };
-    (1, $dp:literal, [$($first:literal),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
+    (1, $dp:literal, [$($first:expr),*], [$($last:literal),*], [$fetch0:expr, $fetch1:expr], $a0:expr, $a1:expr, $b0:expr, $b1:expr, $n:expr, $($more:tt)*) => {
         asm!(
             $($first,)*
             "2:",
@@ -252,28 +252,51 @@ macro_rules! fresh {
     };
 }
 
-/// Sums read from `c` and written there; one row of tiles where `a1` is null.
+/// How sums of `c` begin: at 0, or as they are there.
+macro_rules! begin {
+    (1, zero) => {
+        "tilezero tmm0\ntilezero tmm1"
+    };
+    (2, zero) => {
+        "tilezero tmm0\ntilezero tmm1\ntilezero tmm2\ntilezero tmm3"
+    };
+    (1, load) => {
+        "tileloadd tmm0, [{c0} + {t}]\ntileloadd tmm1, [{c0} + {t} + 64]"
+    };
+    (2, load) => {
+        concat!(begin!(1, load), "\ntileloadd tmm2, [{c2} + {t}]\ntileloadd tmm3, [{c2} + {t} + 64]")
+    };
+}
+
+/// Sums written to `c`, which begin at 0 or as they are there; one row of tiles where `a1` is null.
 macro_rules! accumulate {
-    ($dp:literal, $ahead:expr, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {
+    ($dp:literal, $fresh:expr, $ahead:expr, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {
+        if $fresh {
+            accumulate!(zero, $dp, $ahead, $a0, $a1, $b, $n, $c, $ldc)
+        } else {
+            accumulate!(load, $dp, $ahead, $a0, $a1, $b, $n, $c, $ldc)
+        }
+    };
+    ($begin:ident, $dp:literal, $ahead:expr, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr) => {
         match ($a1.is_null(), $ahead) {
-            (true, Ahead::Rows(_)) => accumulate!(1, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
+            (true, Ahead::Rows(_)) => accumulate!(1, $begin, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
             (true, _) => accumulate!(
-                1, $dp, [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048")), fetch!("{b1} + 2048")],
+                1, $begin, $dp, [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048")), fetch!("{b1} + 2048")],
                 $a0, $a1, $b, $n, $c, $ldc,
             ),
-            (false, Ahead::Rows(0)) => accumulate!(2, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
+            (false, Ahead::Rows(0)) => accumulate!(2, $begin, $dp, ["", ""], $a0, $a1, $b, $n, $c, $ldc,),
             (false, Ahead::Rows(d)) => accumulate!(
-                2, $dp, [fetch!("{a0} + {d}"), fetch!("{a1} + {d}")],
+                2, $begin, $dp, [fetch!("{a0} + {d}"), fetch!("{a1} + {d}")],
                 $a0, $a1, $b, $n, $c, $ldc, , d = in(reg) d
             ),
             (false, Ahead::Both) => accumulate!(
-                2, $dp,
+                2, $begin, $dp,
                 [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048")),
                  concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"))],
                 $a0, $a1, $b, $n, $c, $ldc,
             ),
             (false, Ahead::Panels(next)) => accumulate!(
-                2, $dp,
+                2, $begin, $dp,
                 [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048"),
                          fetch_far!("{f}"), fetch_far!("{f} + 256")),
                  concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"),
@@ -281,26 +304,25 @@ macro_rules! accumulate {
                 $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
             ),
             (false, Ahead::PanelsSlowly(next)) => accumulate!(
-                2, $dp,
+                2, $begin, $dp,
                 [concat!(fetch!("{a0} + 2048"), fetch!("{b0} + 2048"), fetch_far!("{f}"), "add {f}, 256"),
                  concat!(fetch!("{a1} + 2048"), fetch!("{b1} + 2048"))],
                 $a0, $a1, $b, $n, $c, $ldc, , f = inout(reg) next => _
             ),
         }
     };
-    (1, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
+    (1, $begin:ident, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
         tile_loop!(
             1, $dp,
-            ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c0} + {t} + 64]"],
+            [begin!(1, $begin)],
             ["tilestored [{c0} + {t}], tmm0", "tilestored [{c0} + {t} + 64], tmm1"],
             $fetch, $a0, $a1, $b[0], $b[1], $n, c0 = in(reg) $c, t = in(reg) $ldc * 4 $($more)*
         )
     };
-    (2, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
+    (2, $begin:ident, $dp:literal, $fetch:tt, $a0:expr, $a1:expr, $b:expr, $n:expr, $c:expr, $ldc:expr, $($more:tt)*) => {
         tile_loop!(
             2, $dp,
-            ["tileloadd tmm0, [{c0} + {t}]", "tileloadd tmm1, [{c0} + {t} + 64]",
-             "tileloadd tmm2, [{c2} + {t}]", "tileloadd tmm3, [{c2} + {t} + 64]"],
+            [begin!(2, $begin)],
             ["tilestored [{c0} + {t}], tmm0", "tilestored [{c0} + {t} + 64], tmm1",
              "tilestored [{c2} + {t}], tmm2", "tilestored [{c2} + {t} + 64], tmm3"],
             $fetch, $a0, $a1, $b[0], $b[1], $n,
@@ -732,20 +754,30 @@ pub fn bf16_table_decoder(bits: usize) -> unsafe fn(&F32Args, *mut u8) {
     }
 }
 
-/// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats).
+/// bf16 product of 16 (`a1` null) or 32 rows by two panels over `n` steps of 32 k, added to `c` (`[m][ldc]` floats), or put
+/// there where it is `fresh`.
 ///
 /// # Safety
 /// Each pointer has `n` KiB, `c` is readable and writable for whole tiles, tiles are configured for 64 bytes.
-pub unsafe fn bf16(a0: *const u16, a1: *const u16, b: [*const u8; 2], n: usize, ahead: Ahead, c: *mut f32, ldc: usize) {
+pub unsafe fn bf16(
+    a: [*const u16; 2],
+    b: [*const u8; 2],
+    n: usize,
+    ahead: Ahead,
+    fresh: bool,
+    c: *mut f32,
+    ldc: usize,
+) {
     // SAFETY: as the caller says.
-    unsafe { accumulate!("tdpbf16ps", ahead, a0, a1, b, n, c, ldc) }
+    unsafe { accumulate!("tdpbf16ps", fresh, ahead, a[0], a[1], b, n, c, ldc) }
 }
 
-/// Integer product of unsigned codes: 16 (`a1` null) or 32 rows by two panels over `n` blocks, added to `c` (int32).
+/// Integer product of unsigned codes: 16 (`a1` null) or 32 rows by two panels over `n` blocks, added to `c` (int32), or put
+/// there where it is `fresh`.
 ///
 /// # Safety
 /// As [`bf16`].
-pub unsafe fn raw(a0: *const i8, a1: *const i8, b: [*const u8; 2], n: usize, ahead: Ahead, c: *mut i32, ldc: usize) {
+pub unsafe fn raw(a: [*const i8; 2], b: [*const u8; 2], n: usize, ahead: Ahead, fresh: bool, c: *mut i32, ldc: usize) {
     // SAFETY: as the caller says.
-    unsafe { accumulate!("tdpbsud", ahead, a0, a1, b, n, c, ldc) }
+    unsafe { accumulate!("tdpbsud", fresh, ahead, a[0], a[1], b, n, c, ldc) }
 }

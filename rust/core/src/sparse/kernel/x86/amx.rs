@@ -59,38 +59,46 @@ macro_rules! run {
     };
 }
 
-/// Multiplies the kept tiles with `blocks` (1 or 2) blocks of 16 rows of activations: `c += sums`.
+/// Multiplies the kept tiles with `blocks` (1 or 2) blocks of 16 rows of activations: `c += sums`, or `c = sums` where they are
+/// `fresh`.
 ///
 /// # Safety
 /// The pointers in `k` hold what [`Kept`] says, for every block of the list and `16 * blocks` rows; tiles are configured for
 /// 64 bytes.
-pub(crate) unsafe fn multiply(k: &Kept, blocks: usize) {
-    if k.index.is_empty() {
-        return;
+pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool) {
+    macro_rules! tiles {
+        ($first0:literal, $first1:literal) => {
+            match blocks {
+                1 => run!(
+                    k,
+                    [$first0],
+                    ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
+                    [fetch!("{t}")],
+                    ["tilestored [{t} + {l}], tmm0 /* {d} */"]
+                ),
+                _ => run!(
+                    k,
+                    [$first0, $first1],
+                    [
+                        "tileloadd tmm4, [{t} + {s}]",
+                        "tdpbssd tmm0, tmm4, tmm7",
+                        "add {t}, {r}",
+                        "tileloadd tmm5, [{t} + {s}]",
+                        "tdpbssd tmm1, tmm5, tmm7"
+                    ],
+                    [fetch!("{t}"), "add {t}, {r}", fetch!("{t}")],
+                    ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
+                ),
+            }
+        };
     }
     // SAFETY: as the contract says. `r` is named where one block alone does not need it.
     unsafe {
-        match blocks {
-            1 => run!(
-                k,
-                ["tileloadd tmm0, [{t} + {l}]"],
-                ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
-                [fetch!("{t}")],
-                ["tilestored [{t} + {l}], tmm0 /* {d} */"]
-            ),
-            _ => run!(
-                k,
-                ["tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]"],
-                [
-                    "tileloadd tmm4, [{t} + {s}]",
-                    "tdpbssd tmm0, tmm4, tmm7",
-                    "add {t}, {r}",
-                    "tileloadd tmm5, [{t} + {s}]",
-                    "tdpbssd tmm1, tmm5, tmm7"
-                ],
-                [fetch!("{t}"), "add {t}, {r}", fetch!("{t}")],
-                ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
-            ),
+        match (fresh, k.index.is_empty()) {
+            (true, true) => (0..16 * blocks).for_each(|r| k.c.add(r * k.ldc).write_bytes(0, 16)),
+            (true, false) => tiles!("tilezero tmm0", "tilezero tmm1"),
+            (false, true) => {}
+            (false, false) => tiles!("tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]"),
         }
     }
 }
