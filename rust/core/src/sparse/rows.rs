@@ -195,13 +195,15 @@ impl RowPanels {
         }
         let groups = job.w.geometry.kp / RUN;
         let Ok(mut table) = Taken::<u8>::new(groups * RUN) else { return None };
+        // The CPUs that gain by it have tiles.
+        let product = if Isa::Amx.is_available() { bsr::raw::<4> } else { bsr::raw::<1> };
         for m in 0..rows {
             // SAFETY: the row has codes for every place of K, the table an entry for every group; `serves_job` saw the level.
             unsafe { bsr::unsigned(job.act.rows(m0 + m, 0).codes, groups, table.as_mut_ptr()) };
             for (p, c) in a.c[m * ldc..][..np * PANEL].chunks_exact_mut(PANEL).enumerate() {
                 let sums = self.sums[(p0 + p) * PANEL..][..PANEL].as_ptr();
                 // SAFETY: whole slots, entries of every group, and the instructions of the level.
-                unsafe { bsr::raw(&self.slots(p0 + p), table.as_ptr(), sums, c.as_mut_ptr()) };
+                unsafe { product(&self.slots(p0 + p), table.as_ptr(), sums, c.as_mut_ptr()) };
             }
         }
         Some(Summed::Values)

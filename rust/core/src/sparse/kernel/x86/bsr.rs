@@ -110,19 +110,20 @@ macro_rules! tree {
     }};
 }
 
-/// Asks for the memory of a later slot: what the hardware fetches by itself comes too late.
+/// Asks for the codes and the indices of a later slot: what the hardware fetches by itself comes too late.
 macro_rules! fetch {
-    ($s:expr, $i:expr) => {
+    ($s:expr, $slot:expr) => {
         for line in (0..256).step_by(64) {
-            _mm_prefetch::<_MM_HINT_T0>($s.codes.wrapping_add(256 * $i + AHEAD + line).cast());
+            _mm_prefetch::<_MM_HINT_T0>($s.codes.wrapping_add(256 * $slot + line).cast());
         }
-        _mm_prefetch::<_MM_HINT_T0>($s.index.wrapping_add(16 * $i + AHEAD / 16).cast());
-        _mm_prefetch::<_MM_HINT_T0>($s.scales.wrapping_add(16 * $i + AHEAD / 16).cast());
+        _mm_prefetch::<_MM_HINT_T0>($s.index.wrapping_add(16 * $slot).cast());
     };
 }
 
-/// How far ahead of the codes in use memory is asked for.
-const AHEAD: usize = 8192;
+/// How many slots ahead of the one in use memory is asked for.
+const AHEAD: usize = 32;
+/// The same where a panel's slots are read from several places at once.
+const NEAR: usize = 8;
 
 /// Groups with a scale each: `c = fma(f32(sum), scale, c)` for the kept groups of each row in order.
 ///
@@ -135,7 +136,8 @@ pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
         let low = _mm512_set1_epi8(15);
         let mut f = _mm512_loadu_ps(c);
         for i in 0..s.count {
-            fetch!(s, i);
+            fetch!(s, i + AHEAD);
+            _mm_prefetch::<_MM_HINT_T0>(s.scales.wrapping_add(16 * (i + AHEAD)).cast());
             let (codes, index) = (s.codes.add(256 * i), s.index.add(16 * i));
             let d = tree!([
                 rows!(codes, index, table, low, 0),
@@ -150,35 +152,49 @@ pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
     }
 }
 
-/// Rows with one scale: `c += sum`, where `128 * sums` of a row are in it once too often.
+/// Rows with one scale: `c += sum`, where `128 * sums` of a row are in it once too often. `STREAMS`: from how many places at once
+/// slots are read, since sums of integers have no order. Four are 1.2 times as fast as one from the memory of a Xeon, and two
+/// little more than half as fast on a Zen 4 (both measured).
 ///
 /// # Safety
 /// `s` describes whole slots of a row of at most 65536 places, `table` has the [`unsigned`] activations of every group, `sums`
 /// and `c` 16 numbers; the CPU has AVX-512 with VNNI.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
-pub(crate) unsafe fn raw(s: &Slots, table: *const u8, sums: *const i32, c: *mut i32) {
+pub(crate) unsafe fn raw<const STREAMS: usize>(s: &Slots, table: *const u8, sums: *const i32, c: *mut i32) {
     // SAFETY: as the contract says.
     unsafe {
         let (top, upper) = (_mm512_set1_epi8(-128), _mm512_set1_epi8(-16));
         let mut acc = [(_mm512_setzero_si512(), _mm512_setzero_si512()); 4];
-        for i in 0..s.count {
-            fetch!(s, i);
-            let (codes, index) = (s.codes.add(256 * i), s.index.add(16 * i));
-            macro_rules! step {
-                ($t:literal, $r:literal) => {
-                    let at = places!(index, table, RUN, $r);
-                    let u = _mm512_loadu_si512(codes.add(64 * $t).cast());
-                    // (u ^ top) & upper: the code as a signed number, times 16.
-                    let low = _mm512_ternarylogic_epi32::<0x28>(_mm512_slli_epi16::<4>(u), top, upper);
-                    let high = _mm512_ternarylogic_epi32::<0x28>(u, top, upper);
-                    acc[$t].0 = _mm512_dpbusd_epi32(acc[$t].0, two!(at[0], at[1], 0), low);
-                    acc[$t].1 = _mm512_dpbusd_epi32(acc[$t].1, two!(at[2], at[3], 0), high);
-                };
+        macro_rules! slot {
+            ($i:expr) => {
+                let (codes, index) = (s.codes.add(256 * $i), s.index.add(16 * $i));
+                slot!(codes, index, 0, 0);
+                slot!(codes, index, 1, 2);
+                slot!(codes, index, 2, 8);
+                slot!(codes, index, 3, 10);
+            };
+            ($codes:ident, $index:ident, $t:literal, $r:literal) => {
+                let at = places!($index, table, RUN, $r);
+                let u = _mm512_loadu_si512($codes.add(64 * $t).cast());
+                // (u ^ top) & upper: the code as a signed number, times 16.
+                let low = _mm512_ternarylogic_epi32::<0x28>(_mm512_slli_epi16::<4>(u), top, upper);
+                let high = _mm512_ternarylogic_epi32::<0x28>(u, top, upper);
+                acc[$t].0 = _mm512_dpbusd_epi32(acc[$t].0, two!(at[0], at[1], 0), low);
+                acc[$t].1 = _mm512_dpbusd_epi32(acc[$t].1, two!(at[2], at[3], 0), high);
+            };
+        }
+        let part = s.count / STREAMS;
+        let ahead = if STREAMS == 1 { AHEAD } else { NEAR };
+        for i in 0..part {
+            // At its end a stream goes on in the next panel, past the parts of the others.
+            let next = i + ahead + if i + ahead < part { 0 } else { (STREAMS - 1) * part };
+            for stream in 0..STREAMS {
+                fetch!(s, next + stream * part);
+                slot!(i + stream * part);
             }
-            step!(0, 0);
-            step!(1, 2);
-            step!(2, 8);
-            step!(3, 10);
+        }
+        for i in STREAMS * part..s.count {
+            slot!(i);
         }
         let share = _mm512_slli_epi32::<7>(_mm512_loadu_si512(sums.cast()));
         let d = _mm512_sub_epi32(_mm512_srai_epi32::<4>(tree!(acc)), share);
