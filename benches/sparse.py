@@ -1,7 +1,7 @@
 """Sparse weights beside dense ones: `python benches/sparse.py`, in less than three minutes.
 
 Every case times a sparse weight, our own dense one with the same values, and the CSR products of
-scipy and PyTorch where they are installed, in turns. Cold weights rotate over copies of 256 MB,
+scipy and PyTorch where they are installed, in turns. Cold weights rotate over copies of 512 MB,
 more than the caches hold. Writes benches/results/sparse.json, the table of docs/sparse.md (between
 its marks) and the chart docs/sparse.svg: speed over dense against density.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from formats import replace, table
-from harness import machine
+from harness import COLD_BYTES, machine
 
 import nibblas as nb
 from nibblas.qtensor import QTensor, _Storage
@@ -28,7 +28,6 @@ from nibblas.qtensor import QTensor, _Storage
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/sparse.md"
 PLOT = ROOT / "docs/sparse.svg"
-COLD_BYTES = 256 << 20
 SIZE = 4096
 
 

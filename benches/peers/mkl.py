@@ -17,18 +17,25 @@ ROW_MAJOR, NO_TRANS, TRANS, PACKED, B_MATRIX, FIX_OFFSET = 101, 111, 112, 151, 1
 INTEL_THREADS, NO_THREADS = 0, 1
 
 
-@cache
-def library() -> Any:
-    """The single dynamic library, or None."""
+def places() -> list[Path]:
+    """Where the single dynamic library is."""
     named = os.environ.get("MKL_RT")
-    places = [Path(sys.prefix) / "lib", Path(sys.prefix) / "Library" / "bin"]
-    found = [Path(named)] if named else [f for p in places for f in sorted(p.glob("libmkl_rt.so*"))]
-    for path in found:
-        try:
-            return ctypes.CDLL(str(path), mode=ctypes.RTLD_LOCAL)
-        except OSError:
-            continue
-    return None
+    folders = [Path(sys.prefix) / "lib", Path(sys.prefix) / "Library" / "bin"]
+    installed = [f for p in folders for f in sorted(p.glob("libmkl_rt.so*"))]
+    found = [Path(named)] if named else installed
+    return [path for path in found if path.exists()]
+
+
+@cache
+def library(threads: int) -> Any:
+    """The single dynamic library, loaded when the number of threads is known.
+
+    Its threading layer is chosen once per process, by the first who asks it anything (threadpoolctl
+    does); one thread needs no runtime at all.
+    """
+    lib = ctypes.CDLL(str(places()[0]), mode=ctypes.RTLD_LOCAL)
+    lib.MKL_Set_Threading_Layer(NO_THREADS if threads == 1 else INTEL_THREADS)
+    return lib
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -58,7 +65,7 @@ class Gemm(Peer):
         return ("kind",)
 
     def missing(self) -> str:
-        return "" if library() is not None else "libmkl_rt was not found"
+        return "" if places() else "libmkl_rt was not found"
 
     def accepts(self, w: Weights) -> str:
         return "has no groups" if self.kind == "s8u8s32" and not w.per_row else ""
@@ -75,15 +82,13 @@ class Gemm(Peer):
             "bf16": "cblas_gemm_bf16bf16f32",
             "s8u8s32": "cblas_gemm_s8u8s32",
         }[self.kind]
-        function = getattr(library(), stem + suffix)
+        function = getattr(library(self.threads), stem + suffix)
         function.restype = ctypes.c_size_t if suffix == "_pack_get_size" else None
         return function
 
     def prepare(self, w: Weights, copies: int, threads: int) -> None:
-        lib = library()
-        # The layer can be chosen once per process; one thread needs no runtime at all.
-        lib.MKL_Set_Threading_Layer(NO_THREADS if threads == 1 else INTEL_THREADS)
-        lib.MKL_Set_Num_Threads_Local(threads)
+        self.threads = threads
+        library(threads).MKL_Set_Num_Threads_Local(threads)
         self.n, self.k, self.copies = w.n, w.k, copies
         if self.kind == "s8u8s32":
             self.source = w.codes
