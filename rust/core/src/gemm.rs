@@ -626,7 +626,7 @@ impl IntJob<'_> {
     }
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream, where that helps.
-    fn prefetch(&self) -> usize {
+    pub fn prefetch(&self) -> usize {
         if self.w.panel_bytes() < 4096 || (self.b.mr == 1 && isa::streams_by_itself()) {
             0
         } else {

@@ -122,7 +122,6 @@ pub(crate) struct Patch<'a, T> {
 
 impl Patch<'_, i32> {
     /// Whether it goes over all of K.
-    #[cfg(target_arch = "x86_64")]
     fn is_whole(&self) -> bool {
         self.at.b0 == 0 && self.at.blocks == self.job.w.geometry.blocks()
     }

@@ -2,11 +2,11 @@
 //!
 //! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
 //! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
+use super::kernel::{self, KeptRaw};
 use super::mask::Mask;
 use super::{Patch, Structure, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-#[cfg(target_arch = "x86_64")]
 use crate::gemm::Region;
 use crate::kernel::generic::IN_ORDER;
 use crate::kernel::Kernels;
@@ -41,6 +41,8 @@ pub struct TilePanels {
     index: Vec<u32>,
     /// Where the tiles of each panel begin in `index`, and the end.
     starts: Vec<usize>,
+    /// The values of each row added up, where they are signed bytes.
+    sums: Vec<i32>,
 }
 
 impl TilePanels {
@@ -73,6 +75,8 @@ impl TilePanels {
         index.resize(count + LOOK_AHEAD, 0);
         let offset = if bits == 8 && zero == 128 { 128 } else { 0 };
         let mut data = Buf::<u8>::zeroed(count.checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+        let mut sums = zeros_vec::<i32>(if offset == 128 { panels * PANEL } else { 0 })?;
+        let out_sums = (offset == 128).then_some(Shared(sums.as_mut_ptr()));
         let out = Shared(data.as_mut_ptr());
         let (index_ref, starts_ref) = (&index, &starts);
         pool::try_run(threads, panels, None, |p| {
@@ -80,7 +84,13 @@ impl TilePanels {
             let codes = &mut codes[..PANEL * g.kp];
             codes.fill(zero);
             for i in 0..PANEL.min(q.rows - p * PANEL) {
-                q.unpack_row(p * PANEL + i, 0, &mut codes[i * g.kp..][..g.k]);
+                let row = &mut codes[i * g.kp..][..g.k];
+                q.unpack_row(p * PANEL + i, 0, row);
+                if let Some(sums) = &out_sums {
+                    let sum = row.iter().map(|&u| i32::from(u) - i32::from(zero)).fold(0, i32::wrapping_add);
+                    // SAFETY: the rows of panel p belong to this task.
+                    unsafe { *sums.get().add(p * PANEL + i) = sum };
+                }
             }
             for u in codes.iter_mut() {
                 *u = u.wrapping_sub(offset);
@@ -92,7 +102,7 @@ impl TilePanels {
             }
             Ok(())
         })?;
-        Ok(Self { bits, offset, zero, data, index, starts })
+        Ok(Self { bits, offset, zero, data, index, starts, sums })
     }
 
     /// The blocks along K of the kept tiles of a panel that lie in a range, and the first of their codes.
@@ -128,17 +138,47 @@ impl TilePanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        self.data.len() + self.index.len() * 4 + self.starts.len() * size_of::<usize>()
+        self.data.len() + (self.index.len() + self.sums.len()) * 4 + self.starts.len() * size_of::<usize>()
     }
 
-    /// An ungrouped product of many rows by the kept tiles alone; see [`super::Panels::raw`].
-    #[cfg(target_arch = "x86_64")]
+    /// An ungrouped product by the kept tiles alone; see [`super::Panels::raw`].
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
-        use super::kernel::x86::amx::{multiply, Kept};
-        let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ldc, .. } = a;
-        if job.b.path != Path::Tiles || !self.signed() || !a.is_whole() {
+        if !self.signed() || !a.is_whole() {
             return None;
         }
+        #[cfg(target_arch = "x86_64")]
+        if a.job.b.path == Path::Tiles {
+            self.tiles(a);
+            return Some(Summed::Values);
+        }
+        let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ref mut c, ldc } = a;
+        let mr = job.b.mr;
+        let f = kernel::table(job.t.isa).kept.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two())?;
+        for p in 0..np {
+            let (index, tiles) = self.kept(p0 + p, 0..blocks);
+            for m in (0..rows).step_by(mr) {
+                let a = KeptRaw {
+                    index: index.as_ptr(),
+                    count: index.len(),
+                    tiles,
+                    prefetch: job.prefetch(),
+                    act: job.act.rows((m0 + m) / mr, 0),
+                    sums: self.sums[(p0 + p) * PANEL..][..PANEL].as_ptr(),
+                    c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
+                    ldc,
+                };
+                // SAFETY: tiles lie within K, `c` has padded rows; the level is available.
+                unsafe { f(&a) };
+            }
+        }
+        Some(Summed::Values)
+    }
+
+    /// The same of many rows, on tiles of the CPU.
+    #[cfg(target_arch = "x86_64")]
+    fn tiles(&self, a: &mut Patch<i32>) {
+        use super::kernel::x86::amx::{multiply, Kept};
+        let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ldc, .. } = a;
         let c = a.c.as_mut_ptr();
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles.
         unsafe {
@@ -150,17 +190,12 @@ impl TilePanels {
                     for p in 0..np {
                         let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
                         let c = c.wrapping_add(m * ldc + p * PANEL);
-                        multiply(&Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc }, count, k == 0);
+                        let kept = Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc };
+                        multiply(&kept, count, k == 0);
                     }
                 }
             }
         }
-        Some(Summed::Values)
-    }
-
-    #[cfg(not(target_arch = "x86_64"))]
-    pub(crate) fn raw(&self, _: &mut Patch<i32>) -> Option<Summed> {
-        None
     }
 
     /// Decodes blocks of a panel to bytes, dropped ones too.

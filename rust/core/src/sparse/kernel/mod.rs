@@ -48,6 +48,27 @@ pub struct BitRaw {
     pub ldc: usize,
 }
 
+/// Arguments of the integer kernels over kept tiles of a panel: signed bytes, 1 KiB each.
+#[derive(Debug, Clone, Copy)]
+pub struct KeptRaw {
+    /// Blocks along K of the tiles.
+    pub index: *const u32,
+    /// How many.
+    pub count: usize,
+    /// The tiles.
+    pub tiles: *const u8,
+    /// Bytes to prefetch ahead.
+    pub prefetch: usize,
+    /// Activations from K = 0 on.
+    pub act: ActRows,
+    /// `[16]`: the values of each row of the panel added up.
+    pub sums: *const i32,
+    /// Results `[m][ldc]`.
+    pub c: *mut i32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
 /// Arguments of the float kernels over panels of numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct FloatGemv {
@@ -91,6 +112,8 @@ pub const MAX_NP: usize = 4;
 pub type ExpandFn = unsafe fn(*const u8, *mut u8, usize, &Fill);
 /// An ungrouped integer kernel over a bitmap panel.
 pub type BitRawFn = unsafe fn(&BitRaw);
+/// An integer kernel over kept tiles.
+pub type KeptRawFn = unsafe fn(&KeptRaw);
 /// A float kernel over panels of numbers.
 pub type FloatGemvFn = unsafe fn(&FloatGemv);
 /// A float kernel over lists of numbers.
@@ -133,6 +156,8 @@ pub struct SparseKernels {
     pub expand: [ExpandFn; 2],
     /// By bits of a stored code, then rows 1, 2, 4.
     pub raw: [[BitRawFn; 3]; 2],
+    /// By rows 1, 2, 4, 8.
+    pub kept: [KeptRawFn; 4],
     /// By type of number (f32, f16, bf16), whether all are kept, rows 1, 2, 4: kernel and panels.
     pub gemv: fn(usize, bool, usize, bool) -> (FloatGemvFn, usize),
     /// By type of number, then rows 1, 2, 4.
@@ -170,6 +195,11 @@ macro_rules! instantiate {
             unsafe fn raw<const W: usize, const MR: usize>(a: &BitRaw) {
                 // SAFETY: as above.
                 unsafe { generic::raw::<$e, W, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn kept<const MR: usize>(a: &KeptRaw) {
+                // SAFETY: as above.
+                unsafe { generic::kept::<<$e as Expand>::S, MR>(a) }
             }
             $(#[$feature])*
             unsafe fn gemv<T: Number, const ALL: bool, const NP: usize, const MR: usize>(a: &FloatGemv) {
@@ -218,6 +248,7 @@ macro_rules! instantiate {
                 max_mr: $r4,
                 expand: [expand::<4>, expand::<8>],
                 raw: [[raw::<4, 1>, raw::<4, $r2>, raw::<4, $r4>], [raw::<8, 1>, raw::<8, $r2>, raw::<8, $r4>]],
+                kept: [kept::<1>, kept::<2>, kept::<4>, kept::<8>],
                 gemv: pick,
                 lists: [
                     [lists::<F32, 1>, lists::<F32, $r2>, lists::<F32, $r4>],
