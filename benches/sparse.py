@@ -195,7 +195,7 @@ def run_case(case: Case, budget: float) -> list[dict[str, Any]]:
             "dense": dense,
             "sparse": rotating(copies_of(q, count), x, case.compute),
         }
-        if case.structure == "bitmap" and density in case.reach:
+        if case.value == "f32" and density in case.reach:
             calls |= peers(w, x, case.cold)
         row = summary(case.name, interleave(calls, budget), "dense")
         row |= {"density": density, "m": case.m, "cold": case.cold, "compute": case.compute}
