@@ -353,11 +353,11 @@ pub(crate) fn int8(
             let sums = &mut grown(&mut s.sums, step * ldc)?[..step * ldc];
             for first in (0..rows).step_by(step) {
                 let count = step.min(rows - first);
+                let at = Region { p0, np, m0: m0 + first, rows: count, b0: 0, blocks };
                 let summed = if let Some(inner) = inner {
-                    job.two_level(inner, p0, np, m0 + first, count, sums, ldc);
+                    job.two_level(inner, at, sums, ldc);
                     Summed::Values
                 } else {
-                    let at = Region { p0, np, m0: m0 + first, rows: count, b0: 0, blocks };
                     job.raw(at, sums, ldc, &mut s.bytes)?
                 };
                 for m in first..first + count {
@@ -379,7 +379,8 @@ pub(crate) fn int8(
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;
             c[..padded * ldc].fill(0.0);
-            job.grouped(p0, np, m0, rows, c, ldc, &mut s.bytes)?;
+            let at = Region { p0, np, m0, rows, b0: 0, blocks: w.geometry.blocks() };
+            job.grouped(at, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
                 expect_row(y, m0, m, rows, p0 * PANEL, cols);
                 let row = &mut c[m * ldc..][..cols];
@@ -754,13 +755,14 @@ impl IntJob<'_> {
         Ok(())
     }
 
-    /// Sums of two-level weights, each group's times its integer scale.
-    fn two_level(&self, inner: &Inner, p0: usize, np: usize, m0: usize, rows: usize, c: &mut [i32], ldc: usize) {
+    /// Sums of two-level weights, each group's times its integer scale, written to `c`; all of K.
+    fn two_level(&self, inner: &Inner, at: Region, c: &mut [i32], ldc: usize) {
+        let Region { p0, np, m0, rows, .. } = at;
         let (w, mr) = (self.w, self.b.mr);
         let stride = w.geometry.groups * PANEL;
         let find = |single| (self.t.inner)(w.bits, w.has_zeros(), self.segs.registers(), mr, single);
-        let (Some(wide), Some(single)) = (find(false), find(true)) else { return };
         c.fill(0);
+        let (Some(wide), Some(single)) = (find(false), find(true)) else { return };
         let c = c.as_mut_ptr();
         let mut p = 0;
         while p < np {
@@ -794,19 +796,9 @@ impl IntJob<'_> {
         }
     }
 
-    fn grouped(
-        &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        c: &mut [f32],
-        ldc: usize,
-        bytes: &mut Option<Buf<u8>>,
-    ) -> Result<()> {
+    fn grouped(&self, at: Region, c: &mut [f32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<()> {
+        let Region { p0, np, m0, rows, blocks, .. } = at;
         if let Some(sparse) = &self.w.sparse {
-            let blocks = self.w.geometry.blocks();
-            let at = Region { p0, np, m0, rows, b0: 0, blocks };
             if sparse.grouped(Patch { job: self, at, c: &mut *c, ldc }) {
                 return Ok(());
             }
@@ -815,12 +807,12 @@ impl IntJob<'_> {
         if self.b.path == Path::Tiles {
             let close = close_panels(rows);
             for p in (0..np).step_by(close) {
-                self.grouped_tiles(p0 + p, close.min(np - p), m0, rows, &mut c[p * PANEL..], ldc, bytes)?;
+                let at = Region { p0: p0 + p, np: close.min(np - p), ..at };
+                self.grouped_tiles(at, &mut c[p * PANEL..], ldc, bytes)?;
             }
             return Ok(());
         }
         let w = self.w;
-        let blocks = w.geometry.blocks();
         let mr = self.b.mr;
         let regs = self.segs.registers();
         let stride = w.sum_groups() * PANEL;
@@ -924,19 +916,10 @@ impl IntJob<'_> {
 
     /// As [`Self::grouped_tiles`] for segments of one product.
     #[cfg(target_arch = "x86_64")]
-    fn short_tiles(
-        &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        c: &mut [f32],
-        ldc: usize,
-        bytes: &mut Option<Buf<u8>>,
-    ) -> Result<()> {
+    fn short_tiles(&self, at: Region, c: &mut [f32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<()> {
         use crate::kernel::x86::amx;
+        let Region { p0, np, m0, rows, blocks, .. } = at;
         let w = self.w;
-        let blocks = w.geometry.blocks();
         let window = short_window(rows).min(blocks);
         let buf = grown(bytes, window * 1024)?;
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles (see `tile_ldc`).
@@ -956,28 +939,18 @@ impl IntJob<'_> {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn grouped_tiles(
-        &self,
-        p0: usize,
-        np: usize,
-        m0: usize,
-        rows: usize,
-        c: &mut [f32],
-        ldc: usize,
-        bytes: &mut Option<Buf<u8>>,
-    ) -> Result<()> {
+    fn grouped_tiles(&self, at: Region, c: &mut [f32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<()> {
         use crate::kernel::x86::amx;
+        let Region { p0, np, m0, rows, blocks, .. } = at;
         let w = self.w;
-        let blocks = w.geometry.blocks();
         if w.is_halved() {
-            let at = Region { p0, np, m0, rows, b0: 0, blocks };
             return self.halved_tiles::<false>(at, c.as_mut_ptr(), ldc, bytes);
         }
         let signed = plan::signed_bytes(w);
         // Scales of activations by groups cost more there than the sums gain, once rows are many.
         let act_groups = !self.act.rows(0, 0).scales.is_null();
         if signed && self.segs.len <= BLOCK && (!act_groups || rows <= 16) {
-            return self.short_tiles(p0, np, m0, rows, c, ldc, bytes);
+            return self.short_tiles(at, c, ldc, bytes);
         }
         let kernel = amx::grouped(signed);
         let per = self.segs.blocks().max(1);
