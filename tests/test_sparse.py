@@ -144,9 +144,10 @@ def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
                     np.testing.assert_array_equal(got, want, err_msg=f"{isa} {compute} {m},{n},{k}")
 
 
-def test_products_of_other_kinds(rng: np.random.Generator) -> None:
-    w = weights(rng, 40, 64, "bitmap")
-    dense, q = nb.quantize(w, "int8"), nb.quantize(w, "int8_bitmap")
+@pytest.mark.parametrize("structure", ["bitmap", "block16x64"])
+def test_products_of_other_kinds(structure: str, rng: np.random.Generator) -> None:
+    w = weights(rng, 40, 64, structure)
+    dense, q = nb.quantize(w, "int8"), nb.quantize(w, f"int8_{structure}")
     x = rng.standard_normal((2, 5, 64))
     assert_same(x @ q.T, x @ dense.T)
     assert_same(q @ x[0].T, dense @ x[0].T)
@@ -160,7 +161,7 @@ def test_products_of_other_kinds(rng: np.random.Generator) -> None:
         nb.matmul(x[0], q.T, compute="bf16"), x[0] @ w.T, rtol=0.05, atol=0.5
     )
     text = str(nb.explain(x[0], q.T, compute="int8"))
-    assert "int8_bitmap" in text
+    assert f"int8_{structure}" in text
 
 
 def test_slices(rng: np.random.Generator) -> None:
