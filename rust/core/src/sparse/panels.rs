@@ -200,6 +200,7 @@ impl BitPanels {
                     src: self.at(p0 + p, b0),
                     blocks,
                     fill: w.fill(p0 + p, b0, 0, 0),
+                    prefetch: job.prefetch() > 0,
                     act: job.act.rows((m0 + m) / mr, b0),
                     c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
                     ldc,

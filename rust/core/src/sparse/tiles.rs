@@ -161,7 +161,7 @@ impl TilePanels {
                     index: index.as_ptr(),
                     count: index.len(),
                     tiles,
-                    prefetch: job.prefetch(),
+                    prefetch: m == 0 && job.prefetch() > 0,
                     act: job.act.rows((m0 + m) / mr, 0),
                     sums: self.sums[(p0 + p) * PANEL..][..PANEL].as_ptr(),
                     c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),

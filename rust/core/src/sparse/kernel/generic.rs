@@ -197,7 +197,9 @@ unsafe fn raw_body<E: Expand, const W: usize, const MR: usize, const STORED: boo
                     }
                 }
             }
-            fetch::<E::S>(src, codes);
+            if a.prefetch {
+                fetch::<E::S>(src, codes);
+            }
             src = codes;
         }
         for m in 0..MR {
@@ -228,6 +230,9 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
         let mut x = Near([[0; 64]; MR]);
         for i in 0..a.count {
             let tile = a.tiles.add(1024 * i);
+            if a.prefetch {
+                fetch::<S>(tile, tile.wrapping_add(1024));
+            }
             let codes = a.act.codes.add(*a.index.add(i) as usize * a.act.block_stride);
             for m in 0..MR {
                 S::store(x.0[m].as_mut_ptr(), S::xor(S::load(codes.add(64 * m).cast()), top));
@@ -237,7 +242,6 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
             std::hint::black_box(&mut x);
             macro_rules! steps { ($($r:literal)*) => { $(
                 let w = S::load(tile.add(64 * $r));
-                S::prefetch(tile.wrapping_add(64 * $r + a.prefetch));
                 for m in 0..MR {
                     let u = S::splat(x.0[m].as_ptr().add(4 * $r).cast::<i32>().read_unaligned());
                     let chain = if MR >= 4 { 0 } else { $r % 4 };

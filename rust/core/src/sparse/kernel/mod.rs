@@ -40,6 +40,8 @@ pub struct BitRaw {
     pub blocks: usize,
     /// Dropped codes; codes are taken as they are.
     pub fill: Fill,
+    /// Whether to ask for memory ahead.
+    pub prefetch: bool,
     /// Activations.
     pub act: ActRows,
     /// Sums `[m][ldc]`, read and written.
@@ -57,8 +59,8 @@ pub struct KeptRaw {
     pub count: usize,
     /// The tiles.
     pub tiles: *const u8,
-    /// Bytes to prefetch ahead.
-    pub prefetch: usize,
+    /// Whether to ask for memory ahead.
+    pub prefetch: bool,
     /// Activations from K = 0 on.
     pub act: ActRows,
     /// `[16]`: the values of each row of the panel added up.
