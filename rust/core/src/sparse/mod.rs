@@ -165,15 +165,9 @@ impl Panels {
     /// An ungrouped integer product written to `c`, where these panels have a kernel for it.
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         match self {
+            Self::Bits(p) => p.raw(a),
             Self::Tiles(p) => p.raw(a),
-            Self::Bits(p) => {
-                a.c.fill(0);
-                p.raw(a)
-            }
-            Self::Rows(p) => {
-                a.c.fill(0);
-                p.raw(a)
-            }
+            Self::Rows(p) => p.raw(a),
         }
     }
 

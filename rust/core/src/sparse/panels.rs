@@ -194,6 +194,7 @@ impl BitPanels {
             return None;
         }
         let f = t.raw[self.kind()][mr.trailing_zeros() as usize];
+        c.fill(0);
         for p in 0..np {
             for m in (0..rows).step_by(mr) {
                 let a = BitRaw {

@@ -197,6 +197,7 @@ impl RowPanels {
         let Ok(mut table) = Taken::<u8>::new(groups * RUN) else { return None };
         // The CPUs that gain by it have tiles.
         let product = if Isa::Amx.is_available() { bsr::raw::<4> } else { bsr::raw::<1> };
+        a.c.fill(0);
         for m in 0..rows {
             // SAFETY: the row has codes for every place of K, the table an entry for every group; `serves_job` saw the level.
             unsafe { bsr::unsigned(job.act.rows(m0 + m, 0).codes, groups, table.as_mut_ptr()) };
