@@ -263,7 +263,7 @@ fn zero_ptrs(zeros: &PanelZeros, groups: usize, panel: usize) -> (*const u8, *co
 }
 
 /// The scales that integer products apply to a panel.
-fn sum_scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
+pub(crate) fn sum_scale_ptr(w: &Packed, panel: usize) -> ScalePtr {
     scale_ptr(w.sum_scales(), w.sum_groups(), panel)
 }
 

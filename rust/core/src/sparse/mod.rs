@@ -183,7 +183,8 @@ impl Panels {
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         match self {
             Self::Rows(p) => p.grouped(a),
-            _ => false,
+            Self::Tiles(p) => p.grouped(a),
+            Self::Bits(_) => false,
         }
     }
 

@@ -2,17 +2,16 @@
 //!
 //! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
 //! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
-use super::kernel::{self, KeptRaw};
+use super::kernel::{self, KeptGrouped, KeptRaw};
 use super::mask::Mask;
 use super::{Patch, Structure, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::gemm::Region;
+use crate::gemm::{sum_scale_ptr, Region};
 use crate::kernel::generic::IN_ORDER;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
-#[cfg(target_arch = "x86_64")]
-use crate::plan::Path;
+use crate::plan::{self, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
@@ -172,6 +171,47 @@ impl TilePanels {
             }
         }
         Some(Summed::Values)
+    }
+
+    /// A grouped product of activations with one scale a row, but for many rows on tiles of the CPU; see
+    /// [`super::Panels::grouped`].
+    pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
+        let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
+        let (w, mr, len) = (job.w, job.b.mr, job.segs.len);
+        let integers = w.bytes.is_none() && w.inner.is_none() && w.mul == 1 && plan::signed_bytes(w);
+        // With one row, sums of groups of 32 cost what the dropped ones save (measured).
+        let lengths = len.is_multiple_of(BLOCK) || (len == 32 && mr > 1);
+        if job.b.path == Path::Tiles || !integers || !job.segs.act.is_empty() || !lengths {
+            return false;
+        }
+        let kernels = kernel::table(job.t.isa).kept_grouped;
+        let Some(f) = kernels.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two()) else { return false };
+        let most = (p0..p0 + np).map(|p| self.starts[p + 1] - self.starts[p]).max().unwrap_or(0);
+        let Ok(mut values) = Taken::<u8>::new(if self.signed() { 0 } else { most * 1024 }) else { return false };
+        for p in 0..np {
+            let (index, mut tiles) = self.kept(p0 + p, 0..blocks);
+            if !self.signed() {
+                let unpack = job.t.unpack[self.bits];
+                // SAFETY: the buffer holds the tiles of every panel, which lie one after the other.
+                unsafe { unpack(tiles, values.as_mut_ptr(), index.len(), 0, self.zero, IN_ORDER) };
+                tiles = values.as_ptr();
+            }
+            for m in (0..rows).step_by(mr) {
+                let a = KeptGrouped {
+                    index: index.as_ptr(),
+                    count: index.len(),
+                    tiles,
+                    len,
+                    scales: sum_scale_ptr(w, p0 + p),
+                    act: job.act.rows((m0 + m) / mr, 0),
+                    c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
+                    ldc,
+                };
+                // SAFETY: tiles lie within K, there is a scale for each group, `c` has padded rows; the level is available.
+                unsafe { f(&a) };
+            }
+        }
+        true
     }
 
     /// The same of many rows, on tiles of the CPU.

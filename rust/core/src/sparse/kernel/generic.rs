@@ -1,5 +1,6 @@
 //! The kernels, written once over [`Expand`].
-use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptRaw, ListGemv};
+use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, ListGemv};
+use crate::kernel::generic::scales;
 use crate::kernel::simd::Simd;
 use crate::pack::PANEL;
 
@@ -254,6 +255,60 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
         for m in 0..MR {
             let pairs = [S::add(acc[m][0], acc[m][1]), S::add(acc[m][2], acc[m][3])];
             S::store(a.c.add(m * a.ldc).cast(), S::sub(S::add(pairs[0], pairs[1]), share));
+        }
+    }
+}
+
+/// As [`kept`] with a scale for each group: `c = fma(f32(sum), scale, c)` for the groups that keep anything, in order. What the
+/// unsigned activations have too much is 128 times the sum of a group's weights, added up meanwhile.
+///
+/// # Safety
+/// The pointers in `a` hold what [`KeptGrouped`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn kept_grouped<S: Simd, const MR: usize>(a: &KeptGrouped) {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (top, ones) = (S::splat8(128), S::splat8(1));
+        let mut x = Near([[0; 64]; MR]);
+        let mut f = [S::splatf(0.0); MR];
+        for m in 0..MR {
+            f[m] = S::loadf(a.c.add(m * a.ldc));
+        }
+        let (mut acc, mut sum) = ([S::splat(0); MR], S::splat(0));
+        let parts = (64 / a.len).max(1);
+        for i in 0..a.count {
+            let block = *a.index.add(i) as usize;
+            let tile = a.tiles.add(1024 * i);
+            let codes = a.act.codes.add(block * a.act.block_stride);
+            for m in 0..MR {
+                S::store(x.0[m].as_mut_ptr(), S::xor(S::load(codes.add(64 * m).cast()), top));
+            }
+            // As in `kept`.
+            std::hint::black_box(&mut x);
+            for part in 0..parts {
+                for r in part * 16 / parts..(part + 1) * 16 / parts {
+                    let w = S::load(tile.add(64 * r));
+                    sum = S::dot7(sum, ones, w);
+                    for m in 0..MR {
+                        let u = S::splat(x.0[m].as_ptr().add(4 * r).cast::<i32>().read_unaligned());
+                        acc[m] = S::dot(acc[m], u, w);
+                    }
+                }
+                let group = (64 * block + 64 / parts * part) / a.len;
+                // The group goes on in the next tile.
+                if parts == 1 && i + 1 < a.count && *a.index.add(i + 1) as usize * 64 / a.len == group {
+                    continue;
+                }
+                let (s, share) = (scales::<S>(a.scales, group * PANEL), S::shl32(sum, 7));
+                for m in 0..MR {
+                    f[m] = S::fma(S::cvt(S::sub(acc[m], share)), s, f[m]);
+                    acc[m] = S::splat(0);
+                }
+                sum = S::splat(0);
+            }
+        }
+        for m in 0..MR {
+            S::storef(a.c.add(m * a.ldc), f[m]);
         }
     }
 }

@@ -3,7 +3,7 @@
 //! The kernels are written once over [`Expand`], whose three implementations are `VPEXPANDB`/`VPEXPANDPS`, `PDEP`, and a
 //! loop; where the next register's entries begin is a count of bits.
 use crate::isa::Isa;
-use crate::kernel::ActRows;
+use crate::kernel::{ActRows, ScalePtr};
 
 pub mod generic;
 mod scalar;
@@ -71,6 +71,27 @@ pub struct KeptRaw {
     pub ldc: usize,
 }
 
+/// Arguments of the grouped integer kernels over kept tiles of a panel, as those of [`KeptRaw`].
+#[derive(Debug, Clone, Copy)]
+pub struct KeptGrouped {
+    /// Blocks along K of the tiles.
+    pub index: *const u32,
+    /// How many.
+    pub count: usize,
+    /// The tiles.
+    pub tiles: *const u8,
+    /// Places of a group: 32, or a multiple of 64.
+    pub len: usize,
+    /// The scales of the panel, `[group][16]`.
+    pub scales: ScalePtr,
+    /// Activations from K = 0 on.
+    pub act: ActRows,
+    /// Float sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
 /// Arguments of the float kernels over panels of numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct FloatGemv {
@@ -116,6 +137,8 @@ pub type ExpandFn = unsafe fn(*const u8, *mut u8, usize, &Fill);
 pub type BitRawFn = unsafe fn(&BitRaw);
 /// An integer kernel over kept tiles.
 pub type KeptRawFn = unsafe fn(&KeptRaw);
+/// A grouped integer kernel over kept tiles.
+pub type KeptGroupedFn = unsafe fn(&KeptGrouped);
 /// A float kernel over panels of numbers.
 pub type FloatGemvFn = unsafe fn(&FloatGemv);
 /// A float kernel over lists of numbers.
@@ -160,6 +183,8 @@ pub struct SparseKernels {
     pub raw: [[BitRawFn; 3]; 2],
     /// By rows 1, 2, 4, 8.
     pub kept: [KeptRawFn; 4],
+    /// By rows 1, 2, 4, 8.
+    pub kept_grouped: [KeptGroupedFn; 4],
     /// By type of number (f32, f16, bf16), whether all are kept, rows 1, 2, 4: kernel and panels.
     pub gemv: fn(usize, bool, usize, bool) -> (FloatGemvFn, usize),
     /// By type of number, then rows 1, 2, 4.
@@ -202,6 +227,11 @@ macro_rules! instantiate {
             unsafe fn kept<const MR: usize>(a: &KeptRaw) {
                 // SAFETY: as above.
                 unsafe { generic::kept::<<$e as Expand>::S, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn kept_grouped<const MR: usize>(a: &KeptGrouped) {
+                // SAFETY: as above.
+                unsafe { generic::kept_grouped::<<$e as Expand>::S, MR>(a) }
             }
             $(#[$feature])*
             unsafe fn gemv<T: Number, const ALL: bool, const NP: usize, const MR: usize>(a: &FloatGemv) {
@@ -251,6 +281,7 @@ macro_rules! instantiate {
                 expand: [expand::<4>, expand::<8>],
                 raw: [[raw::<4, 1>, raw::<4, $r2>, raw::<4, $r4>], [raw::<8, 1>, raw::<8, $r2>, raw::<8, $r4>]],
                 kept: [kept::<1>, kept::<2>, kept::<4>, kept::<8>],
+                kept_grouped: [kept_grouped::<1>, kept_grouped::<2>, kept_grouped::<4>, kept_grouped::<8>],
                 gemv: pick,
                 lists: [
                     [lists::<F32, 1>, lists::<F32, $r2>, lists::<F32, $r4>],
