@@ -141,8 +141,9 @@ impl Act {
                 act.codes[at..at + BLOCK].fill(0);
             }
         }
-        let batch = (65_536 / (kp + 1)).clamp(1, 64);
-        let threads = if rows * kp < 1 << 16 { 1 } else { threads };
+        // A few tasks for each thread, of 8 KiB of codes and more.
+        let threads = if rows * kp < 1 << 15 { 1 } else { threads };
+        let batch = rows.div_ceil(4 * threads).max(8192_usize.div_ceil(kp + 1)).min((1 << 18) / (kp + 1)).max(1);
         pool::try_run(threads, rows.div_ceil(batch), None, |t| {
             let mut s = RowScratch {
                 floats: Taken::new(g.k.next_multiple_of(16))?,

@@ -19,6 +19,7 @@ use crate::qtensor::{zeros_vec, QView};
 /// operands of the next steps are renamed to; with four, which fetch a kept tile half as often, every step waits for the
 /// one before (measured: two are 1.4 times faster).
 pub(super) const ROWS: usize = 2;
+
 /// Blocks of K that products work on at a time. Activations come from the second-level cache as well; what counts is that
 /// the sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
@@ -202,6 +203,7 @@ impl TilePanels {
                     count: index.len(),
                     tiles,
                     len,
+                    groups: w.sum_groups(),
                     scales: sum_scale_ptr(w, p0 + p),
                     act: job.act.rows((m0 + m) / mr, 0),
                     c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),

@@ -294,7 +294,8 @@ pub unsafe fn kept_grouped<S: Simd, const MR: usize>(a: &KeptGrouped) {
                         acc[m] = S::dot(acc[m], u, w);
                     }
                 }
-                let group = (64 * block + 64 / parts * part) / a.len;
+                // K may end within a block.
+                let group = ((64 * block + 64 / parts * part) / a.len).min(a.groups - 1);
                 // The group goes on in the next tile.
                 if parts == 1 && i + 1 < a.count && *a.index.add(i + 1) as usize * 64 / a.len == group {
                     continue;

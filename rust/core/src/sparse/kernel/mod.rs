@@ -82,7 +82,9 @@ pub struct KeptGrouped {
     pub tiles: *const u8,
     /// Places of a group: 32, or a multiple of 64.
     pub len: usize,
-    /// The scales of the panel, `[group][16]`.
+    /// Groups along K.
+    pub groups: usize,
+    /// The scales of the panel, `[groups][16]`.
     pub scales: ScalePtr,
     /// Activations from K = 0 on.
     pub act: ActRows,
