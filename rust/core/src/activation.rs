@@ -5,6 +5,7 @@
 use crate::buf::Taken;
 use crate::error::{Error, Result};
 use crate::isa;
+use crate::kernel::generic::Quantise;
 use crate::kernel::{ActRows, Kernels};
 use crate::matrix::{MatRef, Scalar};
 use crate::pack::{Geometry, Shared, BLOCK};
@@ -275,6 +276,7 @@ unsafe fn quantise_one(
         let to = RowCodes { first: out.codes.get().add(block * out.mb * out.kp + i * BLOCK), stride };
         // In a plain layout codes go where they belong at once.
         let plain = g.is_plain();
+        let mut summed = false;
         let s = if x.scalar == Scalar::I8 {
             if plain && x.col_stride == 1 {
                 to.put(0, std::slice::from_raw_parts(x.row_ptr(m).cast(), g.k));
@@ -300,9 +302,25 @@ unsafe fn quantise_one(
             let in_place = std::ptr::eq(src.as_ptr().cast(), x.row_ptr(m));
             let fetch = in_place && m + 1 < x.rows && !isa::streams_by_itself();
             let ahead = if fetch { x.row_stride as usize } else { 0 };
-            let finite = (kernels.quantise_groups)(src.as_ptr(), g.k, step, scales.as_mut_ptr(), codes, stride, ahead);
+            // Sums of whole blocks are made on the way, where the codes stay as they are.
+            summed = plain && factor.is_some() && segs.registers() == 16;
+            if summed {
+                buf.sums[..out.segments].fill(0);
+            }
+            let finite = (kernels.quantise_groups)(&Quantise {
+                x: src.as_ptr(),
+                k: g.k,
+                group: step,
+                ahead,
+                scales: scales.as_mut_ptr(),
+                codes,
+                stride,
+                sums: if summed { buf.sums.as_mut_ptr() } else { std::ptr::null_mut() },
+                blocks: segs.blocks(),
+            });
             *out.bad.get().add(m) = u8::from(!finite);
             if !finite {
+                buf.sums[..out.segments].fill(0);
                 to.clear(0, out.kp);
                 scales.fill(1.0);
             } else if !plain {
@@ -320,13 +338,13 @@ unsafe fn quantise_one(
         let Some(factor) = factor else { return };
         let n = out.segments;
         let codes = |b: usize| to.first.cast_const().wrapping_add(b * stride);
-        if segs.registers() == 16 {
+        if !summed && segs.registers() == 16 {
             let per = segs.blocks();
             for seg in 0..n {
                 let count = per.min(out.kp / BLOCK - seg * per);
                 buf.sums[seg] = (kernels.sum_blocks)(codes(seg * per), stride, count);
             }
-        } else {
+        } else if !summed {
             buf.sums[..n].fill(0);
             for b in 0..out.kp / BLOCK {
                 let first = buf.sums.as_mut_ptr().add(b * BLOCK / segs.len);
@@ -375,6 +393,7 @@ fn copy_codes(x: &MatRef, m: usize, out: &mut [i8]) {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
     use crate::isa::Isa;
     use crate::kernel;
 
@@ -413,12 +432,19 @@ mod tests {
                         let count = k.div_ceil(group);
                         let mut scales = vec![0f32; count];
                         let mut q = vec![99i8; k.div_ceil(64) * stride];
-                        // SAFETY: buffers reach as far as the contract says; the level is available.
-                        let finite = unsafe {
-                            let (s, q) = (scales.as_mut_ptr(), q.as_mut_ptr());
-                            (t.quantise_groups)(x.as_ptr(), k, group, s, q, stride, 0)
+                        let mut a = Quantise {
+                            x: x.as_ptr(),
+                            k,
+                            group,
+                            ahead: 0,
+                            scales: scales.as_mut_ptr(),
+                            codes: q.as_mut_ptr(),
+                            stride,
+                            sums: std::ptr::null_mut(),
+                            blocks: 0,
                         };
-                        assert!(finite);
+                        // SAFETY: buffers reach as far as the contract says; the level is available.
+                        assert!(unsafe { (t.quantise_groups)(&a) });
                         for (i, &v) in x[..k].iter().enumerate() {
                             let part = &x[i / group * group..k.min((i / group + 1) * group)];
                             let s = part.iter().fold(0f32, |t, v| t.max(v.abs())) / 127.0;
@@ -435,6 +461,16 @@ mod tests {
                                 "{isa} k={k} group={group} shift={shift} at {i}: {v} / {s}"
                             );
                         }
+                        for blocks in [1, 2, 3, 100] {
+                            let codes: Vec<i32> = (0..k).map(|i| i32::from(q[i / 64 * stride + i % 64])).collect();
+                            let want: Vec<i32> = codes.chunks(64 * blocks).map(|c| c.iter().sum()).collect();
+                            let mut sums = vec![77; want.len() + 1];
+                            (a.sums, a.blocks) = (sums.as_mut_ptr(), blocks);
+                            // SAFETY: as above; a sum for every part.
+                            assert!(unsafe { (t.quantise_groups)(&a) });
+                            assert_eq!(sums[..want.len()], want, "{isa} k={k} group={group} blocks={blocks}");
+                            assert_eq!(sums[want.len()], 77);
+                        }
                         // What lies between the blocks is not theirs.
                         let between = q.chunks(stride).flat_map(|c| &c[64..]);
                         assert!(between.into_iter().all(|&v| v == 99));
@@ -442,10 +478,7 @@ mod tests {
                             let mut x = x.clone();
                             x[k - 1] = bad;
                             // SAFETY: as above.
-                            let finite = unsafe {
-                                let (s, q) = (scales.as_mut_ptr(), q.as_mut_ptr());
-                                (t.quantise_groups)(x.as_ptr(), k, group, s, q, stride, 0)
-                            };
+                            let finite = unsafe { (t.quantise_groups)(&Quantise { x: x.as_ptr(), ..a }) };
                             assert!(!finite, "{isa} k={k} group={group}: {bad}");
                         }
                     }

@@ -1022,8 +1022,9 @@ pub unsafe fn absmax_bits<S: Simd>(x: *const f32, n: usize) -> u32 {
     }
 }
 
-/// How groups of activations are quantised: by a product with the reciprocal of the scale, where it is not within 2^-12 of a tie
-/// and so cannot differ from the true quotient after rounding, or by a division.
+/// How groups of activations are quantised: by a product with the reciprocal of the scale, or by a division. Of quotients up to
+/// 127 the product is off by less than 2^-16 and the division by 2^-17, so that both round alike where the product is not within
+/// 2^-15 of a tie.
 struct Divisors {
     scale: [f32; 16],
     /// 0 where the scale is, so that codes are too.
@@ -1066,7 +1067,7 @@ impl Divisors {
                 out[i] = S::rint(t);
                 worst = S::maxf(worst, S::from_bits(S::and(S::bits(S::subf(t, S::cvt(out[i]))), abs)));
             }
-            !divide && !S::any_gt(worst, S::splatf(0.5 - 1.0 / 4096.0))
+            !divide && !S::any_gt(worst, S::splatf(0.5 - 1.0 / 32768.0))
         }
     }
 
@@ -1100,25 +1101,40 @@ impl Divisors {
     }
 }
 
-/// Quantises `k` floats in groups of `group`, a multiple of 16, each with a scale `absmax/127` of its own, written to
-/// `scales`; codes of a group whose scale is 0 are 0. Every 64 codes are `stride` bytes after those before. Returns false at the
-/// first group that is not finite. Asks for the floats `ahead` bytes on meanwhile, those of the row that comes next.
+/// Floats to quantise, and where what becomes of them goes.
+#[derive(Debug, Clone, Copy)]
+pub struct Quantise {
+    /// The floats, readable up to the next multiple of 16.
+    pub x: *const f32,
+    /// How many.
+    pub k: usize,
+    /// How many share a scale: a multiple of 16, or all of them.
+    pub group: usize,
+    /// Bytes from `x` to floats that are asked for meanwhile, those of the row that comes next.
+    pub ahead: usize,
+    /// A scale for each group, `absmax / 127`.
+    pub scales: *mut f32,
+    /// The codes, the last 64 whole.
+    pub codes: *mut i8,
+    /// Bytes from 64 codes to the next 64.
+    pub stride: usize,
+    /// The sum of the codes of every `blocks` times 64, or null.
+    pub sums: *mut i32,
+    /// See `sums`.
+    pub blocks: usize,
+}
+
+/// Quantises a row of floats by groups; codes of a group whose scale is 0 are 0. Returns false at the first group that is not
+/// finite.
 ///
 /// # Safety
-/// `x` reaches the next multiple of 16, `q` has the last 64 codes whole, `scales` has a place for each group; the CPU has the
-/// features of `S`.
+/// The pointers in `a` hold what [`Quantise`] says; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn quantise_groups<S: Simd>(
-    x: *const f32,
-    k: usize,
-    group: usize,
-    scales: *mut f32,
-    q: *mut i8,
-    stride: usize,
-    ahead: usize,
-) -> bool {
+pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
     // SAFETY: as the contract says.
     unsafe {
+        let &Quantise { x, k, group, .. } = a;
+        let (mut sum, mut sums, mut summed) = (S::splat(0), a.sums, 0);
         // Sixteen groups at a time, whose largest values wait for nothing: they begin with a block of codes.
         for g0 in (0..k.div_ceil(group)).step_by(16) {
             let count = 16.min(k.div_ceil(group) - g0);
@@ -1131,7 +1147,7 @@ pub unsafe fn quantise_groups<S: Simd>(
                 }
             }
             let d = Divisors::new::<S>(&top);
-            scales.add(g0).copy_from_nonoverlapping(d.scale.as_ptr(), count);
+            a.scales.add(g0).copy_from_nonoverlapping(d.scale.as_ptr(), count);
             let end = k.min((g0 + count) * group);
             // The group of the next 16 floats, and how many of them it has left.
             let (mut j, mut left) = (0, group);
@@ -1145,20 +1161,40 @@ pub unsafe fn quantise_groups<S: Simd>(
                     left = left.saturating_sub(16);
                 }
                 for line in 0..4 {
-                    S::prefetch(x.wrapping_add(at + 16 * line).cast::<u8>().wrapping_add(ahead));
+                    S::prefetch(x.wrapping_add(at + 16 * line).cast::<u8>().wrapping_add(a.ahead));
                 }
-                let to = q.add(at / 64 * stride);
+                let to = a.codes.add(at / 64 * a.stride);
+                let mut codes = [S::splat(0); 4];
                 if at + 64 <= end {
-                    S::store_i8x4(to, d.codes::<S, 4>(x.add(at), of));
+                    codes = d.codes::<S, 4>(x.add(at), of);
+                    S::store_i8x4(to, codes);
                 } else {
                     for i in 0..(end - at).div_ceil(16) {
-                        S::store_i8(to.add(16 * i), d.codes::<S, 1>(x.add(at + 16 * i), [of[i]])[0]);
+                        codes[i] = d.codes::<S, 1>(x.add(at + 16 * i), [of[i]])[0];
+                        S::store_i8(to.add(16 * i), codes[i]);
+                    }
+                }
+                if !sums.is_null() {
+                    sum = S::add(sum, S::add(S::add(codes[0], codes[1]), S::add(codes[2], codes[3])));
+                    summed += 1;
+                    if summed == a.blocks || at + 64 >= k {
+                        sums.write(total::<S>(sum));
+                        (sum, sums, summed) = (S::splat(0), sums.add(1), 0);
                     }
                 }
             }
         }
         true
     }
+}
+
+/// The sum of the sixteen lanes.
+#[inline(always)]
+unsafe fn total<S: Simd>(v: S::I) -> i32 {
+    let mut lanes = [0i32; 16];
+    // SAFETY: the caller's features; the lanes are as wide as a register.
+    unsafe { S::store(lanes.as_mut_ptr().cast(), v) };
+    lanes.iter().fold(0, |t, &v| t.wrapping_add(v))
 }
 
 /// Sums of the codes of one 64-byte run per segment of `SEG` dwords (16 for the whole run).
@@ -1191,9 +1227,7 @@ pub unsafe fn sum_blocks<S: Simd>(q: *const i8, stride: usize, n: usize) -> i32 
         for b in 0..n {
             d = S::dot7(d, one, S::load(q.add(b * stride).cast()));
         }
-        let mut lanes = [0i32; 16];
-        S::store(lanes.as_mut_ptr().cast(), d);
-        lanes.iter().fold(0, |t, &v| t.wrapping_add(v))
+        total::<S>(d)
     }
 }
 

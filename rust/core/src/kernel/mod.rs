@@ -9,7 +9,7 @@ pub mod wide;
 pub mod x86;
 
 use crate::isa::Isa;
-use generic::Finish;
+use generic::{Finish, Quantise};
 
 /// Panel scales in their stored type.
 #[derive(Debug, Clone, Copy)]
@@ -254,7 +254,7 @@ pub struct Kernels {
     /// Panels of the dense float kernel.
     pub gemm_np: usize,
     /// See [`generic::quantise_groups`].
-    pub quantise_groups: unsafe fn(*const f32, usize, usize, *mut f32, *mut i8, usize, usize) -> bool,
+    pub quantise_groups: unsafe fn(&Quantise) -> bool,
     /// See [`generic::code_sums`].
     pub code_sums: unsafe fn(*const i8, usize, *mut i32),
     /// See [`generic::sum_blocks`].
@@ -375,9 +375,9 @@ macro_rules! instantiate {
                 unsafe { generic::gemm::<$v, NP, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn quantise_groups(x: *const f32, k: usize, group: usize, scales: *mut f32, q: *mut i8, stride: usize, ahead: usize) -> bool {
+            unsafe fn quantise_groups(a: &Quantise) -> bool {
                 // SAFETY: as above.
-                unsafe { generic::quantise_groups::<$v>(x, k, group, scales, q, stride, ahead) }
+                unsafe { generic::quantise_groups::<$v>(a) }
             }
             $(#[$feature])*
             unsafe fn code_sums(q: *const i8, seg: usize, out: *mut i32) {
