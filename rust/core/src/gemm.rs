@@ -219,17 +219,21 @@ pub(crate) fn available(isa: Isa) -> Result<()> {
     Err(Error::Unsupported(format!("ISA level {isa} is not available on this CPU")))
 }
 
-/// Runs the tasks of a blocking: `f(first panel, panels, first row, rows, scratch)`.
+/// Runs the tasks of a blocking: `f(first panel, panels, first row, rows, scratch)`. Panels are taken back and forth, by more
+/// rows and from call to call: what was read last is what the second-level cache still holds.
 pub(crate) fn tasks(
     b: &Blocking,
     m: usize,
-    panels: usize,
+    w: &Packed,
     o: &Options,
     f: impl Fn(usize, usize, usize, usize, &mut Scratch) -> Result<()> + Sync,
 ) -> Result<()> {
+    let panels = w.panels();
     let by_n = panels.div_ceil(b.task_panels);
-    pool::try_run(b.threads, b.tasks, o.poll, |t| {
-        let (p0, m0) = ((t % by_n) * b.task_panels, (t / by_n) * b.task_rows);
+    pool::try_run_in(b.threads, b.tasks, w.next_order(), o.poll, |t| {
+        let (row, at) = (t / by_n, t % by_n);
+        let at = if row % 2 == 0 { at } else { by_n - 1 - at };
+        let (p0, m0) = (at * b.task_panels, row * b.task_rows);
         let (np, rows) = (b.task_panels.min(panels - p0), b.task_rows.min(m - m0));
         SCRATCH.with(|s| match s.try_borrow_mut() {
             Ok(mut s) => f(p0, np, m0, rows, &mut s),
@@ -322,7 +326,7 @@ pub(crate) fn int8(
     }
     let job = IntJob { w, t, b, act: &act, segs: &segs };
     let y = &*y;
-    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+    tasks(&b, x.rows, w, o, |p0, np, m0, rows, s| {
         let (cols, ldc) = (np * PANEL, tile_ldc(&b, np));
         let padded = rows.next_multiple_of(mb.max(1)).next_multiple_of(if mb == 16 { 32 } else { 1 });
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
@@ -1198,7 +1202,7 @@ fn float_tiles(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, b: &Blocking
     // Packed codes that their decoder unpacks itself, or that are bytes.
     let small = late.as_ref().is_some_and(|l| l.table.is_some());
     let fused = w.sparse.is_none() && (small || (w.bits == 8 && (long || late.is_some())));
-    tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+    tasks(b, x.rows, w, o, |p0, np, m0, rows, s| {
         let ldc = tile_ldc(b, np);
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         let padded = rows.next_multiple_of(32);
@@ -1404,7 +1408,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     let g = &w.geometry;
     let (xs, stride) = (&xs, xs.stride);
     let y = &*y;
-    tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+    tasks(&b, x.rows, w, o, |p0, np, m0, rows, s| {
         let ldc = np * PANEL;
         let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
         let c = grown(&mut s.floats, rows * ldc)?;

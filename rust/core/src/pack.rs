@@ -27,7 +27,7 @@ use crate::dense::{DensePanels, TrellisPanels};
 use crate::error::{Error, Result};
 use crate::format::{e4m3_byte, e8m0_byte, Book, Format, ScaleType, ValueMap, Zero, HALF};
 use crate::kernel::{Kernels, ScalePtr};
-use crate::pool;
+use crate::pool::{self, Order};
 use crate::qtensor::{QTensor, QView, Scales, ScalesRef, ZerosRef};
 use crate::quantize::ScalesMut;
 use crate::sparse::floats::FloatPanels;
@@ -36,6 +36,7 @@ use crate::sparse::Panels;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use std::borrow::Cow;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Rows of a panel.
 pub const PANEL: usize = 16;
@@ -234,6 +235,8 @@ pub struct Packed {
     /// Segments under one activation scale per row and under groups of 32 and 128, where they nest: a product looks them
     /// up instead of making them.
     segments: [Option<Segments>; 3],
+    /// Whether the next product takes panels from the last on.
+    backward: AtomicBool,
 }
 
 impl Packed {
@@ -258,6 +261,15 @@ impl Packed {
             return Err(Error::Unsupported(format!("{} has no products with activation groups of {g}", self.format)));
         }
         Ok(())
+    }
+
+    /// The order of panels for a product, another one each time.
+    pub(crate) fn next_order(&self) -> Order {
+        if self.backward.fetch_xor(true, Ordering::Relaxed) {
+            Order::Backward
+        } else {
+            Order::Forward
+        }
     }
 
     /// Its panels, where its codes are trellis codes.
@@ -569,6 +581,7 @@ fn keep(q: &QView, threads: usize) -> Result<Packed> {
         portable: Some(q.to_owned()?),
         dense: Some(DensePanels::new(q, threads)?),
         segments: [const { None }; 3],
+        backward: AtomicBool::new(false),
     })
 }
 
@@ -691,6 +704,7 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         portable: None,
         dense: None,
         segments,
+        backward: AtomicBool::new(false),
     })
 }
 

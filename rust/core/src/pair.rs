@@ -236,7 +236,7 @@ fn raw_products(
             .collect::<Result<Vec<_>>>()?;
         let emit = &emit;
         let segs = &*segs;
-        tasks(&b, rows, w.panels(), o, |p0, np, r0, count, s| {
+        tasks(&b, rows, w, o, |p0, np, r0, count, s| {
             let ldc = tile_ldc(&b, np);
             let padded = count.next_multiple_of(mb).next_multiple_of(if mb == 16 { 32 } else { 1 });
             let len = padded * ldc;
@@ -452,7 +452,7 @@ mod bits {
             tasks: 1,
         };
         let b = base.cut(m, w.panels(), w.n, k, o.threads, popcount::NP);
-        tasks(&b, m, w.panels(), o, |p0, np, m0, rows, s| {
+        tasks(&b, m, w, o, |p0, np, m0, rows, s| {
             let ldc = np * PANEL;
             let mut own = s.sums.take();
             let sums = &mut grown(&mut own, rows * ldc)?[..rows * ldc];

@@ -4,6 +4,9 @@
 //! for the next call for a moment before they sleep, and a caller that finishes first takes back what a helper has not
 //! begun. Each helper has a slot of its own: callers on several threads at once share the idle ones and wait for none.
 //!
+//! Every thread begins with a share of the tasks that is the same in every call of so many threads, and then takes what the
+//! others have left: what a task reads is likely to lie in the caches of the core that did it before.
+//!
 //! A forked child inherits the memory of the helpers but none of the threads, so the team is keyed by process id: the child
 //! leaks the inherited one and builds its own. Nothing here holds a lock while a call begins, so a fork can happen at any
 //! moment.
@@ -12,7 +15,7 @@ use std::any::Any;
 use std::cell::Cell;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
 use std::ptr::{null_mut, without_provenance_mut};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
@@ -28,7 +31,8 @@ const LOOK_OUT: Duration = Duration::from_micros(100);
 
 /// What a caller asks of its helpers. It lies on the caller's stack, and the caller waits until `pending` is 0.
 struct Job<'a> {
-    work: &'a (dyn Fn() + Sync),
+    /// Told which helper it is, from 1.
+    work: &'a (dyn Fn(usize) + Sync),
     /// Helpers that have it.
     pending: AtomicUsize,
     caller: Thread,
@@ -82,8 +86,8 @@ impl Slot {
         }
     }
 
-    /// The life of a helper.
-    fn serve(&self, patient: bool) -> ! {
+    /// The life of helper `i`.
+    fn serve(&self, i: usize, patient: bool) -> ! {
         HELPER.set(true);
         loop {
             let p = self.next(patient);
@@ -94,7 +98,7 @@ impl Slot {
             // SAFETY: the job is this helper's since the exchange, so its caller waits for `pending`.
             let job = unsafe { &*p };
             let caller = job.caller.clone();
-            if let Err(e) = catch_unwind(AssertUnwindSafe(job.work)) {
+            if let Err(e) = catch_unwind(AssertUnwindSafe(|| (job.work)(i))) {
                 *job.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(e);
             }
             self.job.store(null_mut(), Ordering::Release);
@@ -159,7 +163,8 @@ impl Team {
                 Box::leak(Box::new(Slot { job: AtomicPtr::new(null_mut()), thread: OnceLock::new() }));
             // Where threads outnumber cores, looking out takes time from those that work.
             let patient = i + 1 < cores;
-            let Ok(handle) = thread::Builder::new().name(format!("nibblas-{i}")).spawn(move || slot.serve(patient))
+            let Ok(handle) =
+                thread::Builder::new().name(format!("nibblas-{i}")).spawn(move || slot.serve(i + 1, patient))
             else {
                 break;
             };
@@ -175,7 +180,7 @@ impl Team {
     }
 
     /// Does `lead` on this thread and `work` on up to `helpers` others, those that are idle, and waits for them.
-    fn share(&self, helpers: usize, work: &(dyn Fn() + Sync), lead: impl FnOnce()) {
+    fn share(&self, helpers: usize, work: &(dyn Fn(usize) + Sync), lead: impl FnOnce()) {
         self.grow(helpers);
         let job = Job { work, pending: AtomicUsize::new(0), caller: thread::current(), panic: Mutex::new(None) };
         let p: JobPtr = (&raw const job).cast_mut().cast();
@@ -246,41 +251,97 @@ fn is_due() -> bool {
     due
 }
 
-/// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them, in no fixed order.
+/// The tasks of one thread that nobody has begun: the first and the end of them in one word.
+#[repr(align(64))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn new(first: u32, end: u32) -> Self {
+        Self(AtomicU64::new(u64::from(first) << 32 | u64::from(end)))
+    }
+
+    /// Takes the first task, or the last.
+    fn take(&self, first: bool) -> Option<usize> {
+        let mut now = self.0.load(Ordering::Relaxed);
+        loop {
+            let (begin, end) = ((now >> 32) as usize, now as u32 as usize);
+            if begin >= end {
+                return None;
+            }
+            let (task, left) = if first { (begin, now + (1 << 32)) } else { (end - 1, now - 1) };
+            match self.0.compare_exchange_weak(now, left, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(task),
+                Err(other) => now = other,
+            }
+        }
+    }
+}
+
+/// Shares at most; more threads have one in common with another.
+const SHARES: usize = 32;
+
+/// The order in which a thread takes the tasks of its share.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Order {
+    /// From the first on.
+    Forward,
+    /// From the last on.
+    Backward,
+}
+
+/// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them. Each takes its share in `order` and
+/// then what is left of others' from the other end.
 ///
 /// `poll` is called from the caller's thread every 40 ms or so; when it answers true no further task starts and the
 /// function returns false. Runs on the caller alone when it is itself a helper, or no other thread is to be had.
-pub fn run(threads: usize, tasks: usize, poll: Option<&(dyn Fn() -> bool + Sync)>, f: impl Fn(usize) + Sync) -> bool {
+pub fn run(
+    threads: usize,
+    tasks: usize,
+    order: Order,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
+    f: impl Fn(usize) + Sync,
+) -> bool {
+    const MOST: usize = u32::MAX as usize;
+    (0..tasks).step_by(MOST).all(|base| run_some(threads, MOST.min(tasks - base), order, poll, &|i| f(base + i)))
+}
+
+/// [`run`] of at most `u32::MAX` tasks.
+fn run_some(
+    threads: usize,
+    tasks: usize,
+    order: Order,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
+    f: &(dyn Fn(usize) + Sync),
+) -> bool {
     let helpers = threads.min(tasks).min(MAX_THREADS).saturating_sub(1);
-    let next = AtomicUsize::new(0);
+    let alone = helpers == 0 || HELPER.get();
+    let count = if alone { 1 } else { (helpers + 1).min(SHARES) };
+    let first = |i: usize| (tasks as u64 * i as u64 / count as u64) as u32;
+    let shares: [Share; SHARES] =
+        std::array::from_fn(|i| if i < count { Share::new(first(i), first(i + 1)) } else { Share::new(0, 0) });
     let stop = AtomicBool::new(false);
-    let work = || {
-        while !stop.load(Ordering::Relaxed) {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                break;
-            }
-            f(i);
-        }
-    };
-    let lead = || {
-        let Some(poll) = poll else { return work() };
-        loop {
-            let i = next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                break;
-            }
-            f(i);
-            if is_due() && poll() {
-                stop.store(true, Ordering::Relaxed);
-                break;
+    // Does `f` for the tasks of thread `i`; `and` may ask to stop after each.
+    let walk = |i: usize, and: &dyn Fn() -> bool| {
+        for j in 0..count {
+            let own = j == 0;
+            let share = &shares[(i + j) % count];
+            while !stop.load(Ordering::Relaxed) {
+                let Some(task) = share.take(own == (order == Order::Forward)) else { break };
+                f(task);
+                if and() {
+                    stop.store(true, Ordering::Relaxed);
+                }
             }
         }
     };
-    if helpers == 0 || HELPER.get() {
+    let lead = || match poll {
+        None => walk(0, &|| false),
+        Some(poll) => walk(0, &|| is_due() && poll()),
+    };
+    if alone {
         lead();
     } else {
-        team().share(helpers, &work, lead);
+        team().share(helpers, &|i| walk(i, &|| false), lead);
     }
     !stop.load(Ordering::Relaxed)
 }
@@ -295,8 +356,22 @@ pub fn try_run(
     poll: Option<&(dyn Fn() -> bool + Sync)>,
     f: impl Fn(usize) -> Result<()> + Sync,
 ) -> Result<()> {
+    try_run_in(threads, tasks, Order::Forward, poll, f)
+}
+
+/// As [`try_run`], in an order.
+///
+/// # Errors
+/// As there.
+pub fn try_run_in(
+    threads: usize,
+    tasks: usize,
+    order: Order,
+    poll: Option<&(dyn Fn() -> bool + Sync)>,
+    f: impl Fn(usize) -> Result<()> + Sync,
+) -> Result<()> {
     let failed = OnceLock::new();
-    let finished = run(threads, tasks, poll, |i| {
+    let finished = run(threads, tasks, order, poll, |i| {
         if failed.get().is_none() {
             if let Err(e) = f(i) {
                 // Another task may have failed first; either error tells the caller why.
@@ -317,9 +392,10 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        for threads in [1, 2, 3, 7, 64] {
+        let orders = [Order::Forward, Order::Backward];
+        for (threads, order) in [1, 2, 3, 7, 40, 64].into_iter().flat_map(|t| orders.map(|o| (t, o))) {
             let hits: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
-            assert!(run(threads, hits.len(), None, |i| {
+            assert!(run(threads, hits.len(), order, None, |i| {
                 hits[i].fetch_add(1, Ordering::Relaxed);
             }));
             assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
@@ -327,10 +403,18 @@ mod tests {
     }
 
     #[test]
+    fn one_thread_goes_in_order() {
+        let seen = Mutex::new(Vec::new());
+        run(1, 5, Order::Forward, None, |i| seen.lock().unwrap().push(i));
+        run(1, 5, Order::Backward, None, |i| seen.lock().unwrap().push(i));
+        assert_eq!(seen.into_inner().unwrap(), [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]);
+    }
+
+    #[test]
     fn nested_calls_finish() {
         let n = AtomicUsize::new(0);
-        run(4, 8, None, |_| {
-            run(4, 8, None, |_| {
+        run(4, 8, Order::Forward, None, |_| {
+            run(4, 8, Order::Forward, None, |_| {
                 n.fetch_add(1, Ordering::Relaxed);
             });
         });
@@ -344,7 +428,7 @@ mod tests {
                 s.spawn(move || {
                     for round in 0..200 {
                         let hits: Vec<AtomicUsize> = (0..=(t + round) % 40).map(|_| AtomicUsize::new(0)).collect();
-                        run(1 + t % 5, hits.len(), None, |i| {
+                        run(1 + t % 5, hits.len(), Order::Backward, None, |i| {
                             hits[i].fetch_add(1, Ordering::Relaxed);
                         });
                         assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));
@@ -358,7 +442,7 @@ mod tests {
     fn helpers_wake_from_sleep() {
         for _ in 0..20 {
             let threads = Mutex::new(std::collections::HashSet::new());
-            run(4, 64, None, |_| {
+            run(4, 64, Order::Forward, None, |_| {
                 std::thread::sleep(Duration::from_micros(200));
                 threads.lock().unwrap().insert(std::thread::current().id());
             });
@@ -371,7 +455,7 @@ mod tests {
     fn a_panic_reaches_the_caller_and_the_helpers_live_on() {
         for bad in [0, 63] {
             let caught = catch_unwind(|| {
-                run(4, 64, None, |i| {
+                run(4, 64, Order::Forward, None, |i| {
                     std::thread::sleep(Duration::from_micros(50));
                     assert!(i != bad, "task {bad}");
                 });
@@ -379,7 +463,7 @@ mod tests {
             assert!(caught.is_err());
         }
         let n = AtomicUsize::new(0);
-        run(4, 1000, None, |_| {
+        run(4, 1000, Order::Forward, None, |_| {
             n.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(n.into_inner(), 1000);
@@ -397,7 +481,7 @@ mod tests {
     #[test]
     fn poll_stops_the_run() {
         let done = AtomicUsize::new(0);
-        let finished = run(2, 10_000, Some(&|| true), |_| {
+        let finished = run(2, 10_000, Order::Forward, Some(&|| true), |_| {
             std::thread::sleep(Duration::from_millis(5));
             done.fetch_add(1, Ordering::Relaxed);
         });

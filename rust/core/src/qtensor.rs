@@ -768,7 +768,7 @@ pub(crate) fn parallel<P: Send>(
 ) -> Result<()> {
     let tasks = parts.len();
     let queue = std::sync::Mutex::new(parts.into_iter().enumerate());
-    let finished = pool::run(threads, tasks, poll, |_| {
+    let finished = pool::run(threads, tasks, pool::Order::Forward, poll, |_| {
         let next = queue.lock().unwrap_or_else(std::sync::PoisonError::into_inner).next();
         if let Some((i, p)) = next {
             f(i, p);

@@ -198,7 +198,7 @@ impl TrellisPanels {
         let (pairs, g) = (&pairs, &self.geometry);
         let stride = g.groups * g.group.div_ceil(2) * dwords(self.hash) * mr;
         let y = &*y;
-        tasks(&b, x.rows, w.panels(), o, |p0, np, m0, rows, s| {
+        tasks(&b, x.rows, w, o, |p0, np, m0, rows, s| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut s.bias, o.bias, p0, np, w.n)?;
             let c = grown(&mut s.floats, rows.next_multiple_of(mr) * ldc)?;

@@ -193,7 +193,7 @@ impl FloatPanels {
         let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
         let plain = self.all && self.kind == ScaleType::F32;
-        tasks(b, x.rows, w.panels(), o, |p0, np, m0, rows, scratch| {
+        tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
             let c = grown(&mut scratch.floats, rows * ldc)?;
