@@ -16,17 +16,14 @@ use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
 /// Blocks of 16 rows of activations that meet a kept tile at a time. Two take five tile registers and leave three that
-/// operands of the next steps are renamed to; with four, which fetch a kept tile half as often, every step waits for the
-/// one before (measured: two are 1.4 times faster).
+/// operands of the next steps are renamed to; four, which fetch a kept tile half as often, are up to a tenth faster on a core
+/// that has the tile unit to itself, and 1.4 times slower where products take twice as long (`docs/performance.md`).
 pub(super) const ROWS: usize = 2;
 
 /// Blocks of K that products work on at a time. Activations come from the second-level cache as well; what counts is that
 /// the sums are fetched and stored seldom.
 #[cfg(target_arch = "x86_64")]
-const WINDOW: usize = 32;
-
-/// Entries of a list that kernels read ahead of the one they are at.
-pub(crate) const LOOK_AHEAD: usize = 2;
+const WINDOW: usize = 64;
 
 /// The kept tiles of a weight.
 #[derive(Debug)]
@@ -37,7 +34,7 @@ pub struct TilePanels {
     /// The code of 0.
     zero: u8,
     data: Buf<u8>,
-    /// Blocks along K of the kept tiles, ascending within a panel, and [`LOOK_AHEAD`] more that mean nothing.
+    /// Blocks along K of the kept tiles, ascending within a panel.
     index: Vec<u32>,
     /// Where the tiles of each panel begin in `index`, and the end.
     starts: Vec<usize>,
@@ -71,8 +68,6 @@ impl TilePanels {
             starts[p + 1] = index.len();
         }
         let count = index.len();
-        index.try_reserve_exact(LOOK_AHEAD).map_err(|_| Error::OutOfMemory(count))?;
-        index.resize(count + LOOK_AHEAD, 0);
         let offset = if bits == 8 && zero == 128 { 128 } else { 0 };
         let mut data = Buf::<u8>::zeroed(count.checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
         let mut sums = zeros_vec::<i32>(if offset == 128 { panels * PANEL } else { 0 })?;
@@ -128,7 +123,7 @@ impl TilePanels {
 
     /// Kept tiles in all.
     pub fn len(&self) -> usize {
-        self.index.len() - LOOK_AHEAD
+        self.index.len()
     }
 
     /// Whether no tile is kept.

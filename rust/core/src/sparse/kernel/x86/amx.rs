@@ -1,16 +1,15 @@
 //! Kept tiles on AMX: one panel by up to 32 rows of activations, the dropped tiles left out.
 //!
 //! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K
-//! those are. Operands of the step after the next are fetched meanwhile. Values are signed bytes, so a tile that is left out
-//! takes nothing with it.
+//! those are. The tile of the step after the next is fetched meanwhile; activations come from the second-level cache as fast
+//! without. Values are signed bytes, so a tile that is left out takes nothing with it.
 use crate::kernel::x86::amx::fetch;
-use crate::sparse::tiles::LOOK_AHEAD;
 use std::arch::asm;
 
 /// Where operands lie.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Kept<'a> {
-    /// Blocks along K of the kept tiles; [`LOOK_AHEAD`] more can be read.
+    /// Blocks along K of the kept tiles.
     pub index: &'a [u32],
     /// The kept tiles, 1 KiB each.
     pub tiles: *const u8,
@@ -25,7 +24,7 @@ pub(crate) struct Kept<'a> {
 }
 
 macro_rules! run {
-    ($k:expr, [$first:literal $(, $load:literal)*], [$($step:expr),*], [$($fetch:expr),*], [$last:literal $(, $store:literal)*]) => {
+    ($k:expr, [$first:literal $(, $load:literal)*], [$($step:literal),*], [$last:literal $(, $store:literal)*]) => {
         asm!(
             "mov {t}, {c}",
             $first,
@@ -37,10 +36,6 @@ macro_rules! run {
             "tileloadd tmm7, [{b} + {s}]",
             $($step,)*
             fetch!("{b} + 2048"),
-            "mov {t:e}, dword ptr [{i} + {look}]",
-            "shl {t}, 10",
-            "add {t}, {a}",
-            $($fetch,)*
             "add {b}, 1024",
             "add {i}, 4",
             "dec {n}",
@@ -50,7 +45,6 @@ macro_rules! run {
             $("add {t}, {d}", $store,)*
             i = inout(reg) $k.index.as_ptr() => _, b = inout(reg) $k.tiles => _, n = inout(reg) $k.index.len() => _,
             t = out(reg) _, a = in(reg) $k.a, r = in(reg) $k.a_stride, s = in(reg) 64usize,
-            look = const 4 * LOOK_AHEAD,
             c = in(reg) $k.c, l = in(reg) $k.ldc * 4, d = in(reg) $k.ldc * 64,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
@@ -73,7 +67,6 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool) {
                     k,
                     [$first0],
                     ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
-                    [fetch!("{t}")],
                     ["tilestored [{t} + {l}], tmm0 /* {d} */"]
                 ),
                 _ => run!(
@@ -86,7 +79,6 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool) {
                         "tileloadd tmm5, [{t} + {s}]",
                         "tdpbssd tmm1, tmm5, tmm7"
                     ],
-                    [fetch!("{t}"), "add {t}, {r}", fetch!("{t}")],
                     ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
                 ),
             }
