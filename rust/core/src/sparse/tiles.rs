@@ -211,7 +211,7 @@ impl TilePanels {
         true
     }
 
-    /// The same of many rows, on tiles of the CPU.
+    /// As [`Self::raw`] of many rows, on tiles of the CPU.
     #[cfg(target_arch = "x86_64")]
     fn tiles(&self, a: &mut Patch<i32>) {
         use super::kernel::x86::amx::{multiply, Kept};
@@ -223,11 +223,13 @@ impl TilePanels {
             for m in (0..rows).step_by(16 * ROWS) {
                 let count = ROWS.min((rows - m).div_ceil(16));
                 let x = job.act.rows((m0 + m) / 16, 0).codes;
+                // Later rows find the task's tiles in the second-level cache.
+                let distant = (m0 + m).is_multiple_of(job.b.task_rows);
                 for k in (0..blocks).step_by(WINDOW) {
                     for p in 0..np {
                         let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
                         let c = c.wrapping_add(m * ldc + p * PANEL);
-                        let kept = Kept { index, tiles, a: x, a_stride: job.act.tile_stride(), c, ldc };
+                        let kept = Kept { index, tiles, distant, a: x, a_stride: job.act.tile_stride(), c, ldc };
                         multiply(&kept, count, k == 0);
                     }
                 }

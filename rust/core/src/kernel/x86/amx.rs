@@ -166,8 +166,6 @@ macro_rules! fetch {
     };
 }
 
-pub(crate) use fetch;
-
 /// Fetches 256 bytes into the second-level cache.
 macro_rules! fetch_far {
     ($at:literal) => {
@@ -177,6 +175,8 @@ macro_rules! fetch_far {
         concat!($("prefetcht1 [", $at, " + ", $line, "]\n"),*)
     };
 }
+
+pub(crate) use {fetch, fetch_far};
 
 /// Asm of a pass over `n` steps of K, 1 KiB of each operand tile a step: 2x2 tiles of sums, or 1x2. What comes before the
 /// loop and after it, what is fetched after the first and the last load of activations, and the operands of that, are given.

@@ -1,9 +1,10 @@
 //! Kept tiles on AMX: one panel by up to 32 rows of activations, the dropped tiles left out.
 //!
 //! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K
-//! those are. The tile of the step after the next is fetched meanwhile; activations come from the second-level cache as fast
-//! without. Values are signed bytes, so a tile that is left out takes nothing with it.
-use crate::kernel::x86::amx::fetch;
+//! those are. The tile of the step after the next is fetched meanwhile, and where tiles come from beyond the second-level cache
+//! the one of eight steps later into that; activations come from there as fast without. Values are signed bytes, so a tile that
+//! is left out takes nothing with it.
+use crate::kernel::x86::amx::{fetch, fetch_far};
 use std::arch::asm;
 
 /// Where operands lie.
@@ -13,6 +14,8 @@ pub(crate) struct Kept<'a> {
     pub index: &'a [u32],
     /// The kept tiles, 1 KiB each.
     pub tiles: *const u8,
+    /// Whether they are read for the first time in a while.
+    pub distant: bool,
     /// Block 0 of the first 16 rows of activations; blocks are 1 KiB apart.
     pub a: *const i8,
     /// Bytes to the next 16 rows.
@@ -24,7 +27,7 @@ pub(crate) struct Kept<'a> {
 }
 
 macro_rules! run {
-    ($k:expr, [$first:literal $(, $load:literal)*], [$($step:literal),*], [$last:literal $(, $store:literal)*]) => {
+    (far $far:expr, $k:expr, [$first:literal $(, $load:literal)*], [$($step:literal),*], [$last:literal $(, $store:literal)*]) => {
         asm!(
             "mov {t}, {c}",
             $first,
@@ -36,6 +39,7 @@ macro_rules! run {
             "tileloadd tmm7, [{b} + {s}]",
             $($step,)*
             fetch!("{b} + 2048"),
+            $far,
             "add {b}, 1024",
             "add {i}, 4",
             "dec {n}",
@@ -50,6 +54,18 @@ macro_rules! run {
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         )
+    };
+    ($k:expr, $($list:tt),*) => {
+        if $k.distant {
+            run!(
+                far concat!(
+                    fetch_far!("{b} + 8192"), fetch_far!("{b} + 8448"), fetch_far!("{b} + 8704"), fetch_far!("{b} + 8960")
+                ),
+                $k, $($list),*
+            )
+        } else {
+            run!(far "", $k, $($list),*)
+        }
     };
 }
 
