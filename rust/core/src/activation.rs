@@ -234,6 +234,17 @@ struct RowCodes {
 impl RowCodes {
     /// Writes codes from place `p` on.
     unsafe fn put(self, mut p: usize, mut codes: &[i8]) {
+        if p.is_multiple_of(BLOCK) {
+            let whole = codes.chunks_exact(BLOCK);
+            codes = whole.remainder();
+            for block in whole {
+                // SAFETY: the caller's row has the places.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(block.as_ptr(), self.first.add(p / BLOCK * self.stride), BLOCK);
+                }
+                p += BLOCK;
+            }
+        }
         while !codes.is_empty() {
             let n = codes.len().min(BLOCK - p % BLOCK);
             // SAFETY: the caller's row has the places.
@@ -337,12 +348,15 @@ unsafe fn quantise_one(
         *out.scale.get().add(m) = if act_group.is_some() { 1.0 } else { s };
         let Some(factor) = factor else { return };
         let n = out.segments;
-        let codes = |b: usize| to.first.cast_const().wrapping_add(b * stride);
+        // Side by side they are read faster than a block of 16 rows apart.
+        let given = x.scalar == Scalar::I8 && plain && x.col_stride == 1 && g.k == out.kp;
+        let (first, step) = if given { (x.row_ptr(m).cast::<i8>(), BLOCK) } else { (to.first.cast_const(), stride) };
+        let codes = |b: usize| first.wrapping_add(b * step);
         if !summed && segs.registers() == 16 {
             let per = segs.blocks();
             for seg in 0..n {
                 let count = per.min(out.kp / BLOCK - seg * per);
-                buf.sums[seg] = (kernels.sum_blocks)(codes(seg * per), stride, count);
+                buf.sums[seg] = (kernels.sum_blocks)(codes(seg * per), step, count);
             }
         } else if !summed {
             buf.sums[..n].fill(0);
