@@ -100,23 +100,31 @@ def test_int8_is_the_written_formula(fmt: str) -> None:
         np.testing.assert_array_equal(nb.matmul(x, q.T, compute="int8"), want)
 
 
-def test_int8_array_is_taken_as_codes() -> None:
-    x = np.random.default_rng(1).integers(-128, 128, (5, 96)).astype(np.int8)
-    q = nb.quantize(testing.values((7, 96), 3), "int4")
-    total = (x.astype(np.int64) @ q.codes().astype(np.int64).T).astype(np.float32)
-    np.testing.assert_array_equal(nb.matmul(x, q.T, compute="int8"), total * q.scales[:, 0])
-    assert (nb.matmul(x, q.T) != nb.matmul(x, q.T, compute="int8")).any() or True
-    np.testing.assert_array_equal(nb.matmul(x, q.T), x.astype(np.float32) @ q.T)
-    wide = nb.matmul(x.astype(np.int16), q.T, compute="int8")
-    np.testing.assert_array_equal(wide, nb.matmul(x.astype(np.float32), q.T, compute="int8"))
+@pytest.mark.parametrize("fmt", ["int4", "int8", "uint4"])
+@pytest.mark.parametrize(("m", "k"), [(5, 96), (1, 64), (70, 128), (33, 200)])
+def test_int8_array_is_taken_as_codes(m: int, k: int, fmt: str) -> None:
+    codes = np.random.default_rng(1).integers(-128, 128, (m, 2 * k)).astype(np.int8)
+    q = nb.quantize(testing.values((7, k), 3), fmt)
+    zeros = 0 if q.zeros is None else q.zeros.astype(np.int64)
+    for x in (codes[:, :k], codes[:, ::2], np.asfortranarray(codes[:, k:])):
+        total = (x.astype(np.int64) @ (q.codes().astype(np.int64) - zeros).T).astype(np.float32)
+        for isa in levels():
+            got = np.empty((m, 7), np.float32)
+            _core.matmul(x, q._storage.pack(1), got, "int8", None, 1, isa)
+            np.testing.assert_array_equal(got, total * q.scales[:, 0], err_msg=isa)
+        np.testing.assert_array_equal(nb.matmul(x, q.T), x.astype(np.float32) @ q.T)
+        wide = nb.matmul(x.astype(np.int16), q.T, compute="int8")
+        np.testing.assert_array_equal(wide, nb.matmul(x.astype(np.float32), q.T, compute="int8"))
 
 
 @pytest.mark.parametrize("compute", [*EXACT, "bf16"])
 @pytest.mark.parametrize("fmt", ["int4_g32", "uint4_g128", "bipolar2"])
 def test_threads(compute: str, fmt: str) -> None:
-    for m, n, k in [(1, 1000, 256), (37, 200, 128), (200, 64, 64)]:
+    for m, n, k in [(1, 1000, 256), (37, 200, 128), (200, 64, 64), (600, 300, 96)]:
         x, q = product(m, n, k, fmt)
         first = nb.matmul(x, q.T, compute=compute, threads=1)
+        # The second product takes the panels the other way round.
+        np.testing.assert_array_equal(nb.matmul(x, q.T, compute=compute, threads=1), first)
         for threads in (2, 3, 7, 16, 64):
             np.testing.assert_array_equal(
                 nb.matmul(x, q.T, compute=compute, threads=threads), first

@@ -126,7 +126,18 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
                 np.testing.assert_array_equal(got, want, err_msg=f"{isa} {m},{n},{k}")
 
 
-@pytest.mark.parametrize("fmt", ["int4_g32_bsr32", "int4_bsr32", "int8_block16x64"])
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        "int4_g32_bsr32",
+        "int4_bsr32",
+        "int8_block16x64",
+        "int4_g32_block16x64",
+        "int4_g128_block16x64",
+        "int8_g64_block16x64",
+        "uint4_g128_block16x64",
+    ],
+)
 def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
     structure = fmt.rsplit("_", 1)[1]
     for m, n, k in [(1, 64, 256), (3, 100, 224), (16, 48, 640), (40, 130, 320), (70, 33, 200)]:

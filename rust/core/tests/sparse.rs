@@ -164,7 +164,7 @@ fn products_equal_the_dense_ones_on_every_isa() {
 #[test]
 fn every_shape_of_the_fast_paths() {
     let mut rng = Rng(77);
-    for name in ["int8", "uint8", "int4", "int4_g32", "f32", "f16", "bf16", "int8_g32", "ternary"] {
+    for name in ["int8", "uint8", "int4", "int4_g32", "int4_g128", "f32", "f16", "bf16", "int8_g32", "ternary"] {
         for s in [Structure::Bitmap, Structure::Groups(32), Structure::Blocks(16, 64), Structure::Blocks(32, 128)] {
             for m in [1, 2, 3, 4, 5, 8, 9, 16, 33, 50, 70] {
                 for (n, k, keep) in [(16, 64, 4), (50, 320, 2), (97, 200, 6), (64, 640, 0), (33, 129, 8)] {
