@@ -136,6 +136,10 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
         "int4_g128_block16x64",
         "int8_g64_block16x64",
         "uint4_g128_block16x64",
+        "nf4_g64_block16x64",
+        "f32_block16x64",
+        "f16_block16x64",
+        "bf16_block16x64",
     ],
 )
 def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
@@ -147,7 +151,7 @@ def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
             dense, q = nb.quantize(w, fmt.rsplit("_", 1)[0]), nb.quantize(w, fmt)
             x = rng.standard_normal((m, k)).astype(np.float32)
             x[0, 0] = np.nan if m == 3 else x[0, 0]
-            for compute in ("int8", "f32"):
+            for compute in (c for c in q.format.computes if c != "bf16"):
                 for isa in levels():
                     want, got = np.empty((2, m, n), np.float32)
                     _core.matmul(x, dense._storage.pack(1), want, compute, None, 1, isa)

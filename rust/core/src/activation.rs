@@ -349,8 +349,8 @@ unsafe fn quantise_one(
         let Some(factor) = factor else { return };
         let n = out.segments;
         // Side by side they are read faster than a block of 16 rows apart.
-        let given = x.scalar == Scalar::I8 && plain && x.col_stride == 1 && g.k == out.kp;
-        let (first, step) = if given { (x.row_ptr(m).cast::<i8>(), BLOCK) } else { (to.first.cast_const(), stride) };
+        let in_place = x.scalar == Scalar::I8 && plain && x.col_stride == 1 && g.k == out.kp;
+        let (first, step) = if in_place { (x.row_ptr(m).cast::<i8>(), BLOCK) } else { (to.first.cast_const(), stride) };
         let codes = |b: usize| first.wrapping_add(b * step);
         if !summed && segs.registers() == 16 {
             let per = segs.blocks();

@@ -1393,6 +1393,9 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
     }
 }
 
+/// The largest finite number of bfloat16.
+const BF16_MAX: f32 = f32::from_bits(0x7f7f_0000);
+
 fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
     let t = kernel::table(o.isa);
     let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
@@ -1406,6 +1409,11 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
     let mode = weight_mode(w);
     let g = &w.geometry;
+    // Dropped tiles are left out where they add 0 for sure: 0 times a NaN or an infinity is none.
+    let tiles = match &w.sparse {
+        Some(Panels::Tiles(tiles)) if x.is_within(if bf16 { BF16_MAX } else { f32::MAX }) => Some(tiles),
+        _ => None,
+    };
     let (xs, stride) = (&xs, xs.stride);
     let y = &*y;
     tasks(&b, x.rows, w, o, |p0, np, m0, rows, s| {
@@ -1451,12 +1459,22 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
             }
         }
         // SAFETY (whole loop): arguments describe whole panels, existing rows, and buffers of the plan's window.
-        for k in (0..blocks).step_by(b.window) {
-            let n = b.window.min(blocks - k);
-            let mut p = first;
+        for window in (0..blocks).step_by(b.window) {
+            let end = blocks.min(window + b.window);
+            let (mut p, mut from) = (first, window);
             while p < np {
-                let wide = np - p >= b.np;
+                let wide = tiles.is_none() && np - p >= b.np;
                 let count = if wide { b.np } else { 1 };
+                // All of the window, or the next kept tiles of one panel.
+                let run = match tiles {
+                    Some(tiles) => tiles.run(p0 + p, from..end),
+                    None => (from < end).then_some((from, end - from)),
+                };
+                let Some((k, n)) = run else {
+                    (p, from) = (p + count, window);
+                    continue;
+                };
+                from = k + n;
                 let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
                 let coded = if w.dense.is_some() { 0 } else { count };
                 for i in 0..coded {
@@ -1518,7 +1536,6 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                         m += mr;
                     }
                 }
-                p += count;
             }
         }
         for m in 0..rows {

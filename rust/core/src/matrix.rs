@@ -105,6 +105,23 @@ impl<'a> MatRef<'a> {
         Some(unsafe { std::slice::from_raw_parts(p.cast(), self.cols) })
     }
 
+    /// Whether no element, converted to f32, is NaN or larger in magnitude than `limit`.
+    pub fn is_within(&self, limit: f32) -> bool {
+        // Without a branch for each.
+        let within = |part: &[f32]| part.iter().fold(true, |all, v| all & (v.abs() <= limit));
+        (0..self.rows).all(|i| {
+            if let Some(row) = self.row_f32(i) {
+                return row.chunks(64).all(within);
+            }
+            (0..self.cols).step_by(64).all(|j| {
+                let mut part = [0.0; 64];
+                let part = &mut part[..64.min(self.cols - j)];
+                self.read_row(i, j, part);
+                within(part)
+            })
+        })
+    }
+
     /// Copies `out.len()` elements of row `i`, from column `j0`, converted to f32 (f64 rounds to nearest even).
     ///
     /// # Panics

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! all    [panel][k][16]         numbers of 16 rows side by side
+//! tiles  the same, but for blocks of 64 k that are dropped whole
 //! kept   block of 64 k:  64 masks of 16 bits     bit n of mask k: row n
 //!                        kept numbers of k = 0 in the order of rows, of k = 1, ...
 //! ```
@@ -9,9 +10,10 @@
 //! Blocks of kept numbers are found by an offset each. Products are float32 sums as everywhere: k ascending, one
 //! accumulator per output, fused multiply-adds; a dropped number is multiplied as 0.
 use super::kernel::generic::MASKS;
-use super::kernel::{self, FloatGemv, ListGemv, MAX_NP};
+use super::kernel::{self, FloatGemv, ListGemv, SparseKernels, MAX_NP};
 use super::lists::Lists;
 use super::panels::{sum_up, Rows, SLACK};
+use super::tiles::TilePanels;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ScaleType;
@@ -23,23 +25,13 @@ use crate::plan::{Blocking, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
-/// Whether every activation is a finite number.
-fn is_finite(x: &MatRef) -> Result<bool> {
-    let mut copy = zeros_vec::<f32>(x.cols)?;
-    Ok((0..x.rows).all(|m| {
-        let row = x.row_f32(m).unwrap_or_else(|| {
-            x.read_row(m, 0, &mut copy);
-            &copy
-        });
-        row.iter().all(|v| v.is_finite())
-    }))
-}
-
 /// A weight of plain numbers in panels.
 #[derive(Debug)]
 pub struct FloatPanels {
     kind: ScaleType,
     all: bool,
+    /// Whether blocks are kept or dropped whole.
+    tiles: bool,
     /// In the place of `data`, where few numbers are kept.
     lists: Option<Lists>,
     data: Buf<u8>,
@@ -56,9 +48,10 @@ impl FloatPanels {
     pub fn new(q: &QView, g: &Geometry, kind: ScaleType, threads: usize) -> Result<Self> {
         let (panels, blocks, size) = (q.rows.div_ceil(PANEL), g.blocks(), kind.size());
         let all = q.mask.is_none();
-        if let Some(mask) = q.mask.filter(|m| Lists::serves(m, g)) {
+        let tiles = q.mask.is_some_and(|m| TilePanels::serves(m.structure(), g));
+        if let Some(mask) = q.mask.filter(|m| !tiles && Lists::serves(m, g)) {
             let lists = Some(Lists::new(q, mask, kind, threads)?);
-            return Ok(Self { kind, all, lists, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
+            return Ok(Self { kind, all, tiles, lists, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
         }
         let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
         let out = Shared(offsets.as_mut_ptr());
@@ -69,7 +62,11 @@ impl FloatPanels {
             }
             for b in 0..blocks {
                 let kept = (0..PANEL).map(|n| rows.words[n * blocks + b].count_ones() as usize).sum::<usize>();
-                let bytes = if all { BLOCK * PANEL * size } else { MASKS + kept * size };
+                let bytes = match (all || tiles, kept) {
+                    (true, 1..) => BLOCK * PANEL * size,
+                    (true, 0) => usize::from(all) * BLOCK * PANEL * size,
+                    _ => MASKS + kept * size,
+                };
                 // SAFETY: the sizes of panel p belong to this task.
                 unsafe { *out.get().add(p * blocks + b) = bytes };
             }
@@ -92,30 +89,42 @@ impl FloatPanels {
                 let (from, to) = (offsets_ref[p * blocks + b], offsets_ref[p * blocks + b + 1]);
                 // SAFETY: the blocks of panel p belong to this task.
                 let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(from), to - from) };
-                let mut at = if all { 0 } else { MASKS };
+                if block.is_empty() {
+                    continue;
+                }
+                let flat = all || tiles;
+                let mut at = if flat { 0 } else { MASKS };
                 for k in 0..BLOCK {
                     let mut mask = 0u16;
                     for n in 0..PANEL {
                         let kept = rows.words[n * blocks + b] >> k & 1 == 1;
                         mask |= u16::from(kept) << n;
-                        if all || kept {
+                        if flat || kept {
                             let number = &numbers[n * stride + (b * BLOCK + k) * size..][..size];
                             block[at..at + size].copy_from_slice(number);
                             at += size;
                         }
                     }
-                    if !all {
+                    if !flat {
                         block[2 * k..2 * k + 2].copy_from_slice(&mask.to_le_bytes());
                     }
                 }
             }
             Ok(())
         })?;
-        Ok(Self { kind, all, lists: None, data, offsets, blocks })
+        Ok(Self { kind, all, tiles, lists: None, data, offsets, blocks })
     }
 
     fn at(&self, panel: usize, block: usize) -> *const u8 {
         self.data[self.offsets[panel * self.blocks + block]..].as_ptr()
+    }
+
+    /// The first kept tiles of a panel in a range that follow each other: block and count.
+    fn run(&self, panel: usize, mut blocks: std::ops::Range<usize>) -> Option<(usize, usize)> {
+        let ends = &self.offsets[panel * self.blocks..];
+        let keeps = |b: &usize| ends[b + 1] > ends[*b];
+        let first = blocks.find(keeps)?;
+        Some((first, 1 + blocks.take_while(keeps).count()))
     }
 
     /// The type of the numbers.
@@ -134,6 +143,11 @@ impl FloatPanels {
             return lists.words(panel, words);
         }
         for b in 0..self.blocks {
+            if self.tiles {
+                let kept = if self.run(panel, b..b + 1).is_some() { u64::MAX } else { 0 };
+                (0..PANEL).for_each(|n| words[n * self.blocks + b] |= kept);
+                continue;
+            }
             let masks = &self.data[self.offsets[panel * self.blocks + b]..][..MASKS];
             for (k, mask) in masks.as_chunks::<2>().0.iter().enumerate() {
                 let mask = u16::from_le_bytes(*mask);
@@ -151,11 +165,34 @@ impl FloatPanels {
         if let Some(lists) = &self.lists {
             return lists.window(panel, 0, &mut [0; PANEL], out);
         }
-        let f = kernel::table(crate::isa::active()).floats[self.index()][usize::from(self.all)];
-        if self.blocks > 0 {
-            // SAFETY: whole blocks of an existing panel, and room for each.
-            unsafe { f(self.at(panel, 0), out.as_mut_ptr(), self.blocks) };
+        self.spread(kernel::table(crate::isa::active()), panel, 0, out);
+    }
+
+    /// Writes blocks of a panel from `block` on as f32 `[k][16]`, dropped numbers as 0.
+    fn spread(&self, s: &SparseKernels, panel: usize, block: usize, out: &mut [f32]) {
+        let f = s.floats[self.index()][usize::from(self.is_flat())];
+        let count = out.len() / (BLOCK * PANEL);
+        assert!(block + count <= self.blocks);
+        if !self.tiles {
+            if count > 0 {
+                // SAFETY: whole blocks of an existing panel, and room for each.
+                unsafe { f(self.at(panel, block), out.as_mut_ptr(), count) };
+            }
+            return;
         }
+        for (i, out) in out.chunks_exact_mut(BLOCK * PANEL).enumerate() {
+            if self.run(panel, block + i..block + i + 1).is_some() {
+                // SAFETY: as above.
+                unsafe { f(self.at(panel, block + i), out.as_mut_ptr(), 1) };
+            } else {
+                out.fill(0.0);
+            }
+        }
+    }
+
+    /// Whether the numbers of a block lie without masks.
+    fn is_flat(&self) -> bool {
+        self.all || self.tiles
     }
 
     /// Index of the kernels' arrays.
@@ -178,7 +215,7 @@ impl FloatPanels {
         if self.lists.is_some() {
             return 1;
         }
-        (kernel::table(isa).gemv)(self.index(), self.all, mr, false).1
+        (kernel::table(isa).gemv)(self.index(), self.is_flat(), mr, false).1
     }
 
     /// `y = x @ w.T` in float32.
@@ -187,12 +224,15 @@ impl FloatPanels {
     /// [`Error::OutOfMemory`], [`Error::Interrupted`].
     pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
-        // Lists leave out what is dropped, which changes the result of rows that are not finite.
+        // Lists and tiles leave out what is dropped, which changes the result of rows that are not finite.
         let dense = Blocking { path: Path::Gemm, mr: t.gemm_mr, np: t.gemm_np, window: 3, ..*b };
-        let b = if b.path == Path::Gemv && self.lists.is_some() && !is_finite(x)? { &dense } else { b };
+        let skips = (self.lists.is_some() && b.path == Path::Gemv) || self.tiles;
+        let finite = !skips || x.is_within(f32::MAX);
+        let b = if b.path == Path::Gemv && !finite { &dense } else { b };
         let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
-        let plain = self.all && self.kind == ScaleType::F32;
+        let tiles = self.tiles && finite;
+        let plain = (self.all || tiles) && self.kind == ScaleType::F32;
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
@@ -220,6 +260,20 @@ impl FloatPanels {
                         }
                         p = np;
                     }
+                    while tiles && p < np {
+                        let f = (s.gemv)(self.index(), true, mr, true).0;
+                        let mut from = 0;
+                        while let Some((k, n)) = self.run(p0 + p, from..blocks) {
+                            let mut src = [std::ptr::null(); MAX_NP];
+                            src[0] = self.at(p0 + p, k);
+                            let c = cp.wrapping_add(m * ldc + p * PANEL);
+                            let x = xs.at(m0 + m, k * BLOCK);
+                            // SAFETY: whole blocks, existing rows.
+                            unsafe { f(&FloatGemv { src, blocks: n, x, x_stride: xs.stride, c, ldc }) };
+                            from = k + n;
+                        }
+                        p += 1;
+                    }
                     while p < np {
                         let (mut f, mut count) = (s.gemv)(self.index(), self.all, mr, false);
                         if p + count > np {
@@ -241,12 +295,22 @@ impl FloatPanels {
                 let span = b.window * BLOCK * PANEL;
                 // Where each row of the lists is, window after window.
                 let mut next = zeros_vec::<[u32; PANEL]>(if self.lists.is_some() { np } else { 0 })?;
-                for k in (0..blocks).step_by(b.window) {
-                    let n = b.window.min(blocks - k);
-                    let mut p = 0;
+                for window in (0..blocks).step_by(b.window) {
+                    let end = blocks.min(window + b.window);
+                    let (mut p, mut from) = (0, window);
                     while p < np {
-                        let wide = np - p >= b.np;
+                        let wide = !tiles && np - p >= b.np;
                         let count = if wide { b.np } else { 1 };
+                        let run = if tiles {
+                            self.run(p0 + p, from..end)
+                        } else {
+                            (from < end).then_some((from, end - from))
+                        };
+                        let Some((k, n)) = run else {
+                            (p, from) = (p + count, window);
+                            continue;
+                        };
+                        from = k + n;
                         let (weights, stride) = if plain {
                             (self.at(p0 + p, k).cast::<f32>(), blocks * BLOCK * PANEL)
                         } else {
@@ -257,9 +321,7 @@ impl FloatPanels {
                                     lists.window(p0 + p + i, k * BLOCK, &mut next[p + i], to);
                                     continue;
                                 }
-                                let f = s.floats[self.index()][usize::from(self.all)];
-                                // SAFETY: whole blocks, and a buffer of the plan's window.
-                                unsafe { f(self.at(p0 + p + i, k), to.as_mut_ptr().add(i * span), n) };
+                                self.spread(s, p0 + p + i, k, &mut to[i * span..][..n * BLOCK * PANEL]);
                             }
                             (to.as_ptr(), span)
                         };
@@ -278,7 +340,6 @@ impl FloatPanels {
                             unsafe { (t.gemm)(mr, !wide)(&a) };
                             m += mr;
                         }
-                        p += count;
                     }
                 }
             }

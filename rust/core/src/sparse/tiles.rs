@@ -108,6 +108,13 @@ impl TilePanels {
         (&all[from..to], self.data.as_ptr().wrapping_add((self.starts[panel] + from) * 128 * self.bits))
     }
 
+    /// The first kept tiles of a panel in a range that follow each other: block and count.
+    pub(crate) fn run(&self, panel: usize, blocks: std::ops::Range<usize>) -> Option<(usize, usize)> {
+        let kept = self.kept(panel, blocks).0;
+        let first = *kept.first()?;
+        Some((first as usize, kept.iter().zip(first..).take_while(|(b, next)| *b == next).count()))
+    }
+
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
         let blocks = words.len() / PANEL;
