@@ -62,10 +62,12 @@ impl FloatPanels {
             }
             for b in 0..blocks {
                 let kept = (0..PANEL).map(|n| rows.words[n * blocks + b].count_ones() as usize).sum::<usize>();
-                let bytes = match (all || tiles, kept) {
-                    (true, 1..) => BLOCK * PANEL * size,
-                    (true, 0) => usize::from(all) * BLOCK * PANEL * size,
-                    _ => MASKS + kept * size,
+                let bytes = if all || (tiles && kept > 0) {
+                    BLOCK * PANEL * size
+                } else if tiles {
+                    0
+                } else {
+                    MASKS + kept * size
                 };
                 // SAFETY: the sizes of panel p belong to this task.
                 unsafe { *out.get().add(p * blocks + b) = bytes };
