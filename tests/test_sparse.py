@@ -159,6 +159,20 @@ def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
                     np.testing.assert_array_equal(got, want, err_msg=f"{isa} {compute} {m},{n},{k}")
 
 
+def test_dropped_blocks_meet_what_bf16_cannot_hold(rng: np.random.Generator) -> None:
+    w = np.abs(weights(rng, 32, 256, "block16x64", 0.25))  # kept blocks alone would give inf
+    x = np.zeros((6, 256), np.float32)
+    x[1] = 3.4e38  # finite in float32, infinite in bfloat16
+    for m in (2, 6):
+        for isa in levels():
+            want, got = np.empty((2, m, 32), np.float32)
+            _core.matmul(x[:m], nb.quantize(w, "int8")._storage.pack(1), want, "bf16", None, 1, isa)
+            q = nb.quantize(w, "int8_block16x64")
+            _core.matmul(x[:m], q._storage.pack(1), got, "bf16", None, 1, isa)
+            np.testing.assert_array_equal(got, want, err_msg=f"{isa} {m}")
+            assert np.isnan(want[1]).all()
+
+
 @pytest.mark.parametrize("structure", ["bitmap", "block16x64"])
 def test_products_of_other_kinds(structure: str, rng: np.random.Generator) -> None:
     w = weights(rng, 40, 64, structure)

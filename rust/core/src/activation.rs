@@ -142,7 +142,7 @@ impl Act {
                 act.codes[at..at + BLOCK].fill(0);
             }
         }
-        // A few tasks for each thread, of 8 KiB of codes and more.
+        // A few tasks for each thread, of 8 to 256 KiB of codes.
         let threads = if rows * kp < 1 << 15 { 1 } else { threads };
         let batch = rows.div_ceil(4 * threads).max(8192_usize.div_ceil(kp + 1)).min((1 << 18) / (kp + 1)).max(1);
         pool::try_run(threads, rows.div_ceil(batch), None, |t| {
@@ -234,23 +234,17 @@ struct RowCodes {
 impl RowCodes {
     /// Writes codes from place `p` on.
     unsafe fn put(self, mut p: usize, mut codes: &[i8]) {
-        if p.is_multiple_of(BLOCK) {
-            let whole = codes.chunks_exact(BLOCK);
-            codes = whole.remainder();
-            for block in whole {
-                // SAFETY: the caller's row has the places.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(block.as_ptr(), self.first.add(p / BLOCK * self.stride), BLOCK);
-                }
-                p += BLOCK;
-            }
-        }
         while !codes.is_empty() {
             let n = codes.len().min(BLOCK - p % BLOCK);
             // SAFETY: the caller's row has the places.
             unsafe {
                 let to = self.first.add(p / BLOCK * self.stride + p % BLOCK);
-                std::ptr::copy_nonoverlapping(codes.as_ptr(), to, n);
+                // A length that is known needs no call.
+                if n == BLOCK {
+                    std::ptr::copy_nonoverlapping(codes.as_ptr(), to, BLOCK);
+                } else {
+                    std::ptr::copy_nonoverlapping(codes.as_ptr(), to, n);
+                }
             }
             (p, codes) = (p + n, &codes[n..]);
         }
@@ -330,8 +324,8 @@ unsafe fn quantise_one(
                 blocks: segs.blocks(),
             });
             *out.bad.get().add(m) = u8::from(!finite);
+            summed &= finite;
             if !finite {
-                buf.sums[..out.segments].fill(0);
                 to.clear(0, out.kp);
                 scales.fill(1.0);
             } else if !plain {

@@ -1393,9 +1393,6 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
     }
 }
 
-/// The largest finite number of bfloat16.
-const BF16_MAX: f32 = f32::from_bits(0x7f7f_0000);
-
 fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
     let t = kernel::table(o.isa);
     let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
@@ -1411,7 +1408,9 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     let g = &w.geometry;
     // Dropped tiles are left out where they add 0 for sure: 0 times a NaN or an infinity is none.
     let tiles = match &w.sparse {
-        Some(Panels::Tiles(tiles)) if x.is_within(if bf16 { BF16_MAX } else { f32::MAX }) => Some(tiles),
+        Some(Panels::Tiles(tiles)) if x.is_within(if bf16 { half::bf16::MAX.to_f32() } else { f32::MAX }) => {
+            Some(tiles)
+        }
         _ => None,
     };
     let (xs, stride) = (&xs, xs.stride);

@@ -316,32 +316,27 @@ fn run_some(
     let helpers = threads.min(tasks).min(MAX_THREADS).saturating_sub(1);
     let alone = helpers == 0 || HELPER.get();
     let count = if alone { 1 } else { (helpers + 1).min(SHARES) };
-    let first = |i: usize| (tasks as u64 * i as u64 / count as u64) as u32;
-    let shares: [Share; SHARES] =
-        std::array::from_fn(|i| if i < count { Share::new(first(i), first(i + 1)) } else { Share::new(0, 0) });
+    let first = |i: usize| (tasks as u64 * i.min(count) as u64 / count as u64) as u32;
+    let shares: [Share; SHARES] = std::array::from_fn(|i| Share::new(first(i), first(i + 1)));
     let stop = AtomicBool::new(false);
-    // Does `f` for the tasks of thread `i`; `and` may ask to stop after each.
-    let walk = |i: usize, and: &dyn Fn() -> bool| {
+    // Does `f` for the tasks of thread `i`, then for those that others have left.
+    let walk = |i: usize, poll: Option<&(dyn Fn() -> bool + Sync)>| {
         for j in 0..count {
             let own = j == 0;
             let share = &shares[(i + j) % count];
             while !stop.load(Ordering::Relaxed) {
                 let Some(task) = share.take(own == (order == Order::Forward)) else { break };
                 f(task);
-                if and() {
+                if poll.is_some_and(|poll| is_due() && poll()) {
                     stop.store(true, Ordering::Relaxed);
                 }
             }
         }
     };
-    let lead = || match poll {
-        None => walk(0, &|| false),
-        Some(poll) => walk(0, &|| is_due() && poll()),
-    };
     if alone {
-        lead();
+        walk(0, poll);
     } else {
-        team().share(helpers, &|i| walk(i, &|| false), lead);
+        team().share(helpers, &|i| walk(i, None), || walk(0, poll));
     }
     !stop.load(Ordering::Relaxed)
 }
