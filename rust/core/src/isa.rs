@@ -190,6 +190,10 @@ mod x86 {
         let vector = std::is_x86_feature_detected!("avx512bf16")
             && std::is_x86_feature_detected!("avx512vbmi")
             && std::is_x86_feature_detected!("avx512vbmi2");
+        #[cfg(feature = "emulated-tiles")]
+        if edx & need == 0 && vector && crate::kernel::x86::emulate::install() {
+            return None;
+        }
         if edx & need != need || !fp16 || !vector {
             return Some("the CPU lacks AMX (tile, int8 or bf16) or AVX-512 BF16, FP16, VBMI or VBMI2");
         }

@@ -1,6 +1,7 @@
 //! AVX-512: one zmm per register. With and without VNNI they differ only in the dot product; what CPUs with tiles have
 //! besides serves the decoding of their operands.
 use crate::kernel::simd::{ops, Simd};
+#[cfg(not(feature = "emulated-tiles"))]
 use std::arch::asm;
 use std::arch::x86_64::*;
 
@@ -138,7 +139,25 @@ unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *con
     }
 }
 
+/// Sums of binary16 numbers, on CPUs without the instruction: sums in binary32 round alike.
+#[cfg(feature = "emulated-tiles")]
+#[target_feature(enable = "avx512f")]
+#[inline]
+#[allow(unused_unsafe)]
+unsafe fn add_halves(a: I, b: I) -> I {
+    // SAFETY: the caller has AVX-512 F.
+    unsafe {
+        let part = |v: I, i: usize| {
+            let half = if i == 0 { _mm512_castsi512_si256(v) } else { _mm512_extracti64x4_epi64::<1>(v) };
+            _mm512_cvtph_ps(half)
+        };
+        let sum = |i| _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm512_add_ps(part(a, i), part(b, i)));
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(sum(0)), sum(1))
+    }
+}
+
 /// Sums of binary16 numbers.
+#[cfg(not(feature = "emulated-tiles"))]
 #[target_feature(enable = "avx512f")]
 #[inline]
 unsafe fn add_halves(a: I, b: I) -> I {

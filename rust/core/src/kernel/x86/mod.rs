@@ -2,6 +2,8 @@
 pub mod amx;
 mod avx2;
 mod avx512;
+#[cfg(feature = "emulated-tiles")]
+pub(crate) mod emulate;
 pub mod halves;
 pub mod popcount;
 pub mod tiles;
