@@ -351,34 +351,27 @@ pub(crate) fn int8(
                 }
                 return Ok(());
             }
-            // Where rows are taken a few at a time, their sums are finished before they leave the first-level cache.
-            let few = w.sparse.as_ref().filter(|_| b.path == Path::Tiles).and_then(Panels::rows_at_a_time);
-            let step = few.unwrap_or(padded);
-            let sums = &mut grown(&mut s.sums, step * ldc)?[..step * ldc];
-            for first in (0..rows).step_by(step) {
-                let count = step.min(rows - first);
-                let at = Region { p0, np, m0: m0 + first, rows: count, b0: 0, blocks };
-                let summed = if let Some(inner) = inner {
-                    job.two_level(inner, at, sums, ldc);
-                    Summed::Values
-                } else {
-                    job.raw(at, sums, ldc, &mut s.bytes)?
+            let sums = &mut grown(&mut s.sums, padded * ldc)?[..padded * ldc];
+            let at = Region { p0, np, m0, rows, b0: 0, blocks };
+            let summed = if let Some(inner) = inner {
+                job.two_level(inner, at, sums, ldc);
+                Summed::Values
+            } else {
+                job.raw(at, sums, ldc, &mut s.bytes)?
+            };
+            for m in 0..rows {
+                expect_row(y, m0, m, rows, p0 * PANEL, cols);
+                let e = Finish {
+                    cols,
+                    act_scale: act.scale[m0 + m],
+                    sum: if summed == Summed::Values || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
+                    dbl: doubling(w),
+                    bias,
+                    scales,
+                    zeros: zi,
+                    fzeros: zf,
                 };
-                for m in first..first + count {
-                    expect_row(y, m0, m, rows, p0 * PANEL, cols);
-                    let e = Finish {
-                        cols,
-                        act_scale: act.scale[m0 + m],
-                        sum: if summed == Summed::Values || act.bad[m0 + m] != 0 { 0 } else { act.sum(m0 + m) },
-                        dbl: doubling(w),
-                        bias,
-                        scales,
-                        zeros: zi,
-                        fzeros: zf,
-                    };
-                    let sums = &sums[(m - first) * ldc..];
-                    finish_sums(t, y, m0 + m, p0 * PANEL, sums, floats, &e, act.bad[m0 + m] != 0);
-                }
+                finish_sums(t, y, m0 + m, p0 * PANEL, &sums[m * ldc..], floats, &e, act.bad[m0 + m] != 0);
             }
         } else {
             let c = grown(&mut s.floats, padded * ldc)?;

@@ -171,14 +171,6 @@ impl Panels {
         }
     }
 
-    /// Rows of activations that an ungrouped product of many takes one after the other, for all panels of a task.
-    pub(crate) fn rows_at_a_time(&self) -> Option<usize> {
-        match self {
-            Self::Tiles(p) if p.signed() => Some(tiles::ROWS * 16),
-            _ => None,
-        }
-    }
-
     /// A grouped integer product, `c = fma(sum, scale, c)` for each kept group, where these panels have a kernel for it.
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         match self {

@@ -15,15 +15,15 @@ use crate::plan::{self, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
-/// Blocks of 16 rows of activations that meet a kept tile at a time. Two take five tile registers and leave three that
-/// operands of the next steps are renamed to; four, which fetch a kept tile half as often, are up to a tenth faster on a core
-/// that has the tile unit to itself, and 1.4 times slower where products take twice as long (`docs/performance.md`).
-pub(super) const ROWS: usize = 2;
-
-/// Blocks of K that products work on at a time. Activations come from the second-level cache as well; what counts is that
-/// the sums are fetched and stored seldom.
+/// Rows of activations that meet a kept tile at a time. 32 take five tile registers and leave three that operands of the next steps
+/// are renamed to; 64, which fetch a kept tile half as often, are no faster on a core that has the tile unit to itself, and take 1.7
+/// times as long where products take twice as long (`docs/performance.md`).
 #[cfg(target_arch = "x86_64")]
-const WINDOW: usize = 64;
+const ROWS: usize = 32;
+
+/// Codes of activations that all panels of a task meet before the next ones: half of the second-level cache.
+#[cfg(target_arch = "x86_64")]
+const CLOSE: usize = 1 << 20;
 
 /// The kept tiles of a weight.
 #[derive(Debug)]
@@ -218,26 +218,38 @@ impl TilePanels {
         true
     }
 
-    /// As [`Self::raw`] of many rows, on tiles of the CPU.
+    /// As [`Self::raw`], of many rows on tiles of the CPU. All rows meet a panel before the next panel: what is kept of it stays in
+    /// the first-level cache, past which the activations stream.
     #[cfg(target_arch = "x86_64")]
     fn tiles(&self, a: &mut Patch<i32>) {
         use super::kernel::x86::amx::{multiply, Kept};
         let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ldc, .. } = a;
         let c = a.c.as_mut_ptr();
+        let passes = rows.div_ceil(ROWS);
+        let window = (CLOSE / (passes * ROWS * BLOCK)).max(16);
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles.
         unsafe {
             let _tiles = crate::kernel::x86::amx::Tiles::new(64);
-            for m in (0..rows).step_by(16 * ROWS) {
-                let count = ROWS.min((rows - m).div_ceil(16));
-                let x = job.act.rows((m0 + m) / 16, 0).codes;
-                // Later rows find the task's tiles in the second-level cache.
-                let distant = (m0 + m).is_multiple_of(job.b.task_rows);
-                for k in (0..blocks).step_by(WINDOW) {
-                    for p in 0..np {
-                        let (index, tiles) = self.kept(p0 + p, k..(k + WINDOW).min(blocks));
-                        let c = c.wrapping_add(m * ldc + p * PANEL);
-                        let kept = Kept { index, tiles, distant, a: x, a_stride: job.act.tile_stride(), c, ldc };
-                        multiply(&kept, count, k == 0);
+            for k in (0..blocks).step_by(window) {
+                for p in 0..np {
+                    let (index, tiles) = self.kept(p0 + p, k..blocks.min(k + window));
+                    // Where the tiles lie that come next; after the task's last, those of the panel that follows.
+                    let mut next = match p + 1 < np {
+                        true => self.kept(p0 + p + 1, k..blocks).1,
+                        false if k + window < blocks => self.kept(p0, k + window..blocks).1,
+                        false => tiles.wrapping_add(index.len() * 1024),
+                    };
+                    for m in (0..rows).step_by(ROWS) {
+                        let kept = Kept {
+                            index,
+                            tiles,
+                            a: job.act.rows((m0 + m) / 16, 0).codes,
+                            a_stride: job.act.tile_stride(),
+                            c: c.wrapping_add(m * ldc + p * PANEL),
+                            ldc,
+                            passes,
+                        };
+                        next = multiply(&kept, ROWS.min(rows - m).div_ceil(16), k == 0, next);
                     }
                 }
             }

@@ -176,7 +176,7 @@ macro_rules! fetch_far {
     };
 }
 
-pub(crate) use {fetch, fetch_far};
+pub(crate) use fetch_far;
 
 /// Asm of a pass over `n` steps of K, 1 KiB of each operand tile a step: 2x2 tiles of sums, or 1x2. What comes before the
 /// loop and after it, what is fetched after the first and the last load of activations, and the operands of that, are given.

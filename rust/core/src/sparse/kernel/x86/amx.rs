@@ -1,10 +1,9 @@
 //! Kept tiles on AMX: one panel by up to 32 rows of activations, the dropped tiles left out.
 //!
-//! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K
-//! those are. The tile of the step after the next is fetched meanwhile, and where tiles come from beyond the second-level cache
-//! the one of eight steps later into that; activations come from there as fast without. Values are signed bytes, so a tile that
-//! is left out takes nothing with it.
-use crate::kernel::x86::amx::{fetch, fetch_far};
+//! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K those
+//! are. Activations are loaded with the hint that they will not be wanted in the first-level cache: the tiles, which more rows
+//! meet next, then stay there. Values are signed bytes, so a tile that is left out takes nothing with it.
+use crate::kernel::x86::amx::fetch_far;
 use std::arch::asm;
 
 /// Where operands lie.
@@ -14,8 +13,6 @@ pub(crate) struct Kept<'a> {
     pub index: &'a [u32],
     /// The kept tiles, 1 KiB each.
     pub tiles: *const u8,
-    /// Whether they are read for the first time in a while.
-    pub distant: bool,
     /// Block 0 of the first 16 rows of activations; blocks are 1 KiB apart.
     pub a: *const i8,
     /// Bytes to the next 16 rows.
@@ -24,78 +21,97 @@ pub(crate) struct Kept<'a> {
     pub c: *mut i32,
     /// Row stride of `c`.
     pub ldc: usize,
+    /// How many calls fetch what comes next, each its part.
+    pub passes: usize,
+}
+
+/// Fetches some more of what comes next into the second-level cache.
+macro_rules! part {
+    (1) => {
+        concat!(
+            fetch_far!("{f}"),
+            fetch_far!("{f} + 256"),
+            fetch_far!("{f} + 512"),
+            fetch_far!("{f} + 768"),
+            "add {f}, 1024"
+        )
+    };
+    (2) => {
+        concat!(fetch_far!("{f}"), fetch_far!("{f} + 256"), "add {f}, 512")
+    };
+    (4) => {
+        concat!(fetch_far!("{f}"), "add {f}, 256")
+    };
+    (8) => {
+        concat!(fetch_far!("{f}", 0, 64), "add {f}, 128")
+    };
 }
 
 macro_rules! run {
-    (far $far:expr, $k:expr, [$first:literal $(, $load:literal)*], [$($step:literal),*], [$last:literal $(, $store:literal)*]) => {
+    ($k:expr, $next:expr, [$($first:literal),*], [$($step:literal),*], [$($last:literal),*]) => {
+        match $k.passes {
+            1 => run!(part!(1), $k, $next, [$($first),*], [$($step),*], [$($last),*]),
+            2..4 => run!(part!(2), $k, $next, [$($first),*], [$($step),*], [$($last),*]),
+            4..8 => run!(part!(4), $k, $next, [$($first),*], [$($step),*], [$($last),*]),
+            _ => run!(part!(8), $k, $next, [$($first),*], [$($step),*], [$($last),*]),
+        }
+    };
+    ($part:expr, $k:expr, $next:expr, [$($first:literal),*], [$($step:literal),*], [$($last:literal),*]) => {
         asm!(
             "mov {t}, {c}",
-            $first,
-            $("add {t}, {d}", $load,)*
+            $($first,)*
             "2:",
             "mov {t:e}, dword ptr [{i}]",
             "shl {t}, 10",
             "add {t}, {a}",
             "tileloadd tmm7, [{b} + {s}]",
             $($step,)*
-            fetch!("{b} + 2048"),
-            $far,
+            $part,
             "add {b}, 1024",
             "add {i}, 4",
             "dec {n}",
             "jnz 2b",
             "mov {t}, {c}",
-            $last,
-            $("add {t}, {d}", $store,)*
+            $($last,)*
             i = inout(reg) $k.index.as_ptr() => _, b = inout(reg) $k.tiles => _, n = inout(reg) $k.index.len() => _,
-            t = out(reg) _, a = in(reg) $k.a, r = in(reg) $k.a_stride, s = in(reg) 64usize,
-            c = in(reg) $k.c, l = in(reg) $k.ldc * 4, d = in(reg) $k.ldc * 64,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            t = out(reg) _, f = inout(reg) $next, a = in(reg) $k.a, r = in(reg) $k.a_stride, s = in(reg) 64usize, c = in(reg) $k.c,
+            l = in(reg) $k.ldc * 4, d = in(reg) $k.ldc * 64,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm7") _,
             options(nostack),
         )
-    };
-    ($k:expr, $($list:tt),*) => {
-        if $k.distant {
-            run!(
-                far concat!(
-                    fetch_far!("{b} + 8192"), fetch_far!("{b} + 8448"), fetch_far!("{b} + 8704"), fetch_far!("{b} + 8960")
-                ),
-                $k, $($list),*
-            )
-        } else {
-            run!(far "", $k, $($list),*)
-        }
     };
 }
 
 /// Multiplies the kept tiles with `blocks` (1 or 2) blocks of 16 rows of activations: `c += sums`, or `c = sums` where they are
-/// `fresh`.
+/// `fresh`. Fetches what lies at `next`, and returns where it stopped.
 ///
 /// # Safety
 /// The pointers in `k` hold what [`Kept`] says, for every block of the list and `16 * blocks` rows; tiles are configured for
 /// 64 bytes.
-pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool) {
+pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool, next: *const u8) -> *const u8 {
+    let mut next = next;
     macro_rules! tiles {
         ($first0:literal, $first1:literal) => {
             match blocks {
                 1 => run!(
                     k,
+                    next,
                     [$first0],
-                    ["tileloadd tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
+                    ["tileloaddt1 tmm4, [{t} + {s}]", "tdpbssd tmm0, tmm4, tmm7", "/* {r} */"],
                     ["tilestored [{t} + {l}], tmm0 /* {d} */"]
                 ),
                 _ => run!(
                     k,
+                    next,
                     [$first0, $first1],
                     [
-                        "tileloadd tmm4, [{t} + {s}]",
+                        "tileloaddt1 tmm4, [{t} + {s}]",
                         "tdpbssd tmm0, tmm4, tmm7",
                         "add {t}, {r}",
-                        "tileloadd tmm5, [{t} + {s}]",
+                        "tileloaddt1 tmm5, [{t} + {s}]",
                         "tdpbssd tmm1, tmm5, tmm7"
                     ],
-                    ["tilestored [{t} + {l}], tmm0", "tilestored [{t} + {l}], tmm1"]
+                    ["tilestored [{t} + {l}], tmm0", "add {t}, {d}", "tilestored [{t} + {l}], tmm1"]
                 ),
             }
         };
@@ -106,7 +122,8 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool) {
             (true, true) => (0..16 * blocks).for_each(|r| k.c.add(r * k.ldc).write_bytes(0, 16)),
             (true, false) => tiles!("tilezero tmm0", "tilezero tmm1"),
             (false, true) => {}
-            (false, false) => tiles!("tileloadd tmm0, [{t} + {l}]", "tileloadd tmm1, [{t} + {l}]"),
+            (false, false) => tiles!("tileloadd tmm0, [{t} + {l}]", "add {t}, {d}\ntileloadd tmm1, [{t} + {l}]"),
         }
     }
+    next
 }
