@@ -9,7 +9,7 @@
 //!
 //! Blocks of kept numbers are found by an offset each. Products are float32 sums as everywhere: k ascending, one
 //! accumulator per output, fused multiply-adds; a dropped number is multiplied as 0.
-use super::kernel::generic::MASKS;
+use super::kernel::generic::{MASKS, NUMBERS_AHEAD};
 use super::kernel::{self, FloatGemv, ListGemv, SparseKernels, MAX_NP};
 use super::lists::Lists;
 use super::panels::{sum_up, Rows, SLACK};
@@ -18,6 +18,7 @@ use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ScaleType;
 use crate::gemm::{finish_row, floats, grown, padded_bias, tasks, Options};
+use crate::isa::streams_by_itself;
 use crate::kernel::{table, GemmArgs};
 use crate::matrix::{MatMut, MatRef};
 use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
@@ -235,6 +236,7 @@ impl FloatPanels {
         let (xs, blocks) = (&xs, self.blocks);
         let tiles = self.tiles && finite;
         let plain = (self.all || tiles) && self.kind == ScaleType::F32;
+        let ahead = if (self.all || tiles) && streams_by_itself() { 0 } else { NUMBERS_AHEAD };
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
@@ -271,7 +273,7 @@ impl FloatPanels {
                             let c = cp.wrapping_add(m * ldc + p * PANEL);
                             let x = xs.at(m0 + m, k * BLOCK);
                             // SAFETY: whole blocks, existing rows.
-                            unsafe { f(&FloatGemv { src, blocks: n, x, x_stride: xs.stride, c, ldc }) };
+                            unsafe { f(&FloatGemv { src, blocks: n, ahead, x, x_stride: xs.stride, c, ldc }) };
                             from = k + n;
                         }
                         p += 1;
@@ -286,7 +288,7 @@ impl FloatPanels {
                             *to = self.at(p0 + p + i, 0);
                         }
                         let c = cp.wrapping_add(m * ldc + p * PANEL);
-                        let a = FloatGemv { src, blocks, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                        let a = FloatGemv { src, blocks, ahead, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
                         // SAFETY: whole panels, existing rows.
                         unsafe { f(&a) };
                         p += count;

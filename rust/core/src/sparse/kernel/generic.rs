@@ -68,7 +68,7 @@ const AHEAD: usize = 4096;
 /// times as long at 50 % kept (measured).
 const FAR_AHEAD: usize = 8192;
 /// The same for numbers.
-const NUMBERS_AHEAD: usize = 4096;
+pub const NUMBERS_AHEAD: usize = 4096;
 
 /// Asks for the lines from `from` on that lie before `to`, [`AHEAD`] bytes later.
 #[inline(always)]
@@ -339,7 +339,7 @@ pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const
             }
             for k in 0..64 {
                 for p in 0..NP {
-                    let w = number::<E, T, ALL>(masks[p], k, &mut src[p]);
+                    let w = number::<E, T, ALL>(masks[p], k, a.ahead, &mut src[p]);
                     for m in 0..MR {
                         let x = E::S::splatf(*a.x.offset(m as isize * a.x_stride).add(b * 64 + k));
                         f[p][m] = E::S::fma(x, w, f[p][m]);
@@ -355,17 +355,18 @@ pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const
     }
 }
 
-/// The 16 numbers of column `k` of a block.
+/// The 16 numbers of column `k` of a block; memory is asked for `ahead` bytes ahead.
 #[inline(always)]
 unsafe fn number<E: Expand, T: Number, const ALL: bool>(
     masks: *const u8,
     k: usize,
+    ahead: usize,
     src: &mut *const u8,
 ) -> <E::S as Simd>::F {
     // SAFETY: the caller's block.
     unsafe {
         let p = *src;
-        E::S::prefetch(p.wrapping_add(NUMBERS_AHEAD));
+        E::S::prefetch(p.wrapping_add(ahead));
         if ALL {
             *src = p.add(16 * T::SIZE);
             return T::load::<E::S>(p);
@@ -420,7 +421,7 @@ pub unsafe fn floats<E: Expand, T: Number, const ALL: bool>(src: *const u8, out:
                 src = src.add(MASKS);
             }
             for k in 0..64 {
-                E::S::storef(out.add((b * 64 + k) * 16), number::<E, T, ALL>(masks, k, &mut src));
+                E::S::storef(out.add((b * 64 + k) * 16), number::<E, T, ALL>(masks, k, NUMBERS_AHEAD, &mut src));
             }
         }
     }

@@ -101,6 +101,8 @@ pub struct FloatGemv {
     pub src: [*const u8; MAX_NP],
     /// Blocks of K.
     pub blocks: usize,
+    /// Bytes ahead that memory is asked for.
+    pub ahead: usize,
     /// Activations in padded places: row m at `m*x_stride`.
     pub x: *const f32,
     /// Floats between rows of `x`.
