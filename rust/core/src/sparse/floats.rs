@@ -26,15 +26,24 @@ use crate::plan::{Blocking, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
+/// How numbers lie in blocks of 64 k.
+#[derive(Debug)]
+enum Layout {
+    /// Every number.
+    All,
+    /// Every number of the blocks that are kept, nothing of the others.
+    Tiles,
+    /// Masks, and the kept numbers.
+    Masks,
+    /// Not in blocks: where few numbers are kept.
+    Lists(Lists),
+}
+
 /// A weight of plain numbers in panels.
 #[derive(Debug)]
 pub struct FloatPanels {
     kind: ScaleType,
-    all: bool,
-    /// Whether blocks are kept or dropped whole.
-    tiles: bool,
-    /// In the place of `data`, where few numbers are kept.
-    lists: Option<Lists>,
+    layout: Layout,
     data: Buf<u8>,
     /// Where blocks begin: `[panel][block]`, and the end.
     offsets: Vec<usize>,
@@ -48,27 +57,27 @@ impl FloatPanels {
     /// [`Error::OutOfMemory`].
     pub fn new(q: &QView, g: &Geometry, kind: ScaleType, threads: usize) -> Result<Self> {
         let (panels, blocks, size) = (q.rows.div_ceil(PANEL), g.blocks(), kind.size());
-        let all = q.mask.is_none();
-        let tiles = q.mask.is_some_and(|m| TilePanels::serves(m.structure(), g));
-        if let Some(mask) = q.mask.filter(|m| !tiles && Lists::serves(m, g)) {
-            let lists = Some(Lists::new(q, mask, kind, threads)?);
-            return Ok(Self { kind, all, tiles, lists, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
-        }
+        let layout = match q.mask {
+            None => Layout::All,
+            Some(m) if TilePanels::serves(m.structure(), g) => Layout::Tiles,
+            Some(m) if Lists::serves(m, g) => {
+                let layout = Layout::Lists(Lists::new(q, m, kind, threads)?);
+                return Ok(Self { kind, layout, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
+            }
+            Some(_) => Layout::Masks,
+        };
+        let flat = !matches!(layout, Layout::Masks);
         let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
         let out = Shared(offsets.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
-            if !all {
-                rows.read(q, g, p);
-            }
+            rows.read(q, g, p);
             for b in 0..blocks {
                 let kept = (0..PANEL).map(|n| rows.words[n * blocks + b].count_ones() as usize).sum::<usize>();
-                let bytes = if all || (tiles && kept > 0) {
-                    BLOCK * PANEL * size
-                } else if tiles {
-                    0
-                } else {
-                    MASKS + kept * size
+                let bytes = match layout {
+                    Layout::Tiles if kept == 0 => 0,
+                    Layout::Masks => MASKS + kept * size,
+                    _ => BLOCK * PANEL * size,
                 };
                 // SAFETY: the sizes of panel p belong to this task.
                 unsafe { *out.get().add(p * blocks + b) = bytes };
@@ -95,7 +104,6 @@ impl FloatPanels {
                 if block.is_empty() {
                     continue;
                 }
-                let flat = all || tiles;
                 let mut at = if flat { 0 } else { MASKS };
                 for k in 0..BLOCK {
                     let mut mask = 0u16;
@@ -115,7 +123,7 @@ impl FloatPanels {
             }
             Ok(())
         })?;
-        Ok(Self { kind, all, tiles, lists: None, data, offsets, blocks })
+        Ok(Self { kind, layout, data, offsets, blocks })
     }
 
     fn at(&self, panel: usize, block: usize) -> *const u8 {
@@ -137,16 +145,16 @@ impl FloatPanels {
 
     /// Whether no number is dropped.
     pub(crate) fn keeps_all(&self) -> bool {
-        self.all
+        matches!(self.layout, Layout::All)
     }
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
-        if let Some(lists) = &self.lists {
+        if let Layout::Lists(lists) = &self.layout {
             return lists.words(panel, words);
         }
         for b in 0..self.blocks {
-            if self.tiles {
+            if self.is_flat() {
                 let kept = if self.run(panel, b..b + 1).is_some() { u64::MAX } else { 0 };
                 (0..PANEL).for_each(|n| words[n * self.blocks + b] |= kept);
                 continue;
@@ -165,7 +173,7 @@ impl FloatPanels {
     /// If `out` has not room for every place of K.
     pub(crate) fn window(&self, panel: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.blocks * BLOCK * PANEL);
-        if let Some(lists) = &self.lists {
+        if let Layout::Lists(lists) = &self.layout {
             return lists.window(panel, 0, &mut [0; PANEL], out);
         }
         self.spread(kernel::table(crate::isa::active()), panel, 0, out);
@@ -176,7 +184,7 @@ impl FloatPanels {
         let f = s.floats[self.index()][usize::from(self.is_flat())];
         let count = out.len() / (BLOCK * PANEL);
         assert!(block + count <= self.blocks);
-        if !self.tiles {
+        if !matches!(self.layout, Layout::Tiles) {
             if count > 0 {
                 // SAFETY: whole blocks of an existing panel, and room for each.
                 unsafe { f(self.at(panel, block), out.as_mut_ptr(), count) };
@@ -195,7 +203,14 @@ impl FloatPanels {
 
     /// Whether the numbers of a block lie without masks.
     fn is_flat(&self) -> bool {
-        self.all || self.tiles
+        matches!(self.layout, Layout::All | Layout::Tiles)
+    }
+
+    fn lists(&self) -> Option<&Lists> {
+        match &self.layout {
+            Layout::Lists(lists) => Some(lists),
+            _ => None,
+        }
     }
 
     /// Index of the kernels' arrays.
@@ -209,13 +224,13 @@ impl FloatPanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        let lists = self.lists.as_ref().map_or(0, Lists::nbytes);
+        let lists = self.lists().map_or(0, Lists::nbytes);
         self.data.len() + self.offsets.len() * size_of::<usize>() + lists
     }
 
     /// Panels of a register tile of few rows.
     pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
-        if self.lists.is_some() {
+        if self.lists().is_some() {
             return 1;
         }
         (kernel::table(isa).gemv)(self.index(), self.is_flat(), mr, false).1
@@ -229,14 +244,16 @@ impl FloatPanels {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
         // Lists and tiles leave out what is dropped, which changes the result of rows that are not finite.
         let dense = Blocking { path: Path::Gemm, mr: t.gemm_mr, np: t.gemm_np, window: 3, ..*b };
-        let skips = (self.lists.is_some() && b.path == Path::Gemv) || self.tiles;
+        let tiles = matches!(self.layout, Layout::Tiles);
+        let skips = tiles || (self.lists().is_some() && b.path == Path::Gemv);
         let finite = !skips || x.is_within(f32::MAX);
         let b = if b.path == Path::Gemv && !finite { &dense } else { b };
         let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
-        let tiles = self.tiles && finite;
-        let plain = (self.all || tiles) && self.kind == ScaleType::F32;
-        let ahead = if (self.all || tiles) && streams_by_itself() { 0 } else { NUMBERS_AHEAD };
+        let tiles = tiles && finite;
+        let flat = self.keeps_all() || tiles;
+        let plain = flat && self.kind == ScaleType::F32;
+        let ahead = if flat && streams_by_itself() { 0 } else { NUMBERS_AHEAD };
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
@@ -253,7 +270,7 @@ impl FloatPanels {
                     }
                     .min(s.max_mr);
                     let mut p = 0;
-                    if let Some(lists) = &self.lists {
+                    if let Some(lists) = self.lists() {
                         let f = s.lists[self.index()][mr.trailing_zeros() as usize];
                         for p in 0..np {
                             let c = cp.wrapping_add(m * ldc + p * PANEL);
@@ -279,9 +296,9 @@ impl FloatPanels {
                         p += 1;
                     }
                     while p < np {
-                        let (mut f, mut count) = (s.gemv)(self.index(), self.all, mr, false);
+                        let (mut f, mut count) = (s.gemv)(self.index(), self.keeps_all(), mr, false);
                         if p + count > np {
-                            (f, count) = (s.gemv)(self.index(), self.all, mr, true);
+                            (f, count) = (s.gemv)(self.index(), self.keeps_all(), mr, true);
                         }
                         let mut src = [std::ptr::null(); MAX_NP];
                         for (i, to) in src.iter_mut().enumerate().take(count) {
@@ -298,7 +315,7 @@ impl FloatPanels {
             } else {
                 let span = b.window * BLOCK * PANEL;
                 // Where each row of the lists is, window after window.
-                let mut next = zeros_vec::<[u32; PANEL]>(if self.lists.is_some() { np } else { 0 })?;
+                let mut next = zeros_vec::<[u32; PANEL]>(if self.lists().is_some() { np } else { 0 })?;
                 for window in (0..blocks).step_by(b.window) {
                     let end = blocks.min(window + b.window);
                     let (mut p, mut from) = (0, window);
@@ -320,7 +337,7 @@ impl FloatPanels {
                         } else {
                             let to = grown(&mut scratch.weights, b.np * span)?;
                             for i in 0..count {
-                                if let Some(lists) = &self.lists {
+                                if let Some(lists) = self.lists() {
                                     let to = &mut to[i * span..][..n * BLOCK * PANEL];
                                     lists.window(p0 + p + i, k * BLOCK, &mut next[p + i], to);
                                     continue;
