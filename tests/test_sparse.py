@@ -108,22 +108,29 @@ def test_products_equal_those_of_the_dense_format(
 
 
 @pytest.mark.parametrize("value", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("density", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.25, 0.5])
 def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) -> None:
-    for m, n, k in [(1, 50, 300), (2, 33, 129), (4, 100, 640), (9, 40, 96), (1, 1, 1)]:
+    # Rows by ones, by a register, by two, by tasks; panels and K that end anywhere.
+    shapes = [(1, 50, 300), (2, 33, 129), (4, 100, 640), (9, 40, 96), (1, 1, 1), (8, 17, 64)]
+    shapes += [(16, 15, 257), (17, 16, 512), (33, 48, 65), (70, 129, 320), (300, 40, 130)]
+    for m, n, k in shapes:
         w = weights(rng, n, k, "bitmap", density)
         w[n // 2] = 0
+        w[n // 3, : k // 2] = 1
         dense, q = nb.quantize(w, value), nb.quantize(w, f"{value}_bitmap")
         x = rng.standard_normal((m, k)).astype(np.float32)
         broken = x.copy()
         broken[-1, k // 2] = np.inf
-        for a in (x, broken, x[:, ::-1]):
+        broken[0, 0] = np.nan
+        for a in (x, broken, x[:, ::-1], x.astype(np.float16)):
             want = np.empty((m, n), np.float32)
             _core.matmul(a, dense._storage.pack(1), want, "f32", None, 1, "scalar")
             for isa in levels():
                 got = np.empty((m, n), np.float32)
                 _core.matmul(a, q._storage.pack(1), got, "f32", None, 2, isa)
                 np.testing.assert_array_equal(got, want, err_msg=f"{isa} {m},{n},{k}")
+        bias = rng.standard_normal(n).astype(np.float32)
+        assert_same(nb.matmul(x, q.T, bias=bias), nb.matmul(x, dense.T, bias=bias))
 
 
 @pytest.mark.parametrize(

@@ -1009,8 +1009,17 @@ fn read_padded(x: &MatRef, m: usize, w: &Packed, t: &Kernels, bf16: bool, row: &
 }
 
 /// `mr`: rows are wanted side by side, `[block of mr][k][mr]` (the last block as narrow as its rows), which the dense
-/// kernel reads in order; rows a power of two apart would fall on one cache set. 0 keeps rows apart.
-pub(crate) fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize, threads: usize) -> Result<Floats> {
+/// kernel reads in order; rows a power of two apart would fall on one cache set. `whole`: the last block is as wide as the
+/// others, filled up with zeros. 0 keeps rows apart.
+pub(crate) fn floats(
+    x: &MatRef,
+    w: &Packed,
+    t: &Kernels,
+    bf16: bool,
+    mr: usize,
+    whole: bool,
+    threads: usize,
+) -> Result<Floats> {
     let g = &w.geometry;
     let kp = g.kp;
     let threads = if x.rows * kp < 1 << 17 { 1 } else { threads };
@@ -1025,7 +1034,7 @@ pub(crate) fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize,
     if direct {
         return Ok(Floats { ptr: x.ptr.cast(), stride: x.row_stride / 4, _own: None });
     }
-    let mut own = Taken::<f32>::new(x.rows * kp)?;
+    let mut own = Taken::<f32>::new(if whole { x.rows.next_multiple_of(mr) } else { x.rows } * kp)?;
     let out = Shared(own.as_mut_ptr());
     if mr == 0 {
         pool::try_run(threads, x.rows, None, |m| {
@@ -1042,13 +1051,17 @@ pub(crate) fn floats(x: &MatRef, w: &Packed, t: &Kernels, bf16: bool, mr: usize,
         for (j, row) in rows[..count * kp].chunks_exact_mut(kp.max(1)).enumerate() {
             read_padded(x, m0 + j, w, t, bf16, row);
         }
+        let width = if whole { mr } else { count };
         // SAFETY: block i of the buffer belongs to this task.
-        let to = unsafe { std::slice::from_raw_parts_mut(out.get().add(m0 * kp), count * kp) };
+        let to = unsafe { std::slice::from_raw_parts_mut(out.get().add(m0 * kp), width * kp) };
+        if count < width {
+            to.fill(0.0);
+        }
         // A few values of K at a time, so that both sides of the transposition stay in cache.
-        for (b, part) in to.chunks_mut(32 * count).enumerate() {
+        for (b, part) in to.chunks_mut(32 * width).enumerate() {
             for j in 0..count {
-                let row = &rows[j * kp + b * 32..][..part.len() / count];
-                part[j..].iter_mut().step_by(count).zip(row).for_each(|(o, &v)| *o = v);
+                let row = &rows[j * kp + b * 32..][..part.len() / width];
+                part[j..].iter_mut().step_by(width).zip(row).for_each(|(o, &v)| *o = v);
             }
         }
         Ok(())
@@ -1396,7 +1409,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     if b.path == Path::TilesBf16 {
         return float_tiles(x, w, y, o, &b);
     }
-    let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
+    let xs = floats(x, w, t, bf16, if b.path == Path::Gemm { b.mr } else { 0 }, false, b.threads)?;
     let mode = weight_mode(w);
     let g = &w.geometry;
     // Dropped tiles are left out where they add 0 for sure: 0 times a NaN or an infinity is none.

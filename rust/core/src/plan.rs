@@ -22,6 +22,8 @@ pub enum Path {
     Gemm,
     /// Codes decoded to bf16 in cache first, then bf16 tiles.
     TilesBf16,
+    /// Rows of activations side by side, and one kept number for all of them at a time.
+    Lanes,
 }
 
 /// A decision, printable.
@@ -171,14 +173,20 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         };
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
-    if m <= 4 && !dense {
-        let mr = if m == 3 { 2 } else { m }.min(t.max_mr);
+    if m <= w.floats.as_ref().map_or(4, |p| p.few_rows(isa)) && !dense {
+        let mr = if m == 3 { 2 } else { m }.min(t.max_mr).min(4);
         let np = w.floats.as_ref().map_or_else(|| (t.gemv)(0, false, mr, false).1, |p| p.gemv_panels(isa, mr));
         let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
         return b.cut(m, w.panels(), n, k, threads, np);
     }
     // Even tasks, in whole register tiles: a last task of a few rows would decode the weights for them alone.
-    let task_rows = m.div_ceil(m.div_ceil(FLOAT_ROWS).max(1)).next_multiple_of(t.gemm_mr).min(m.max(1));
+    let task_rows = |mr: usize| m.div_ceil(m.div_ceil(FLOAT_ROWS).max(1)).next_multiple_of(mr).min(m.max(1));
+    if let Some(lanes) = w.floats.as_ref().and_then(|p| p.lanes(isa, m)) {
+        let b =
+            Blocking { path: Path::Lanes, mr: lanes, task_panels: 8, task_rows: task_rows(lanes), window: 4, ..base };
+        return b.cut(m, w.panels(), n, k, threads, 1);
+    }
+    let task_rows = task_rows(t.gemm_mr);
     let b = Blocking { mr: t.gemm_mr, np: t.gemm_np, task_panels: 8, task_rows, ..base };
     b.cut(m, w.panels(), n, k, threads, t.gemm_np)
 }
@@ -217,7 +225,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
     let kr = match b.path {
         Path::Tiles => 64,
         Path::TilesBf16 => 32,
-        Path::Gemv | Path::Gemm => 1,
+        Path::Gemv | Path::Gemm | Path::Lanes => 1,
         _ => 4,
     };
     let isa_name = if tiles { isa } else { kernel::table(isa).isa };
@@ -291,7 +299,7 @@ impl Plan {
             Path::TilesBf16 => 550e9,
             Path::Fused => vector(330e9, 330e9, 170e9, 140e9, 120e9),
             Path::Bytes => vector(300e9, 300e9, 170e9, 180e9, 100e9),
-            Path::Gemv | Path::Gemm => vector(155e9, 155e9, 155e9, 75e9, 75e9),
+            Path::Gemv | Path::Gemm | Path::Lanes => vector(155e9, 155e9, 155e9, 75e9, 75e9),
         };
         let bandwidth = match (self.blocking.path, self.weight_bytes <= CACHED) {
             (Path::Gemv, _) => vector(10e9, 10e9, 10e9, 3.2e9, 3.2e9),

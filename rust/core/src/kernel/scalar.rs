@@ -130,5 +130,6 @@ unsafe impl Simd for Scalar {
         xor_sign(a: I) -> I = a.map(|v| v ^ i32::MIN);
         any_gt(a: F, b: F) -> bool = a.iter().zip(b).any(|(x, y)| *x > y);
         prefetch(_p: *const u8) -> () = ();
+        prefetch_l2(_p: *const u8) -> () = ();
     }
 }

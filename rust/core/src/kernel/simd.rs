@@ -193,6 +193,8 @@ pub unsafe trait Simd: 'static + Sized {
     unsafe fn any_gt(a: Self::F, b: Self::F) -> bool;
     /// Fetches the cache line of `p` for reading soon.
     unsafe fn prefetch(p: *const u8) -> ();
+    /// The same as far as the second-level cache.
+    unsafe fn prefetch_l2(p: *const u8) -> ();
 }
 
 /// Writes the methods of a [`Simd`] implementation, one expression each.

@@ -3,15 +3,22 @@
 //! ```text
 //! all    [panel][k][16]         numbers of 16 rows side by side
 //! tiles  the same, but for blocks of 64 k that are dropped whole
-//! kept   block of 64 k:  64 masks of 16 bits     bit n of mask k: row n
+//! masks  block of 64 k:  64 masks of 16 bits     bit n of mask k: row n
 //!                        kept numbers of k = 0 in the order of rows, of k = 1, ...
+//! slots  block of 64 k:  a slot is each row's next kept number, its first in slot 0
+//!                        a byte: slots that every row fills; a byte: the others, which come after them
+//!                        masks of 16 bits of the others     bit n: row n fills it
+//!                        [slot] 16 bytes, where along the 64 k the number of each row belongs, then the numbers
 //! ```
 //!
-//! Blocks of kept numbers are found by an offset each. Products are float32 sums as everywhere: k ascending, one
-//! accumulator per output, fused multiply-adds; a dropped number is multiplied as 0.
-use super::kernel::generic::{MASKS, NUMBERS_AHEAD};
-use super::kernel::{self, FloatGemv, ListGemv, SparseKernels, MAX_NP};
-use super::lists::Lists;
+//! Blocks are found by an offset each. Products are float32 sums as everywhere: k ascending, one accumulator per output,
+//! fused multiply-adds. A number dropped by a mask is multiplied as 0. Slots and tiles leave out what is dropped, so rows of
+//! activations that are not finite go another way, through dense windows.
+//!
+//! Masks cost a step for each k and 2 bytes, whatever is kept; slots a step for each, of which there are as many as the fullest
+//! of 16 rows keeps numbers, and a byte beside each number: fewer steps and more bytes.
+use super::kernel::generic::{FAR, MASKS, NEAR, NUMBERS_AHEAD};
+use super::kernel::{self, FloatGemv, LaneArgs, Numbers, SparseKernels, MAX_NP};
 use super::panels::{sum_up, Rows, SLACK};
 use super::tiles::TilePanels;
 use crate::buf::{Buf, Taken};
@@ -27,7 +34,7 @@ use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
 /// How numbers lie in blocks of 64 k.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
     /// Every number.
     All,
@@ -35,8 +42,29 @@ enum Layout {
     Tiles,
     /// Masks, and the kept numbers.
     Masks,
-    /// Not in blocks: where few numbers are kept.
-    Lists(Lists),
+    /// Slots of kept numbers.
+    Slots,
+}
+
+impl Layout {
+    /// How a block of kept numbers lies.
+    fn numbers(self) -> Numbers {
+        match self {
+            Layout::All | Layout::Tiles => Numbers::All,
+            Layout::Masks => Numbers::Masks,
+            Layout::Slots => Numbers::Slots,
+        }
+    }
+}
+
+/// Mean bytes of a block of slots up to which two levels of the cache are asked for it. Longer ones take up to 1.5 times as long
+/// so (a Zen 4, measured).
+const SHORT: usize = 1280;
+
+/// Slots of a block that every row fills, and of all, given the kept places of its rows.
+fn slots(rows: &[u64; PANEL]) -> (usize, usize) {
+    let counts = rows.map(|r| r.count_ones() as usize);
+    counts.iter().fold((BLOCK, 0), |(full, count), &c| (full.min(c), count.max(c)))
 }
 
 /// A weight of plain numbers in panels.
@@ -57,27 +85,46 @@ impl FloatPanels {
     /// [`Error::OutOfMemory`].
     pub fn new(q: &QView, g: &Geometry, kind: ScaleType, threads: usize) -> Result<Self> {
         let (panels, blocks, size) = (q.rows.div_ceil(PANEL), g.blocks(), kind.size());
+        let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
         let layout = match q.mask {
             None => Layout::All,
             Some(m) if TilePanels::serves(m.structure(), g) => Layout::Tiles,
-            Some(m) if Lists::serves(m, g) => {
-                let layout = Layout::Lists(Lists::new(q, m, kind, threads)?);
-                return Ok(Self { kind, layout, data: Buf::zeroed(0)?, offsets: Vec::new(), blocks });
+            Some(_) => {
+                // Slots are counted first.
+                let out = Shared(offsets.as_mut_ptr());
+                pool::try_run(threads, panels, None, |p| {
+                    let mut rows = Rows::new(g)?;
+                    rows.read(q, g, p);
+                    for b in 0..blocks {
+                        // SAFETY: the counts of panel p belong to this task.
+                        unsafe { *out.get().add(p * blocks + b) = slots(&rows.block(b)).1 };
+                    }
+                    Ok(())
+                })?;
+                let most = kernel::table(crate::isa::active()).most_slots;
+                let count = offsets.iter().sum::<usize>();
+                if count * 100 <= panels * blocks * BLOCK * most {
+                    Layout::Slots
+                } else {
+                    Layout::Masks
+                }
             }
-            Some(_) => Layout::Masks,
         };
-        let flat = !matches!(layout, Layout::Masks);
-        let mut offsets = zeros_vec::<usize>(panels * blocks + 1)?;
         let out = Shared(offsets.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
             rows.read(q, g, p);
             for b in 0..blocks {
-                let kept = (0..PANEL).map(|n| rows.words[n * blocks + b].count_ones() as usize).sum::<usize>();
+                let words = rows.block(b);
+                let kept = words.iter().map(|w| w.count_ones() as usize).sum::<usize>();
                 let bytes = match layout {
-                    Layout::Tiles if kept == 0 => 0,
+                    Layout::All => BLOCK * PANEL * size,
+                    Layout::Tiles => BLOCK * PANEL * size * usize::from(kept > 0),
                     Layout::Masks => MASKS + kept * size,
-                    _ => BLOCK * PANEL * size,
+                    Layout::Slots => {
+                        let (full, count) = slots(&words);
+                        2 + 2 * (count - full) + PANEL * count + kept * size
+                    }
                 };
                 // SAFETY: the sizes of panel p belong to this task.
                 unsafe { *out.get().add(p * blocks + b) = bytes };
@@ -101,24 +148,9 @@ impl FloatPanels {
                 let (from, to) = (offsets_ref[p * blocks + b], offsets_ref[p * blocks + b + 1]);
                 // SAFETY: the blocks of panel p belong to this task.
                 let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(from), to - from) };
-                if block.is_empty() {
-                    continue;
-                }
-                let mut at = if flat { 0 } else { MASKS };
-                for k in 0..BLOCK {
-                    let mut mask = 0u16;
-                    for n in 0..PANEL {
-                        let kept = rows.words[n * blocks + b] >> k & 1 == 1;
-                        mask |= u16::from(kept) << n;
-                        if flat || kept {
-                            let number = &numbers[n * stride + (b * BLOCK + k) * size..][..size];
-                            block[at..at + size].copy_from_slice(number);
-                            at += size;
-                        }
-                    }
-                    if !flat {
-                        block[2 * k..2 * k + 2].copy_from_slice(&mask.to_le_bytes());
-                    }
+                if !block.is_empty() {
+                    let number = |n: usize, k: usize| &numbers[n * stride + (b * BLOCK + k) * size..][..size];
+                    fill(block, layout, rows.block(b), number);
                 }
             }
             Ok(())
@@ -145,24 +177,34 @@ impl FloatPanels {
 
     /// Whether no number is dropped.
     pub(crate) fn keeps_all(&self) -> bool {
-        matches!(self.layout, Layout::All)
+        self.layout == Layout::All
     }
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
-        if let Layout::Lists(lists) = &self.layout {
-            return lists.words(panel, words);
-        }
         for b in 0..self.blocks {
-            if self.is_flat() {
-                let kept = if self.run(panel, b..b + 1).is_some() { u64::MAX } else { 0 };
-                (0..PANEL).for_each(|n| words[n * self.blocks + b] |= kept);
-                continue;
-            }
-            let masks = &self.data[self.offsets[panel * self.blocks + b]..][..MASKS];
-            for (k, mask) in masks.as_chunks::<2>().0.iter().enumerate() {
-                let mask = u16::from_le_bytes(*mask);
-                (0..PANEL).for_each(|n| words[n * self.blocks + b] |= u64::from(mask >> n & 1) << k);
+            let block = &self.data[self.offsets[panel * self.blocks + b]..self.offsets[panel * self.blocks + b + 1]];
+            let mut keep = |mask: u16, n: usize, k: usize| words[n * self.blocks + b] |= u64::from(mask >> n & 1) << k;
+            match self.layout {
+                Layout::All | Layout::Tiles => {
+                    let kept = if block.is_empty() { 0 } else { u64::MAX };
+                    (0..PANEL).for_each(|n| words[n * self.blocks + b] |= kept);
+                }
+                Layout::Masks => {
+                    for (k, mask) in block[..MASKS].as_chunks::<2>().0.iter().enumerate() {
+                        (0..PANEL).for_each(|n| keep(u16::from_le_bytes(*mask), n, k));
+                    }
+                }
+                Layout::Slots => {
+                    let (full, some) = (usize::from(block[0]), usize::from(block[1]));
+                    let (masks, mut rest) = block[2..].split_at(2 * some);
+                    let masks = masks.as_chunks::<2>().0.iter().map(|m| u16::from_le_bytes(*m));
+                    for mask in std::iter::repeat_n(u16::MAX, full).chain(masks) {
+                        let (places, numbers) = rest.split_at(PANEL);
+                        (0..PANEL).for_each(|n| keep(mask, n, usize::from(places[n])));
+                        rest = &numbers[mask.count_ones() as usize * self.kind.size()..];
+                    }
+                }
             }
         }
     }
@@ -173,18 +215,15 @@ impl FloatPanels {
     /// If `out` has not room for every place of K.
     pub(crate) fn window(&self, panel: usize, out: &mut [f32]) {
         assert_eq!(out.len(), self.blocks * BLOCK * PANEL);
-        if let Layout::Lists(lists) = &self.layout {
-            return lists.window(panel, 0, &mut [0; PANEL], out);
-        }
         self.spread(kernel::table(crate::isa::active()), panel, 0, out);
     }
 
     /// Writes blocks of a panel from `block` on as f32 `[k][16]`, dropped numbers as 0.
     fn spread(&self, s: &SparseKernels, panel: usize, block: usize, out: &mut [f32]) {
-        let f = s.floats[self.index()][usize::from(self.is_flat())];
+        let f = s.floats[self.index()][self.layout.numbers() as usize];
         let count = out.len() / (BLOCK * PANEL);
         assert!(block + count <= self.blocks);
-        if !matches!(self.layout, Layout::Tiles) {
+        if self.layout != Layout::Tiles {
             if count > 0 {
                 // SAFETY: whole blocks of an existing panel, and room for each.
                 unsafe { f(self.at(panel, block), out.as_mut_ptr(), count) };
@@ -201,18 +240,6 @@ impl FloatPanels {
         }
     }
 
-    /// Whether the numbers of a block lie without masks.
-    fn is_flat(&self) -> bool {
-        matches!(self.layout, Layout::All | Layout::Tiles)
-    }
-
-    fn lists(&self) -> Option<&Lists> {
-        match &self.layout {
-            Layout::Lists(lists) => Some(lists),
-            _ => None,
-        }
-    }
-
     /// Index of the kernels' arrays.
     fn index(&self) -> usize {
         match self.kind {
@@ -224,16 +251,26 @@ impl FloatPanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        let lists = self.lists().map_or(0, Lists::nbytes);
-        self.data.len() + self.offsets.len() * size_of::<usize>() + lists
+        self.data.len() + self.offsets.len() * size_of::<usize>()
+    }
+
+    /// Rows up to which a product reads panels as they are.
+    pub(crate) fn few_rows(&self, isa: crate::isa::Isa) -> usize {
+        if self.layout == Layout::Slots {
+            kernel::table(isa).lanes_from - 1
+        } else {
+            4
+        }
+    }
+
+    /// Rows of activations side by side where more than a few, `m`, meet slots.
+    pub(crate) fn lanes(&self, isa: crate::isa::Isa, m: usize) -> Option<usize> {
+        (self.layout == Layout::Slots).then(|| kernel::table(isa).lanes[usize::from(m > PANEL)].1)
     }
 
     /// Panels of a register tile of few rows.
     pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
-        if self.lists().is_some() {
-            return 1;
-        }
-        (kernel::table(isa).gemv)(self.index(), self.is_flat(), mr, false).1
+        (kernel::table(isa).gemv)(self.index(), self.layout.numbers(), mr, false).1
     }
 
     /// `y = x @ w.T` in float32.
@@ -242,18 +279,31 @@ impl FloatPanels {
     /// [`Error::OutOfMemory`], [`Error::Interrupted`].
     pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
-        // Lists and tiles leave out what is dropped, which changes the result of rows that are not finite.
-        let dense = Blocking { path: Path::Gemm, mr: t.gemm_mr, np: t.gemm_np, window: 3, ..*b };
-        let tiles = matches!(self.layout, Layout::Tiles);
-        let skips = tiles || (self.lists().is_some() && b.path == Path::Gemv);
-        let finite = !skips || x.is_within(f32::MAX);
-        let b = if b.path == Path::Gemv && !finite { &dense } else { b };
-        let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, b.threads)?;
+        let tiles = self.layout == Layout::Tiles;
+        let finite = !(tiles || self.layout == Layout::Slots) || x.is_within(f32::MAX);
+        if b.path == Path::Lanes && finite {
+            return self.matmul_lanes(x, w, y, o, b);
+        }
+        let dense = Blocking {
+            path: Path::Gemm,
+            mr: t.gemm_mr,
+            np: t.gemm_np,
+            window: 3,
+            task_rows: x.rows,
+            tasks: w.panels().div_ceil(b.task_panels),
+            ..*b
+        };
+        let b = if matches!(b.path, Path::Gemv | Path::Lanes) && !finite { &dense } else { b };
+        let xs = floats(x, w, t, false, if b.path == Path::Gemm { b.mr } else { 0 }, false, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
         let tiles = tiles && finite;
         let flat = self.keeps_all() || tiles;
         let plain = flat && self.kind == ScaleType::F32;
-        let ahead = if flat && streams_by_itself() { 0 } else { NUMBERS_AHEAD };
+        let [ahead, far] = match self.layout {
+            Layout::Slots if self.data.len() < SHORT * self.offsets.len() => [NEAR, FAR],
+            _ if flat && streams_by_itself() => [0, 0],
+            _ => [NUMBERS_AHEAD, 0],
+        };
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
@@ -270,19 +320,8 @@ impl FloatPanels {
                     }
                     .min(s.max_mr);
                     let mut p = 0;
-                    if let Some(lists) = self.lists() {
-                        let f = s.lists[self.index()][mr.trailing_zeros() as usize];
-                        for p in 0..np {
-                            let c = cp.wrapping_add(m * ldc + p * PANEL);
-                            let a =
-                                ListGemv { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc, ..lists.slots(p0 + p) };
-                            // SAFETY: whole slots, existing rows, places within K.
-                            unsafe { f(&a) };
-                        }
-                        p = np;
-                    }
                     while tiles && p < np {
-                        let f = (s.gemv)(self.index(), true, mr, true).0;
+                        let f = (s.gemv)(self.index(), Numbers::All, mr, true).0;
                         let mut from = 0;
                         while let Some((k, n)) = self.run(p0 + p, from..blocks) {
                             let mut src = [std::ptr::null(); MAX_NP];
@@ -290,22 +329,22 @@ impl FloatPanels {
                             let c = cp.wrapping_add(m * ldc + p * PANEL);
                             let x = xs.at(m0 + m, k * BLOCK);
                             // SAFETY: whole blocks, existing rows.
-                            unsafe { f(&FloatGemv { src, blocks: n, ahead, x, x_stride: xs.stride, c, ldc }) };
+                            unsafe { f(&FloatGemv { src, blocks: n, ahead, far: 0, x, x_stride: xs.stride, c, ldc }) };
                             from = k + n;
                         }
                         p += 1;
                     }
                     while p < np {
-                        let (mut f, mut count) = (s.gemv)(self.index(), self.keeps_all(), mr, false);
+                        let (mut f, mut count) = (s.gemv)(self.index(), self.layout.numbers(), mr, false);
                         if p + count > np {
-                            (f, count) = (s.gemv)(self.index(), self.keeps_all(), mr, true);
+                            (f, count) = (s.gemv)(self.index(), self.layout.numbers(), mr, true);
                         }
                         let mut src = [std::ptr::null(); MAX_NP];
                         for (i, to) in src.iter_mut().enumerate().take(count) {
                             *to = self.at(p0 + p + i, 0);
                         }
                         let c = cp.wrapping_add(m * ldc + p * PANEL);
-                        let a = FloatGemv { src, blocks, ahead, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                        let a = FloatGemv { src, blocks, ahead, far, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
                         // SAFETY: whole panels, existing rows.
                         unsafe { f(&a) };
                         p += count;
@@ -314,8 +353,6 @@ impl FloatPanels {
                 }
             } else {
                 let span = b.window * BLOCK * PANEL;
-                // Where each row of the lists is, window after window.
-                let mut next = zeros_vec::<[u32; PANEL]>(if self.lists().is_some() { np } else { 0 })?;
                 for window in (0..blocks).step_by(b.window) {
                     let end = blocks.min(window + b.window);
                     let (mut p, mut from) = (0, window);
@@ -337,11 +374,6 @@ impl FloatPanels {
                         } else {
                             let to = grown(&mut scratch.weights, b.np * span)?;
                             for i in 0..count {
-                                if let Some(lists) = self.lists() {
-                                    let to = &mut to[i * span..][..n * BLOCK * PANEL];
-                                    lists.window(p0 + p + i, k * BLOCK, &mut next[p + i], to);
-                                    continue;
-                                }
                                 self.spread(s, p0 + p + i, k, &mut to[i * span..][..n * BLOCK * PANEL]);
                             }
                             (to.as_ptr(), span)
@@ -369,5 +401,153 @@ impl FloatPanels {
             }
             Ok(())
         })
+    }
+
+    /// [`FloatPanels::matmul`] of slots and more than a few rows, all of them finite: lanes are rows of activations, so that a
+    /// kept number is one multiply-add for all of them, and a dropped one none.
+    fn matmul_lanes(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
+        let (t, s) = (table(o.isa), kernel::table(o.isa));
+        let lay = s.lay[self.index()];
+        let (f, lanes) = s.lanes[usize::from(x.rows > PANEL)];
+        let xs = floats(x, w, t, false, lanes, true, b.threads)?;
+        let (xs, blocks) = (&xs, self.blocks);
+        // Slots of a window of a panel, at most: a place and a number for each row.
+        let room = b.window * BLOCK * PANEL;
+        tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
+            let ldc = np * PANEL;
+            let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
+            let to = grown(&mut scratch.weights, 2 * np * room)?.as_mut_ptr();
+            let (numbers, places) = (to, to.wrapping_add(np * room).cast::<u32>());
+            let tile = PANEL * lanes;
+            let tiles = rows.div_ceil(lanes) * np;
+            let c = grown(&mut scratch.floats, tiles * tile + ldc)?;
+            let (sums, row) = c.split_at_mut(tiles * tile);
+            sums.fill(0.0);
+            let mut counts = zeros_vec::<usize>(np)?;
+            // Slots are multiplied while they lie in the first-level cache, or, by many rows, the activations are.
+            let group = if rows <= lanes { 1 } else { np };
+            for window in (0..blocks).step_by(b.window) {
+                let n = b.window.min(blocks - window);
+                for first in (0..np).step_by(group) {
+                    let last = np.min(first + group);
+                    for p in first..last {
+                        let (places, numbers) = (places.wrapping_add(p * room), numbers.wrapping_add(p * room));
+                        // SAFETY: whole blocks of an existing panel; room for as many slots as there can be.
+                        counts[p] = unsafe { lay(self.at(p0 + p, window), n, lanes, places, numbers) };
+                    }
+                    for (m, sums) in sums.chunks_exact_mut(np * tile).enumerate() {
+                        let x = xs.at(m0 + m * lanes, window * BLOCK * lanes);
+                        for p in first..last {
+                            let a = LaneArgs {
+                                places: places.wrapping_add(p * room),
+                                numbers: numbers.wrapping_add(p * room),
+                                slots: counts[p],
+                                x,
+                                c: sums[p * tile..].as_mut_ptr(),
+                            };
+                            // SAFETY: the slots that were laid out, places within the window of the activations.
+                            unsafe { f(&a) };
+                        }
+                    }
+                }
+            }
+            let row = &mut row[..ldc];
+            for m in 0..rows {
+                let sums = &sums[m / lanes * np * tile + m % lanes..];
+                row.iter_mut().zip(sums.iter().step_by(lanes)).for_each(|(to, &c)| *to = c);
+                finish_row(t, y, m0 + m, p0 * PANEL, row, 1.0, bias, false);
+            }
+            Ok(())
+        })
+    }
+}
+
+/// Writes a block of zeroed bytes, given the kept places of its rows and the number at row n and place k.
+fn fill<'a>(block: &mut [u8], layout: Layout, mut rows: [u64; PANEL], number: impl Fn(usize, usize) -> &'a [u8]) {
+    match layout {
+        Layout::All | Layout::Tiles => {
+            let size = block.len() / (BLOCK * PANEL);
+            for (i, to) in block.chunks_exact_mut(size).enumerate() {
+                to.copy_from_slice(number(i % PANEL, i / PANEL));
+            }
+        }
+        Layout::Masks => {
+            let (masks, mut rest) = block.split_at_mut(MASKS);
+            for (k, mask) in masks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
+                let mut bits = 0u16;
+                for n in (0..PANEL).filter(|&n| rows[n] >> k & 1 == 1) {
+                    bits |= 1 << n;
+                    rest = put(rest, number(n, k));
+                }
+                *mask = bits.to_le_bytes();
+            }
+        }
+        Layout::Slots => {
+            let (full, count) = slots(&rows);
+            let (head, rest) = block.split_at_mut(2);
+            head.copy_from_slice(&[full as u8, (count - full) as u8]);
+            let (masks, mut rest) = rest.split_at_mut(2 * (count - full));
+            for i in 0..count {
+                let (places, mut numbers) = rest.split_at_mut(PANEL);
+                let mut bits = 0u16;
+                for (n, row) in rows.iter_mut().enumerate().filter(|(_, row)| **row != 0) {
+                    let k = row.trailing_zeros() as usize;
+                    *row &= *row - 1;
+                    bits |= 1 << n;
+                    places[n] = k as u8;
+                    numbers = put(numbers, number(n, k));
+                }
+                rest = numbers;
+                if i >= full {
+                    masks[2 * (i - full)..][..2].copy_from_slice(&bits.to_le_bytes());
+                }
+            }
+        }
+    }
+}
+
+/// Writes a number; what lies behind it.
+fn put<'a>(to: &'a mut [u8], number: &[u8]) -> &'a mut [u8] {
+    let (first, rest) = to.split_at_mut(number.len());
+    first.copy_from_slice(number);
+    rest
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Format;
+    use crate::quantize::{quantize, Method};
+    use crate::sparse::{self, Structure};
+
+    /// A matrix whose entry at row n and place k is kept where `keep` says so.
+    fn panels(n: usize, k: usize, keep: impl Fn(usize, usize) -> bool) -> (FloatPanels, Vec<f32>) {
+        let w = (0..n * k).map(|i| if keep(i / k, i % k) { i as f32 + 1.0 } else { 0.0 }).collect::<Vec<_>>();
+        let dense =
+            quantize(&MatRef::from_f32(&w, n, k), &Format::parse("f32").unwrap(), Method::Rtn, 1).unwrap().tensor;
+        let q = sparse::pack(&dense.view(), Structure::Bitmap).unwrap();
+        (FloatPanels::new(&q.view(), &Geometry::new(k, None), ScaleType::F32, 1).unwrap(), w)
+    }
+
+    #[test]
+    fn few_numbers_lie_in_slots_and_come_back() {
+        let (n, k) = (21, 250);
+        for (kept, layout) in [(0, Layout::Slots), (10, Layout::Slots), (2, Layout::Masks), (1, Layout::Masks)] {
+            let keep = |n: usize, k: usize| kept > 0 && (n * 7 + k * 3).is_multiple_of(kept);
+            let (p, w) = panels(n, k, keep);
+            assert_eq!(p.layout, layout, "one of {kept}");
+            for panel in 0..2 {
+                let mut words = [0; PANEL * 4];
+                p.words(panel, &mut words);
+                let mut window = vec![f32::NAN; 4 * BLOCK * PANEL];
+                p.window(panel, &mut window);
+                for (i, at) in (0..PANEL).flat_map(|i| (0..4 * BLOCK).map(move |at| (i, at))) {
+                    let row = panel * PANEL + i;
+                    let there = row < n && at < k && keep(row, at);
+                    assert_eq!(words[i * 4 + at / 64] >> (at % 64) & 1 == 1, there);
+                    assert_eq!(window[at * PANEL + i], if there { w[row * k + at] } else { 0.0 });
+                }
+            }
+        }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! * [`Structure`] says in which units entries are kept; it is the last suffix of a format's name.
 //! * [`mask`] is the portable layout: which entries are kept, and codes of those alone.
-//! * [`panels`], [`floats`], [`lists`], [`rows`] and [`tiles`] are the rearrangements for the kernels.
+//! * [`panels`], [`floats`], [`rows`] and [`tiles`] are the rearrangements for the kernels.
 //! * [`columns`] holds a weight by columns, for activations that are mostly zero or mostly unchanged.
 //!
 //! A dropped entry is worth what the code of 0 decodes to. A sparse matrix is thus a dense one written shorter: every
@@ -11,7 +11,6 @@ pub mod columns;
 pub mod convert;
 pub mod floats;
 pub mod kernel;
-pub mod lists;
 pub mod mask;
 pub mod panels;
 mod restore;

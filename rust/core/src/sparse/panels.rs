@@ -20,8 +20,8 @@ use crate::plan::Path;
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
-/// Kernels read a register's bytes from wherever its codes begin.
-pub(crate) const SLACK: usize = 64;
+/// Kernels read a register's bytes from wherever its codes begin, numbers in two halves.
+pub(crate) const SLACK: usize = 128;
 
 /// A sparse weight of codes in bitmap panels.
 #[derive(Debug)]
@@ -69,11 +69,15 @@ impl Rows {
         }
     }
 
+    /// The kept places of each row in a block.
+    pub fn block(&self, block: usize) -> [u64; PANEL] {
+        std::array::from_fn(|n| self.words[n * self.blocks + block])
+    }
+
     /// The masks of the 16 registers of a block.
     pub fn registers(&self, block: usize) -> [u64; 16] {
         let mut out = [0; 16];
-        for n in 0..PANEL {
-            let word = self.words[n * self.blocks + block];
+        for (n, word) in self.block(block).into_iter().enumerate() {
             for (r, m) in out.iter_mut().enumerate() {
                 *m |= (word >> (4 * r) & 15) << (4 * n);
             }

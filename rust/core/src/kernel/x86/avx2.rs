@@ -265,6 +265,7 @@ macro_rules! common {
                 _mm256_movemask_ps(c) != 0
             };
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+            prefetch_l2(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
         }
     };
 }

@@ -296,6 +296,7 @@ macro_rules! common {
             xor_sign(a: I) -> I = _mm512_xor_si512(a, _mm512_set1_epi32(i32::MIN));
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
+            prefetch_l2(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
         }
         #[inline(always)]
         unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [F; 8] {

@@ -1,5 +1,5 @@
 //! The kernels, written once over [`Expand`].
-use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, ListGemv};
+use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, LaneArgs};
 use crate::kernel::generic::scales;
 use crate::kernel::simd::Simd;
 use crate::pack::PANEL;
@@ -16,8 +16,8 @@ pub unsafe trait Expand: 'static {
     unsafe fn bytes(fill: <Self::S as Simd>::I, mask: u64, p: *const u8) -> <Self::S as Simd>::I;
     /// The same of codes of four bits, the lower half of a byte first.
     unsafe fn nibbles(fill: <Self::S as Simd>::I, mask: u64, p: *const u8) -> <Self::S as Simd>::I;
-    /// The first lanes of `v` in the lanes whose bit is set, +0 in the others.
-    unsafe fn lanes(mask: u16, v: <Self::S as Simd>::F) -> <Self::S as Simd>::F;
+    /// The first numbers at `p` in the lanes whose bit is set, +0 in the others. 128 bytes are readable.
+    unsafe fn lanes<T: Number>(mask: u16, p: *const u8) -> <Self::S as Simd>::F;
 }
 
 /// A type of stored numbers.
@@ -61,21 +61,36 @@ numbers! {
 /// Bytes of the masks of a block: 16 words of 64 bits over codes, or 64 of 16 over numbers.
 pub const MASKS: usize = 128;
 
-/// How far ahead of the codes in use memory is asked for: blocks are short, and what the hardware fetches by itself comes
-/// too late (a C program of the loop takes 1.7 times as long without).
+/// How far ahead of the kept tiles in use memory is asked for.
 const AHEAD: usize = 4096;
+/// The same of short blocks, bitmaps and slots of few numbers: what the hardware fetches by itself comes too late. On a Xeon a C
+/// program of the loop over bitmaps takes 1.7 times as long without, and 1.08 times with [`AHEAD`] alone; on a Zen 4 slots of
+/// 10 % of floats take 1.27 times as long with [`AHEAD`] alone.
+pub const NEAR: usize = 2048;
+/// And as far as the second-level cache.
+pub const FAR: usize = 16384;
 /// The same where a few blocks of one panel are followed by those of another, a line for each register: as above they take 1.5
 /// times as long at 50 % kept (measured).
 const FAR_AHEAD: usize = 8192;
 /// The same for numbers.
 pub const NUMBERS_AHEAD: usize = 4096;
 
-/// Asks for the lines from `from` on that lie before `to`, [`AHEAD`] bytes later.
+/// Asks for the lines from `from` on that lie before `to`, `near` bytes later, and `far` bytes later, unless that is 0, as far as
+/// the second-level cache.
 #[inline(always)]
-unsafe fn fetch<S: Simd>(from: *const u8, to: *const u8) {
-    for line in (0..to as usize - from as usize).step_by(64) {
+unsafe fn fetch<S: Simd>(from: *const u8, to: *const u8, near: usize, far: usize) {
+    // Hidden, so that the loop is not unrolled: it has a few rounds, of another number in every block.
+    let line = std::hint::black_box(64);
+    let mut at = from;
+    while at < to {
         // SAFETY: no access.
-        unsafe { S::prefetch(from.wrapping_add(line + AHEAD)) };
+        unsafe {
+            S::prefetch(at.wrapping_add(near));
+            if far > 0 {
+                S::prefetch_l2(at.wrapping_add(far));
+            }
+        }
+        at = at.wrapping_add(line);
     }
 }
 
@@ -199,7 +214,7 @@ unsafe fn raw_body<E: Expand, const W: usize, const MR: usize, const STORED: boo
                 }
             }
             if a.prefetch {
-                fetch::<E::S>(src, codes);
+                fetch::<E::S>(src, codes, NEAR, FAR);
             }
             src = codes;
         }
@@ -232,7 +247,7 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
         for i in 0..a.count {
             let tile = a.tiles.add(1024 * i);
             if a.prefetch {
-                fetch::<S>(tile, tile.wrapping_add(1024));
+                fetch::<S>(tile, tile.wrapping_add(1024), AHEAD, 0);
             }
             let codes = a.act.codes.add(*a.index.add(i) as usize * a.act.block_stride);
             for m in 0..MR {
@@ -317,7 +332,7 @@ pub unsafe fn kept_grouped<S: Simd, const MR: usize>(a: &KeptGrouped) {
 /// `c[m][16p..] = fma(x[m][k], w[k], c)` for k ascending; `ALL`: every number is stored, there are no masks.
 ///
 /// # Safety
-/// The pointers in `a` hold what [`FloatGemv`] says, each panel 64 bytes more; the CPU has the features of `E`.
+/// The pointers in `a` hold what [`FloatGemv`] says, each panel 128 bytes more; the CPU has the features of `E`.
 #[inline(always)]
 pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const MR: usize>(a: &FloatGemv) {
     // SAFETY: as the contract says.
@@ -373,35 +388,209 @@ unsafe fn number<E: Expand, T: Number, const ALL: bool>(
         }
         let mask = masks.add(2 * k).cast::<u16>().read_unaligned();
         *src = p.add(T::SIZE * mask.count_ones() as usize);
-        E::lanes(mask, T::load::<E::S>(p))
+        E::lanes::<T>(mask, p)
     }
 }
 
-/// `c[m] = fma(x[m][index], number, c[m])` for the slots of a panel in order, each row's own number and place along K.
+/// The slots of a block: each holds the next kept number of each row that has one, behind 16 bytes that say where along the
+/// block they belong.
+struct Slots {
+    /// Slots that every row fills; they come first.
+    full: usize,
+    /// The others.
+    some: usize,
+    /// Which rows fill those, 16 bits each.
+    masks: *const u8,
+    /// The first slot.
+    first: *const u8,
+}
+
+impl Slots {
+    /// The slots of the block at `src`.
+    #[inline(always)]
+    unsafe fn of(src: *const u8) -> Self {
+        // SAFETY: the caller's block.
+        unsafe {
+            let (full, some) = (usize::from(*src), usize::from(*src.add(1)));
+            let masks = src.add(2);
+            Self { full, some, masks, first: masks.add(2 * some) }
+        }
+    }
+
+    /// The rows that fill slot `full + i`.
+    #[inline(always)]
+    unsafe fn mask(&self, i: usize) -> u16 {
+        // SAFETY: the caller's block has such a slot.
+        unsafe { self.masks.add(2 * i).cast::<u16>().read_unaligned() }
+    }
+}
+
+/// As [`gemv`] with blocks of slots, for finite activations alone: dropped numbers are left out. The 64 activations of a block
+/// are looked up in registers.
 ///
 /// # Safety
-/// The pointers in `a` hold what [`ListGemv`] says; the CPU has the features of `S`.
+/// The pointers in `a` hold what [`FloatGemv`] says, the panel 128 bytes more; the CPU has the features of `E`.
 #[inline(always)]
-pub unsafe fn lists<S: Simd, T: Number, const MR: usize>(a: &ListGemv) {
+pub unsafe fn slots<E: Expand, T: Number, const MR: usize>(a: &FloatGemv) {
     // SAFETY: as the contract says.
     unsafe {
-        let mut f = [S::splatf(0.0); MR];
+        let mut f = [E::S::splatf(0.0); MR];
         for m in 0..MR {
-            f[m] = S::loadf(a.c.add(m * a.ldc));
+            f[m] = E::S::loadf(a.c.add(m * a.ldc));
         }
-        for i in 0..a.slots {
-            let (numbers, index) = (a.numbers.add(16 * T::SIZE * i), a.index.add(16 * i));
-            S::prefetch(numbers.wrapping_add(NUMBERS_AHEAD));
-            S::prefetch(index.wrapping_add(NUMBERS_AHEAD / 4).cast());
-            let w = T::load::<S>(numbers);
-            // 16 bits in the upper half of each lane, moved down.
-            let at = S::shr32_16(S::bits(S::load_bf16(index)));
+        // Hidden, so that no loop is unrolled: each has a few rounds, of another number in every block.
+        let one = std::hint::black_box(1);
+        let mut src = a.src[0];
+        for b in 0..a.blocks {
+            let mut x = [std::ptr::null::<f32>(); MR];
             for m in 0..MR {
-                f[m] = S::fma(S::gather(a.x.offset(m as isize * a.x_stride), at), w, f[m]);
+                x[m] = a.x.offset(m as isize * a.x_stride).add(b * 64);
+            }
+            let s = Slots::of(src);
+            let mut slot = s.first;
+            // Two loops, as the numbers of full slots need not be expanded.
+            let mut i = 0;
+            while i < s.full {
+                let at = E::S::load_u8(slot);
+                let w = T::load::<E::S>(slot.add(PANEL));
+                for m in 0..MR {
+                    f[m] = E::S::fma(E::S::lut64(x[m], at), w, f[m]);
+                }
+                slot = slot.add(PANEL + PANEL * T::SIZE);
+                i += one;
+            }
+            let mut i = 0;
+            while i < s.some {
+                let at = E::S::load_u8(slot);
+                let mask = s.mask(i);
+                let w = E::lanes::<T>(mask, slot.add(PANEL));
+                for m in 0..MR {
+                    f[m] = E::S::fma(E::S::lut64(x[m], at), w, f[m]);
+                }
+                slot = slot.add(PANEL + mask.count_ones() as usize * T::SIZE);
+                i += one;
+            }
+            fetch::<E::S>(src, slot, a.ahead, a.far);
+            src = slot;
+        }
+        for m in 0..MR {
+            E::S::storef(a.c.add(m * a.ldc), f[m]);
+        }
+    }
+}
+
+/// Lays `blocks` blocks of slots out for [`lanes`]: `[slot][16]` places among activations `lanes` side by side, a power of two,
+/// and numbers, 0 at any place for rows that do not fill a slot. How many slots there are.
+///
+/// # Safety
+/// `src` holds the blocks and 128 bytes more, `places` and `numbers` have room for 64 slots of each; the CPU has the features of
+/// `E`.
+#[inline(always)]
+pub unsafe fn lay<E: Expand, T: Number>(
+    src: *const u8,
+    blocks: usize,
+    lanes: usize,
+    places: *mut u32,
+    numbers: *mut f32,
+) -> usize {
+    // SAFETY: as the contract says.
+    unsafe {
+        let (mut src, mut count) = (src, 0);
+        for b in 0..blocks {
+            let base = E::S::splat((64 * b) as i32);
+            let s = Slots::of(src);
+            src = s.first;
+            for i in 0..s.full + s.some {
+                E::S::prefetch(src.wrapping_add(NUMBERS_AHEAD));
+                let at = E::S::add(E::S::load_u8(src), base);
+                let at = E::S::mul(at, E::S::splat(lanes as i32));
+                E::S::store(places.add(PANEL * count).cast(), at);
+                src = src.add(PANEL);
+                if i < s.full {
+                    E::S::storef(numbers.add(PANEL * count), T::load::<E::S>(src));
+                    src = src.add(PANEL * T::SIZE);
+                } else {
+                    let mask = s.mask(i - s.full);
+                    E::S::storef(numbers.add(PANEL * count), E::lanes::<T>(mask, src));
+                    src = src.add(mask.count_ones() as usize * T::SIZE);
+                }
+                count += 1;
             }
         }
-        for m in 0..MR {
-            S::storef(a.c.add(m * a.ldc), f[m]);
+        count
+    }
+}
+
+/// `c[n] = fma(number, x[place], c[n])` for the slots in order, `V` vectors of activations side by side, `N` rows of the panel at
+/// a time.
+///
+/// # Safety
+/// The pointers in `a` hold what [`LaneArgs`] says; the CPU has the features of `S`.
+#[inline(always)]
+pub unsafe fn lanes<S: Simd, const N: usize, const V: usize>(a: &LaneArgs) {
+    // SAFETY: as the contract says.
+    unsafe {
+        for n0 in (0..PANEL).step_by(N) {
+            let mut f = [[S::splatf(0.0); V]; N];
+            for n in 0..N {
+                for v in 0..V {
+                    f[n][v] = S::loadf(a.c.add(((n0 + n) * V + v) * 16));
+                }
+            }
+            for i in 0..a.slots {
+                let (places, numbers) = (a.places.add(PANEL * i + n0), a.numbers.add(PANEL * i + n0));
+                for n in 0..N {
+                    let x = a.x.add(*places.add(n) as usize);
+                    let w = S::splatf(*numbers.add(n));
+                    for v in 0..V {
+                        f[n][v] = S::fma(S::loadf(x.add(16 * v)), w, f[n][v]);
+                    }
+                }
+            }
+            for n in 0..N {
+                for v in 0..V {
+                    S::storef(a.c.add(((n0 + n) * V + v) * 16), f[n][v]);
+                }
+            }
+        }
+    }
+}
+
+/// As [`floats`] with blocks of slots.
+///
+/// # Safety
+/// As [`floats`].
+#[inline(always)]
+pub unsafe fn spread_slots<S: Simd, T: Number>(src: *const u8, out: *mut f32, blocks: usize) {
+    // SAFETY: as the contract says; places are below 64.
+    unsafe {
+        let mut src = src;
+        for b in 0..blocks {
+            let out = out.add(b * 64 * PANEL);
+            for k in 0..64 {
+                S::storef(out.add(k * PANEL), S::splatf(0.0));
+            }
+            let s = Slots::of(src);
+            src = s.first;
+            let mut numbers = [0f32; PANEL];
+            for _ in 0..s.full {
+                S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL)));
+                for (n, v) in numbers.iter().enumerate() {
+                    *out.add(usize::from(*src.add(n)) * PANEL + n) = *v;
+                }
+                src = src.add(PANEL + PANEL * T::SIZE);
+            }
+            for i in 0..s.some {
+                S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL)));
+                let mut rows = s.mask(i);
+                let count = rows.count_ones() as usize;
+                for v in &numbers[..count] {
+                    let n = rows.trailing_zeros() as usize;
+                    *out.add(usize::from(*src.add(n)) * PANEL + n) = *v;
+                    rows &= rows - 1;
+                }
+                src = src.add(PANEL + count * T::SIZE);
+            }
         }
     }
 }
@@ -409,7 +598,7 @@ pub unsafe fn lists<S: Simd, T: Number, const MR: usize>(a: &ListGemv) {
 /// Spreads `blocks` blocks to f32 `[k][16]`.
 ///
 /// # Safety
-/// `src` holds the blocks and 64 bytes more, `out` 1024 floats for each; the CPU has the features of `E`.
+/// `src` holds the blocks and 128 bytes more, `out` 1024 floats for each; the CPU has the features of `E`.
 #[inline(always)]
 pub unsafe fn floats<E: Expand, T: Number, const ALL: bool>(src: *const u8, out: *mut f32, blocks: usize) {
     // SAFETY: as the contract says.

@@ -103,6 +103,8 @@ pub struct FloatGemv {
     pub blocks: usize,
     /// Bytes ahead that memory is asked for.
     pub ahead: usize,
+    /// Bytes ahead that blocks of slots are asked for as far as the second-level cache, or 0.
+    pub far: usize,
     /// Activations in padded places: row m at `m*x_stride`.
     pub x: *const f32,
     /// Floats between rows of `x`.
@@ -113,23 +115,30 @@ pub struct FloatGemv {
     pub ldc: usize,
 }
 
-/// Arguments of the float kernels over lists of numbers.
+/// Arguments of the float kernel whose lanes are rows of activations.
 #[derive(Debug, Clone, Copy)]
-pub struct ListGemv {
-    /// `[slot][16]`.
-    pub numbers: *const u8,
-    /// `[slot][16]`: where along K.
-    pub index: *const u16,
+pub struct LaneArgs {
+    /// `[slot][16]`: where in `x` the activations of each row's number begin, in floats.
+    pub places: *const u32,
+    /// `[slot][16]`
+    pub numbers: *const f32,
     /// Slots.
     pub slots: usize,
-    /// Activations: row m at `m*x_stride`.
+    /// Activations `[k][lanes]`.
     pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
-    /// Sums `[m][ldc]`, read and written.
+    /// Sums `[16][lanes]`, read and written.
     pub c: *mut f32,
-    /// Row stride of `c`.
-    pub ldc: usize,
+}
+
+/// How the numbers of a block lie; see [`crate::sparse::floats`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Numbers {
+    /// All of them.
+    All,
+    /// The kept ones, behind a mask for each k.
+    Masks,
+    /// The kept ones, the next of each row side by side.
+    Slots,
 }
 
 /// Panels of a float kernel, at most.
@@ -145,8 +154,10 @@ pub type KeptRawFn = unsafe fn(&KeptRaw);
 pub type KeptGroupedFn = unsafe fn(&KeptGrouped);
 /// A float kernel over panels of numbers.
 pub type FloatGemvFn = unsafe fn(&FloatGemv);
-/// A float kernel over lists of numbers.
-pub type ListGemvFn = unsafe fn(&ListGemv);
+/// Lays slots out: see [`generic::lay`].
+pub type LayFn = unsafe fn(*const u8, usize, usize, *mut u32, *mut f32) -> usize;
+/// A float kernel whose lanes are rows of activations.
+pub type LanesFn = unsafe fn(&LaneArgs);
 /// Spreads blocks of a panel of numbers to f32 `[k][16]`.
 pub type FloatExpandFn = unsafe fn(*const u8, *mut f32, usize);
 /// Adds multiples of columns to sums: see [`generic::add_columns`].
@@ -189,12 +200,18 @@ pub struct SparseKernels {
     pub kept: [KeptRawFn; 4],
     /// By rows 1, 2, 4, 8.
     pub kept_grouped: [KeptGroupedFn; 4],
-    /// By type of number (f32, f16, bf16), whether all are kept, rows 1, 2, 4: kernel and panels.
-    pub gemv: fn(usize, bool, usize, bool) -> (FloatGemvFn, usize),
-    /// By type of number, then rows 1, 2, 4.
-    pub lists: [[ListGemvFn; 3]; 3],
-    /// By type of number, whether all are kept.
-    pub floats: [[FloatExpandFn; 2]; 3],
+    /// By type of number (f32, f16, bf16), how they lie, rows 1, 2, 4, whether of one panel: kernel and panels.
+    pub gemv: fn(usize, Numbers, usize, bool) -> (FloatGemvFn, usize),
+    /// By type of number, then how they lie.
+    pub floats: [[FloatExpandFn; 3]; 3],
+    /// By type of number: slots laid out for `lanes`.
+    pub lay: [LayFn; 3],
+    /// Of a hundred k, the most slots that are better than masks: looked up by a gather they cost more.
+    pub most_slots: usize,
+    /// From how many rows on lanes of rows of activations are better than lanes of rows of the weight.
+    pub lanes_from: usize,
+    /// Kernel and lanes, for up to 16 rows and for more.
+    pub lanes: [(LanesFn, usize); 2],
     /// Sums of columns.
     pub columns: ColumnsFn,
     /// Sums of decoded columns.
@@ -213,7 +230,7 @@ pub fn table(isa: Isa) -> &'static SparseKernels {
 
 /// Instantiates the generic kernels for one implementation of [`Expand`].
 macro_rules! instantiate {
-    ($(#[$feature:meta])* $name:ident, $e:ty, rows [$r2:literal, $r4:literal], gemv [$np:literal, $bp1:literal, $bp4:literal], columns $columns:path) => {
+    ($(#[$feature:meta])* $name:ident, $e:ty, rows [$r2:literal, $r4:literal], gemv [$np:literal, $bp1:literal, $bp4:literal], slots $slots:literal, lanes [$l1:literal, $l2:literal x $lv:literal] from $lm:literal, columns $columns:path) => {
         pub(in crate::sparse::kernel) static $name: crate::sparse::kernel::SparseKernels = {
             use crate::sparse::kernel::generic::{self, Number, BF16, F16, F32};
             use crate::sparse::kernel::*;
@@ -243,14 +260,35 @@ macro_rules! instantiate {
                 unsafe { generic::gemv::<$e, T, ALL, NP, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn lists<T: Number, const MR: usize>(a: &ListGemv) {
+            unsafe fn slots<T: Number, const MR: usize>(a: &FloatGemv) {
                 // SAFETY: as above.
-                unsafe { generic::lists::<<$e as Expand>::S, T, MR>(a) }
+                unsafe { generic::slots::<$e, T, MR>(a) }
+            }
+            $(#[$feature])*
+            unsafe fn lay<T: Number>(
+                src: *const u8,
+                blocks: usize,
+                lanes: usize,
+                places: *mut u32,
+                numbers: *mut f32,
+            ) -> usize {
+                // SAFETY: as above.
+                unsafe { generic::lay::<$e, T>(src, blocks, lanes, places, numbers) }
+            }
+            $(#[$feature])*
+            unsafe fn lanes<const N: usize, const V: usize>(a: &LaneArgs) {
+                // SAFETY: as above.
+                unsafe { generic::lanes::<<$e as Expand>::S, N, V>(a) }
             }
             $(#[$feature])*
             unsafe fn floats<T: Number, const ALL: bool>(src: *const u8, out: *mut f32, blocks: usize) {
                 // SAFETY: as above.
                 unsafe { generic::floats::<$e, T, ALL>(src, out, blocks) }
+            }
+            $(#[$feature])*
+            unsafe fn spread_slots<T: Number>(src: *const u8, out: *mut f32, blocks: usize) {
+                // SAFETY: as above.
+                unsafe { generic::spread_slots::<<$e as Expand>::S, T>(src, out, blocks) }
             }
             $(#[$feature])*
             unsafe fn columns(w: *const u8, stride: usize, len: usize, list: &[(u32, i8)], acc: *mut i32) {
@@ -262,7 +300,7 @@ macro_rules! instantiate {
                 // SAFETY: as above.
                 unsafe { generic::add_float_columns(a, list) }
             }
-            fn pick(kind: usize, all: bool, mr: usize, single: bool) -> (FloatGemvFn, usize) {
+            fn pick(kind: usize, how: Numbers, mr: usize, single: bool) -> (FloatGemvFn, usize) {
                 macro_rules! rows { ($t:ty, $all:literal, $n1:literal, $n4:literal) => { match (mr, single) {
                     (1, false) => (gemv::<$t, $all, $n1, 1> as FloatGemvFn, $n1),
                     (2, false) => (gemv::<$t, $all, $n4, $r2>, $n4),
@@ -271,13 +309,17 @@ macro_rules! instantiate {
                     (2, true) => (gemv::<$t, $all, 1, $r2>, 1),
                     (_, true) => (gemv::<$t, $all, 1, $r4>, 1),
                 } } }
-                match (kind, all) {
-                    (0, true) => rows!(F32, true, $np, $np),
-                    (0, false) => rows!(F32, false, $bp1, $bp4),
-                    (1, true) => rows!(F16, true, $np, $np),
-                    (1, false) => rows!(F16, false, $bp1, $bp4),
-                    (_, true) => rows!(BF16, true, $np, $np),
-                    (_, false) => rows!(BF16, false, $bp1, $bp4),
+                macro_rules! types { ($t:ty) => { match (how, mr) {
+                    (Numbers::All, _) => rows!($t, true, $np, $np),
+                    (Numbers::Masks, _) => rows!($t, false, $bp1, $bp4),
+                    (Numbers::Slots, 1) => (slots::<$t, 1>, 1),
+                    (Numbers::Slots, 2) => (slots::<$t, $r2>, 1),
+                    (Numbers::Slots, _) => (slots::<$t, $r4>, 1),
+                } } }
+                match kind {
+                    0 => types!(F32),
+                    1 => types!(F16),
+                    _ => types!(BF16),
                 }
             }
             crate::sparse::kernel::SparseKernels {
@@ -287,16 +329,15 @@ macro_rules! instantiate {
                 kept: [kept::<1>, kept::<2>, kept::<4>, kept::<8>],
                 kept_grouped: [kept_grouped::<1>, kept_grouped::<2>, kept_grouped::<4>, kept_grouped::<8>],
                 gemv: pick,
-                lists: [
-                    [lists::<F32, 1>, lists::<F32, $r2>, lists::<F32, $r4>],
-                    [lists::<F16, 1>, lists::<F16, $r2>, lists::<F16, $r4>],
-                    [lists::<BF16, 1>, lists::<BF16, $r2>, lists::<BF16, $r4>],
-                ],
                 floats: [
-                    [floats::<F32, false>, floats::<F32, true>],
-                    [floats::<F16, false>, floats::<F16, true>],
-                    [floats::<BF16, false>, floats::<BF16, true>],
+                    [floats::<F32, true>, floats::<F32, false>, spread_slots::<F32>],
+                    [floats::<F16, true>, floats::<F16, false>, spread_slots::<F16>],
+                    [floats::<BF16, true>, floats::<BF16, false>, spread_slots::<BF16>],
                 ],
+                lay: [lay::<F32>, lay::<F16>, lay::<BF16>],
+                most_slots: $slots,
+                lanes_from: $lm,
+                lanes: [(lanes::<$l1, 1>, 16), (lanes::<$l2, $lv>, 16 * $lv)],
                 columns,
                 float_columns,
             }

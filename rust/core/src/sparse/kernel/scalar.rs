@@ -1,5 +1,5 @@
 //! Spreading in a loop: the definition the others are held to, on any registers.
-use super::generic::{add_columns, spread, Expand};
+use super::generic::{add_columns, spread, Expand, Number};
 use super::instantiate;
 use crate::kernel::simd::Simd;
 use std::marker::PhantomData;
@@ -35,11 +35,11 @@ unsafe impl<S: Simd> Expand for Loop<S> {
     }
 
     #[inline(always)]
-    unsafe fn lanes(mask: u16, v: S::F) -> S::F {
+    unsafe fn lanes<T: Number>(mask: u16, p: *const u8) -> S::F {
         let (mut from, mut to) = ([0f32; 16], [0f32; 16]);
         // SAFETY: the caller's features.
         unsafe {
-            S::storef(from.as_mut_ptr(), v);
+            S::storef(from.as_mut_ptr(), T::load::<S>(p));
             let mut at = 0;
             for (i, t) in to.iter_mut().enumerate() {
                 if mask >> i & 1 == 1 {
@@ -52,4 +52,4 @@ unsafe impl<S: Simd> Expand for Loop<S> {
     }
 }
 
-instantiate!(SCALAR, Loop<crate::kernel::scalar::Scalar>, rows [1, 1], gemv [1, 1, 1], columns add_columns);
+instantiate!(SCALAR, Loop<crate::kernel::scalar::Scalar>, rows [1, 1], gemv [1, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns);

@@ -5,7 +5,7 @@ pub(crate) mod bsr;
 use crate::isa::Isa;
 use crate::kernel::simd::Simd;
 use crate::kernel::x86::{Avx2, Avx512, Avx512Vnni, AvxVnni};
-use crate::sparse::kernel::generic::{add_columns, Expand};
+use crate::sparse::kernel::generic::{add_columns, Expand, Number};
 use crate::sparse::kernel::scalar::Loop;
 use crate::sparse::kernel::{instantiate, SparseKernels};
 use std::arch::asm;
@@ -63,15 +63,32 @@ macro_rules! deposited {
 #[derive(Debug)]
 pub struct Deposit<S>(PhantomData<S>);
 
-/// Eight lanes: which lane goes where is a deposit of the numbers 0 to 7.
+/// For a mask of eight lanes, which number goes where; negative where none does.
+static FROM: [[i8; 8]; 256] = {
+    let mut from = [[-1; 8]; 256];
+    let mut mask = 0;
+    while mask < 256 {
+        let (mut lane, mut at) = (0, 0);
+        while lane < 8 {
+            if mask >> lane & 1 == 1 {
+                from[mask][lane] = at;
+                at += 1;
+            }
+            lane += 1;
+        }
+        mask += 1;
+    }
+    from
+};
+
+/// The first numbers of `v` in the lanes whose bit is set, +0 in the others.
 #[inline(always)]
-unsafe fn lanes8(mask: u64, v: __m256) -> __m256 {
-    // SAFETY: the caller has AVX2 and BMI2.
+unsafe fn lanes8(mask: u8, v: __m256) -> __m256 {
+    // SAFETY: the caller has AVX2.
     unsafe {
-        let (select, _) = byte_mask(mask, 0);
-        let from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(_pdep_u64(0x0706_0504_0302_0100, select) as i64));
-        let keep = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(select as i64));
-        _mm256_and_ps(_mm256_permutevar8x32_ps(v, from), _mm256_castsi256_ps(keep))
+        let from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(FROM[usize::from(mask)].as_ptr().cast()));
+        let dropped = _mm256_castsi256_ps(_mm256_srai_epi32::<31>(from));
+        _mm256_andnot_ps(dropped, _mm256_permutevar8x32_ps(v, from))
     }
 }
 
@@ -92,15 +109,13 @@ unsafe impl<S: Simd<I = [__m256i; 2], F = [__m256; 2]>> Expand for Deposit<S> {
     }
 
     #[inline(always)]
-    unsafe fn lanes(mask: u16, v: S::F) -> S::F {
+    unsafe fn lanes<T: Number>(mask: u16, p: *const u8) -> S::F {
         // SAFETY: as above.
         unsafe {
-            let low = u64::from(mask & 255);
+            let [low, high] = mask.to_le_bytes();
             // The upper lanes begin where the lower ones end.
-            let mut both = [0f32; 16];
-            S::storef(both.as_mut_ptr(), v);
-            let high = _mm256_loadu_ps(both.as_ptr().add(low.count_ones() as usize));
-            [lanes8(low, v[0]), lanes8(u64::from(mask >> 8), high)]
+            let upper = p.add(T::SIZE * low.count_ones() as usize);
+            [lanes8(low, T::load::<S>(p)[0]), lanes8(high, T::load::<S>(upper)[0])]
         }
     }
 }
@@ -150,9 +165,9 @@ unsafe impl<S: Simd<I = __m512i, F = __m512>, const VBMI2: bool> Expand for Wide
     }
 
     #[inline(always)]
-    unsafe fn lanes(mask: u16, v: __m512) -> __m512 {
+    unsafe fn lanes<T: Number>(mask: u16, p: *const u8) -> __m512 {
         // SAFETY: as above.
-        unsafe { _mm512_maskz_expand_ps(mask, loaded(v)) }
+        unsafe { _mm512_maskz_expand_ps(mask, loaded(T::load::<S>(p))) }
     }
 }
 
@@ -243,27 +258,27 @@ unsafe fn add_in_order(sums: *const i32, acc: *mut i32) {
 
 instantiate!(
     #[target_feature(enable = "avx2,fma,f16c,popcnt")]
-    AVX2_LOOP, Loop<Avx2>, rows [2, 4], gemv [2, 1, 1], columns add_columns
+    AVX2_LOOP, Loop<Avx2>, rows [2, 4], gemv [2, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi2")]
-    AVX2, Deposit<Avx2>, rows [2, 4], gemv [2, 1, 1], columns add_columns
+    AVX2, Deposit<Avx2>, rows [2, 4], gemv [2, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi2,avxvnni")]
-    AVXVNNI, Deposit<AvxVnni>, rows [2, 4], gemv [2, 1, 1], columns add_columns
+    AVXVNNI, Deposit<AvxVnni>, rows [2, 4], gemv [2, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512, Wide<Avx512, false>, rows [2, 4], gemv [4, 2, 2], columns add_columns
+    AVX512, Wide<Avx512, false>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512VNNI, Wide<Avx512Vnni, false>, rows [2, 4], gemv [4, 2, 2], columns add_columns_vnni
+    AVX512VNNI, Wide<Avx512Vnni, false>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns_vnni
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512VBMI2, Wide<Avx512Vnni, true>, rows [2, 4], gemv [4, 2, 2], columns add_columns_vnni
+    AVX512VBMI2, Wide<Avx512Vnni, true>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns_vnni
 );
 
 /// The kernels of a level, `None` for the portable ones. Levels promise no BMI2 and no VBMI2: the CPU is asked.
