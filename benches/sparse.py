@@ -51,7 +51,8 @@ DELTA = "DeltaLinear, int8"
 CASES = [
     Case("f32 bitmap", "f32", "bitmap", "unstructured", "f32", 1, True, CURVE,
          {0.4: 1.6, 0.2: 2.8, 0.1: 4.5}),
-    Case("f32 bitmap", "f32", "bitmap", "unstructured", "f32", 16, False, (0.1, 0.4)),
+    Case("f32 bitmap", "f32", "bitmap", "unstructured", "f32", 16, False, (0.1, 0.2, 0.4)),
+    Case("f32 bitmap", "f32", "bitmap", "unstructured", "f32", 256, False, (0.1, 0.2, 0.3)),
     Case("f16 bitmap", "f16", "bitmap", "unstructured", "f32", 1, True, (0.1, 0.2, 0.5)),
     Case("int8 bitmap", "int8", "bitmap", "unstructured", "int8", 1, True, CURVE,
          {0.5: 1.25, 0.2: 2.2}),
