@@ -43,6 +43,11 @@ def test_explain() -> None:
             m = int(fields["m"])
             assert int(fields["operations"]) == 2 * m * 96 * 256
             assert int(fields["bytes"]) == int(fields["weight_bytes"]) + 4 * m * (96 + 256)
+    few = nb.prune(testing.values((96, 256), 1), "unstructured", 0.125)
+    for fmt, share in (("f32", 1), ("f32_bitmap", 0.125), ("int8_bitmap", 1)):
+        fields = nb.explain(np.ones((40, 256)), nb.quantize(few, fmt).T).fields()
+        assert int(fields["operations"]) == 2 * 40 * 96 * 256 * share
+        assert 0 < float(fields["floor_us"]) <= float(fields["predicted_us"])
     left = nb.explain(q, np.ones((2, 256, 9)))
     assert left.fields()["m"] == "18"
     assert nb.explain(q, np.ones(256)).fields()["m"] == "1"

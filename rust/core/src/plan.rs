@@ -39,6 +39,8 @@ pub struct Plan {
     pub shape: (usize, usize, usize),
     /// Bytes of codes, scales and zeros read.
     pub weight_bytes: usize,
+    /// Share of the entries that are multiplied.
+    pub share: f64,
     /// Places of K after padding groups.
     pub padded_k: usize,
     /// Kernel name.
@@ -234,6 +236,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
         compute,
         shape: (m, w.n, w.geometry.k),
         weight_bytes: w.nbytes(),
+        share: w.share,
         padded_k: w.geometry.kp,
         kernel: format!("{class}_{}x{}k{kr}_{isa_name}", b.mr, b.np * PANEL),
         format: w.format.to_string(),
@@ -246,10 +249,10 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
 const CACHED: usize = 64 << 20;
 
 impl Plan {
-    /// Operations counted as `2*M*N*K`.
+    /// Operations counted as `2*M*N*K`, without those of dropped entries that are left out.
     pub fn operations(&self) -> f64 {
         let (m, n, k) = self.shape;
-        2.0 * m as f64 * n as f64 * k as f64
+        2.0 * m as f64 * n as f64 * k as f64 * self.share
     }
 
     /// Bytes that must be read or written: the weight, float32 activations, float32 results.
@@ -299,7 +302,9 @@ impl Plan {
             Path::TilesBf16 => 550e9,
             Path::Fused => vector(330e9, 330e9, 170e9, 140e9, 120e9),
             Path::Bytes => vector(300e9, 300e9, 170e9, 180e9, 100e9),
-            Path::Gemv | Path::Gemm | Path::Lanes => vector(155e9, 155e9, 155e9, 75e9, 75e9),
+            Path::Gemv | Path::Gemm => vector(155e9, 155e9, 155e9, 75e9, 75e9),
+            // Places that rows of a panel do not fill, and two loads for each multiply-add.
+            Path::Lanes => vector(40e9, 40e9, 40e9, 30e9, 30e9),
         };
         let bandwidth = match (self.blocking.path, self.weight_bytes <= CACHED) {
             (Path::Gemv, _) => vector(10e9, 10e9, 10e9, 3.2e9, 3.2e9),

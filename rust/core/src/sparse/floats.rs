@@ -180,6 +180,11 @@ impl FloatPanels {
         self.layout == Layout::All
     }
 
+    /// Whether products leave out dropped numbers.
+    pub(crate) fn skips(&self) -> bool {
+        matches!(self.layout, Layout::Tiles | Layout::Slots)
+    }
+
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
         for b in 0..self.blocks {
@@ -280,7 +285,7 @@ impl FloatPanels {
     pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
         let tiles = self.layout == Layout::Tiles;
-        let finite = !(tiles || self.layout == Layout::Slots) || x.is_within(f32::MAX);
+        let finite = !self.skips() || x.is_within(f32::MAX);
         if b.path == Path::Lanes && finite {
             return self.matmul_lanes(x, w, y, o, b);
         }
