@@ -625,7 +625,7 @@ impl IntJob<'_> {
 
     /// Bytes to prefetch ahead: a KiB or two of each panel's stream, where that helps.
     pub fn prefetch(&self) -> usize {
-        if self.w.panel_bytes() < 4096 || ((self.b.mr == 1 || self.w.bits == 8) && isa::streams_by_itself()) {
+        if !self.w.is_long() || ((self.b.mr == 1 || self.w.bits == 8) && isa::streams_by_itself()) {
             0
         } else {
             2048
@@ -1430,7 +1430,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
         let args = |panel: usize, bytes: *const u8, k: usize, n: usize, m: usize, c: *mut f32| F32Args {
             bytes,
             byte_stride: b.window * 1024,
-            prefetch: if w.panel_bytes() < 4096 || isa::streams_by_itself() { 0 } else { 2048 },
+            prefetch: if !w.is_long() || isa::streams_by_itself() { 0 } else { 2048 },
             x: xs.at(m0 + m, k * BLOCK),
             x_stride: stride,
             c,

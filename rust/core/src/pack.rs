@@ -228,8 +228,6 @@ pub struct Packed {
     pub sparse: Option<Panels>,
     /// Numbers that are not quantised, in the place of `codes`.
     pub floats: Option<FloatPanels>,
-    /// Share of the entries that products multiply: less than 1 where panels leave out what is dropped.
-    pub share: f64,
     /// The matrix itself, where `dense` has its panels.
     pub portable: Option<QTensor>,
     /// Panels in the place of `codes`, of codes that are longer than a byte or read together.
@@ -418,6 +416,11 @@ impl Packed {
         self.geometry.blocks() * self.block_bytes()
     }
 
+    /// Whether panels are long enough to be asked for ahead.
+    pub(crate) fn is_long(&self) -> bool {
+        self.panel_bytes() >= 4096
+    }
+
     /// Restores the portable codes that [`pack`] was given, bit for bit: `rows * row_bytes` bytes.
     ///
     /// # Errors
@@ -580,7 +583,6 @@ fn keep(q: &QView, threads: usize) -> Result<Packed> {
         inner: None,
         sparse: None,
         floats: None,
-        share: 1.0,
         portable: Some(q.to_owned()?),
         dense: Some(DensePanels::new(q, threads)?),
         segments: [const { None }; 3],
@@ -685,10 +687,6 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let floats = plain.map(|kind| FloatPanels::new(q, &geometry, kind, threads)).transpose()?;
     let mask = if plain.is_some() { None } else { q.mask };
     let sparse = mask.map(|m| Panels::new(q, m, &geometry, &scales, threads)).transpose()?;
-    let skips =
-        matches!(sparse, Some(Panels::Tiles(_) | Panels::Rows(_))) || floats.as_ref().is_some_and(FloatPanels::skips);
-    let places = (q.rows * q.cols).max(1) as f64;
-    let share = q.mask.filter(|_| skips).map_or(1.0, |m| m.total() as f64 / places);
     Ok(Packed {
         format,
         n: q.rows,
@@ -708,7 +706,6 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         inner,
         sparse,
         floats,
-        share,
         portable: None,
         dense: None,
         segments,

@@ -4,6 +4,7 @@ use crate::gemm::Compute;
 use crate::isa::Isa;
 use crate::kernel;
 use crate::pack::{Geometry, Packed, BLOCK, PANEL};
+use crate::sparse::floats::FloatPanels;
 use crate::sparse::Panels;
 use std::fmt;
 
@@ -39,7 +40,7 @@ pub struct Plan {
     pub shape: (usize, usize, usize),
     /// Bytes of codes, scales and zeros read.
     pub weight_bytes: usize,
-    /// Share of the entries that are multiplied.
+    /// Share of the entries that are counted as multiplied.
     pub share: f64,
     /// Places of K after padding groups.
     pub padded_k: usize,
@@ -236,7 +237,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
         compute,
         shape: (m, w.n, w.geometry.k),
         weight_bytes: w.nbytes(),
-        share: w.share,
+        share: w.floats.as_ref().map_or(1.0, FloatPanels::share),
         padded_k: w.geometry.kp,
         kernel: format!("{class}_{}x{}k{kr}_{isa_name}", b.mr, b.np * PANEL),
         format: w.format.to_string(),
@@ -249,7 +250,7 @@ pub fn plan(m: usize, w: &Packed, compute: Compute, isa: Isa, threads: usize) ->
 const CACHED: usize = 64 << 20;
 
 impl Plan {
-    /// Operations counted as `2*M*N*K`, without those of dropped entries that are left out.
+    /// Operations counted as `2*M*N*K`, without those of dropped numbers that are left out; of codes all are counted.
     pub fn operations(&self) -> f64 {
         let (m, n, k) = self.shape;
         2.0 * m as f64 * n as f64 * k as f64 * self.share

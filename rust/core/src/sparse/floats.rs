@@ -55,6 +55,20 @@ impl Layout {
             Layout::Slots => Numbers::Slots,
         }
     }
+
+    /// Bytes of a block of numbers of `size` bytes, given the kept places of its rows.
+    fn kept_bytes(self, rows: &[u64; PANEL], size: usize) -> usize {
+        let kept = rows.iter().map(|w| w.count_ones() as usize).sum::<usize>();
+        match self {
+            Layout::All => BLOCK * PANEL * size,
+            Layout::Tiles => BLOCK * PANEL * size * usize::from(kept > 0),
+            Layout::Masks => MASKS + kept * size,
+            Layout::Slots => {
+                let (full, count) = slots(rows);
+                2 + 2 * (count - full) + PANEL * count + kept * size
+            }
+        }
+    }
 }
 
 /// Mean bytes of a block of slots up to which two levels of the cache are asked for it. Longer ones take up to 1.5 times as long
@@ -67,6 +81,26 @@ fn slots(rows: &[u64; PANEL]) -> (usize, usize) {
     counts.iter().fold((BLOCK, 0), |(full, count), &c| (full.min(c), count.max(c)))
 }
 
+/// Fills `[panel][block]` with what `f` makes of the kept places of a block's rows.
+fn each_block(
+    q: &QView,
+    g: &Geometry,
+    threads: usize,
+    out: &mut [usize],
+    f: impl Fn(&[u64; PANEL]) -> usize + Sync,
+) -> Result<()> {
+    let (blocks, out) = (g.blocks(), Shared(out.as_mut_ptr()));
+    pool::try_run(threads, q.rows.div_ceil(PANEL), None, |p| {
+        let mut rows = Rows::new(g)?;
+        rows.read(q, g, p);
+        for b in 0..blocks {
+            // SAFETY: the entries of panel p belong to this task.
+            unsafe { *out.get().add(p * blocks + b) = f(&rows.block(b)) };
+        }
+        Ok(())
+    })
+}
+
 /// A weight of plain numbers in panels.
 #[derive(Debug)]
 pub struct FloatPanels {
@@ -76,6 +110,8 @@ pub struct FloatPanels {
     /// Where blocks begin: `[panel][block]`, and the end.
     offsets: Vec<usize>,
     blocks: usize,
+    /// Share of the entries that products multiply.
+    share: f64,
 }
 
 impl FloatPanels {
@@ -90,47 +126,20 @@ impl FloatPanels {
             None => Layout::All,
             Some(m) if TilePanels::serves(m.structure(), g) => Layout::Tiles,
             Some(_) => {
-                // Slots are counted first.
-                let out = Shared(offsets.as_mut_ptr());
-                pool::try_run(threads, panels, None, |p| {
-                    let mut rows = Rows::new(g)?;
-                    rows.read(q, g, p);
-                    for b in 0..blocks {
-                        // SAFETY: the counts of panel p belong to this task.
-                        unsafe { *out.get().add(p * blocks + b) = slots(&rows.block(b)).1 };
-                    }
-                    Ok(())
-                })?;
                 let most = kernel::table(crate::isa::active()).most_slots;
-                let count = offsets.iter().sum::<usize>();
-                if count * 100 <= panels * blocks * BLOCK * most {
+                each_block(q, g, threads, &mut offsets, |rows| slots(rows).1)?;
+                if offsets.iter().sum::<usize>() * 100 <= panels * blocks * BLOCK * most {
                     Layout::Slots
                 } else {
                     Layout::Masks
                 }
             }
         };
-        let out = Shared(offsets.as_mut_ptr());
-        pool::try_run(threads, panels, None, |p| {
-            let mut rows = Rows::new(g)?;
-            rows.read(q, g, p);
-            for b in 0..blocks {
-                let words = rows.block(b);
-                let kept = words.iter().map(|w| w.count_ones() as usize).sum::<usize>();
-                let bytes = match layout {
-                    Layout::All => BLOCK * PANEL * size,
-                    Layout::Tiles => BLOCK * PANEL * size * usize::from(kept > 0),
-                    Layout::Masks => MASKS + kept * size,
-                    Layout::Slots => {
-                        let (full, count) = slots(&words);
-                        2 + 2 * (count - full) + PANEL * count + kept * size
-                    }
-                };
-                // SAFETY: the sizes of panel p belong to this task.
-                unsafe { *out.get().add(p * blocks + b) = bytes };
-            }
-            Ok(())
-        })?;
+        if layout == Layout::All {
+            offsets[..panels * blocks].fill(BLOCK * PANEL * size);
+        } else {
+            each_block(q, g, threads, &mut offsets, |rows| layout.kept_bytes(rows, size))?;
+        }
         let total = sum_up(&mut offsets)?;
         let mut data = Buf::<u8>::zeroed(total.checked_add(SLACK).ok_or(Error::OutOfMemory(usize::MAX))?)?;
         let out = Shared(data.as_mut_ptr());
@@ -155,7 +164,9 @@ impl FloatPanels {
             }
             Ok(())
         })?;
-        Ok(Self { kind, layout, data, offsets, blocks })
+        let skipping = q.mask.filter(|_| matches!(layout, Layout::Tiles | Layout::Slots));
+        let share = skipping.map_or(1.0, |m| m.total() as f64 / (q.rows * q.cols).max(1) as f64);
+        Ok(Self { kind, layout, data, offsets, blocks, share })
     }
 
     fn at(&self, panel: usize, block: usize) -> *const u8 {
@@ -180,9 +191,9 @@ impl FloatPanels {
         self.layout == Layout::All
     }
 
-    /// Whether products leave out dropped numbers.
-    pub(crate) fn skips(&self) -> bool {
-        matches!(self.layout, Layout::Tiles | Layout::Slots)
+    /// Share of the entries that products multiply: less than 1 where dropped numbers are left out.
+    pub(crate) fn share(&self) -> f64 {
+        self.share
     }
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
@@ -270,7 +281,7 @@ impl FloatPanels {
 
     /// Rows of activations side by side where more than a few, `m`, meet slots.
     pub(crate) fn lanes(&self, isa: crate::isa::Isa, m: usize) -> Option<usize> {
-        (self.layout == Layout::Slots).then(|| kernel::table(isa).lanes[usize::from(m > PANEL)].1)
+        (self.layout == Layout::Slots).then(|| kernel::table(isa).lanes(m).1)
     }
 
     /// Panels of a register tile of few rows.
@@ -285,7 +296,7 @@ impl FloatPanels {
     pub(crate) fn matmul(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
         let tiles = self.layout == Layout::Tiles;
-        let finite = !self.skips() || x.is_within(f32::MAX);
+        let finite = !(tiles || self.layout == Layout::Slots) || x.is_within(f32::MAX);
         if b.path == Path::Lanes && finite {
             return self.matmul_lanes(x, w, y, o, b);
         }
@@ -413,7 +424,7 @@ impl FloatPanels {
     fn matmul_lanes(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
         let lay = s.lay[self.index()];
-        let (f, lanes) = s.lanes[usize::from(x.rows > PANEL)];
+        let (f, lanes) = s.lanes(x.rows);
         let xs = floats(x, w, t, false, lanes, true, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
         // Slots of a window of a panel, at most: a place and a number for each row.

@@ -205,7 +205,7 @@ impl BitPanels {
                     src: self.at(p0 + p, b0),
                     blocks,
                     fill: w.fill(p0 + p, b0, 0, 0),
-                    prefetch: w.panel_bytes() >= 4096,
+                    prefetch: w.is_long(),
                     act: job.act.rows((m0 + m) / mr, b0),
                     c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
                     ldc,

@@ -247,7 +247,9 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
         for i in 0..a.count {
             let tile = a.tiles.add(1024 * i);
             if a.prefetch {
-                fetch::<S>(tile, tile.wrapping_add(1024), AHEAD, 0);
+                for line in (0..1024).step_by(64) {
+                    S::prefetch(tile.wrapping_add(line + AHEAD));
+                }
             }
             let codes = a.act.codes.add(*a.index.add(i) as usize * a.act.block_stride);
             for m in 0..MR {

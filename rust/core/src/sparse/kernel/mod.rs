@@ -218,6 +218,13 @@ pub struct SparseKernels {
     pub float_columns: FloatColumnsFn,
 }
 
+impl SparseKernels {
+    /// The kernel whose lanes are `m` rows of activations, and its lanes.
+    pub fn lanes(&self, m: usize) -> (LanesFn, usize) {
+        self.lanes[usize::from(m > self.lanes[0].1)]
+    }
+}
+
 /// The kernels of a level on this CPU.
 pub fn table(isa: Isa) -> &'static SparseKernels {
     #[cfg(target_arch = "x86_64")]
