@@ -230,7 +230,7 @@ pub(crate) fn tasks(
 ) -> Result<()> {
     let panels = w.panels();
     let by_n = panels.div_ceil(b.task_panels);
-    pool::try_run_in(b.threads, b.tasks, w.next_order(), o.poll, |t| {
+    pool::try_run_in(b.threads, b.tasks, w.next_order(b.task_panels), o.poll, |t| {
         let (row, at) = (t / by_n, t % by_n);
         let at = if row % 2 == 0 { at } else { by_n - 1 - at };
         let (p0, m0) = (at * b.task_panels, row * b.task_rows);

@@ -156,6 +156,9 @@ pub enum PanelZeros {
     Float(Buf<f32>),
 }
 
+/// Bytes that are read forward even where panels are taken backward: what was asked for past their end is for nothing.
+const STRETCH: usize = 1 << 20;
+
 /// What the bytes of halves are above their values.
 pub(crate) const HALF_ZERO: i32 = 32;
 
@@ -263,10 +266,11 @@ impl Packed {
         Ok(())
     }
 
-    /// The order of panels for a product, another one each time.
-    pub(crate) fn next_order(&self) -> Order {
+    /// The order in which a product takes tasks of so many panels, another one each time.
+    pub(crate) fn next_order(&self, panels: usize) -> Order {
         if self.backward.fetch_xor(true, Ordering::Relaxed) {
-            Order::Backward
+            let bytes = self.nbytes() * panels / self.panels().max(1);
+            Order::Backward((STRETCH / bytes.max(1)).max(1))
         } else {
             Order::Forward
         }

@@ -285,8 +285,22 @@ const SHARES: usize = 32;
 pub enum Order {
     /// From the first on.
     Forward,
-    /// From the last on.
-    Backward,
+    /// From the last on, but so many at a time, at least one, forward.
+    Backward(usize),
+}
+
+impl Order {
+    /// Which of the tasks from `begin` to `end` is the one that [`Share::take`] took.
+    fn task(self, at: usize, begin: usize, end: usize) -> usize {
+        match self {
+            Order::Forward => at,
+            Order::Backward(stretch) => {
+                let turn = end - 1 - at;
+                let (whole, rest) = (turn / stretch * stretch, turn % stretch);
+                (end - whole).saturating_sub(stretch).max(begin) + rest
+            }
+        }
+    }
 }
 
 /// Runs `f(i)` for every `i < tasks` on up to `threads` threads, the caller's among them. Each takes its share in `order` and
@@ -322,11 +336,10 @@ fn run_some(
     // Does `f` for the tasks of thread `i`, then for those that others have left.
     let walk = |i: usize, poll: Option<&(dyn Fn() -> bool + Sync)>| {
         for j in 0..count {
-            let own = j == 0;
-            let share = &shares[(i + j) % count];
+            let (own, k) = (j == 0, (i + j) % count);
             while !stop.load(Ordering::Relaxed) {
-                let Some(task) = share.take(own == (order == Order::Forward)) else { break };
-                f(task);
+                let Some(at) = shares[k].take(own == (order == Order::Forward)) else { break };
+                f(order.task(at, first(k) as usize, first(k + 1) as usize));
                 if poll.is_some_and(|poll| is_due() && poll()) {
                     stop.store(true, Ordering::Relaxed);
                 }
@@ -387,7 +400,7 @@ mod tests {
 
     #[test]
     fn every_task_runs_once() {
-        let orders = [Order::Forward, Order::Backward];
+        let orders = [Order::Forward, Order::Backward(1), Order::Backward(3), Order::Backward(usize::MAX)];
         for (threads, order) in [1, 2, 3, 7, 40, 64].into_iter().flat_map(|t| orders.map(|o| (t, o))) {
             let hits: Vec<AtomicUsize> = (0..1000).map(|_| AtomicUsize::new(0)).collect();
             assert!(run(threads, hits.len(), order, None, |i| {
@@ -401,8 +414,9 @@ mod tests {
     fn one_thread_goes_in_order() {
         let seen = Mutex::new(Vec::new());
         run(1, 5, Order::Forward, None, |i| seen.lock().unwrap().push(i));
-        run(1, 5, Order::Backward, None, |i| seen.lock().unwrap().push(i));
-        assert_eq!(seen.into_inner().unwrap(), [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]);
+        run(1, 5, Order::Backward(1), None, |i| seen.lock().unwrap().push(i));
+        run(1, 5, Order::Backward(2), None, |i| seen.lock().unwrap().push(i));
+        assert_eq!(seen.into_inner().unwrap(), [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 3, 4, 1, 2, 0]);
     }
 
     #[test]
@@ -423,7 +437,7 @@ mod tests {
                 s.spawn(move || {
                     for round in 0..200 {
                         let hits: Vec<AtomicUsize> = (0..=(t + round) % 40).map(|_| AtomicUsize::new(0)).collect();
-                        run(1 + t % 5, hits.len(), Order::Backward, None, |i| {
+                        run(1 + t % 5, hits.len(), Order::Backward(2), None, |i| {
                             hits[i].fetch_add(1, Ordering::Relaxed);
                         });
                         assert!(hits.iter().all(|h| h.load(Ordering::Relaxed) == 1));

@@ -107,6 +107,12 @@ pub unsafe trait Simd: 'static + Sized {
     unsafe fn lut16(table: Self::F, lane: Self::I) -> Self::F;
     /// `table[lane & 63]` for every lane; 64 readable floats.
     unsafe fn lut64(table: *const f32, lane: Self::I) -> Self::F;
+    /// `table[p[lane] & 63]` for 16 bytes whose bit 7 is the same as bit 5; 64 readable floats.
+    #[inline(always)]
+    unsafe fn look_up(table: *const f32, p: *const u8) -> Self::F {
+        // SAFETY: the caller's features and pointers.
+        unsafe { Self::lut64(table, Self::load_u8(p)) }
+    }
     /// `table[lane]` for every lane, each within the table.
     unsafe fn gather(table: *const f32, lane: Self::I) -> Self::F;
     /// Two numbers in a row from `table[at[lane]]` on for every lane; each vector has one of them.

@@ -5,21 +5,19 @@
 //! tiles  the same, but for blocks of 64 k that are dropped whole
 //! masks  block of 64 k:  64 masks of 16 bits     bit n of mask k: row n
 //!                        kept numbers of k = 0 in the order of rows, of k = 1, ...
-//! slots  block of 64 k:  a slot is each row's next kept number, its first in slot 0
-//!                        a byte: slots that every row fills; a byte: the others, which come after them
-//!                        masks of 16 bits of the others     bit n: row n fills it
-//!                        [slot] 16 bytes, where along the 64 k the number of each row belongs, then the numbers
+//! slots  see `slots.rs`
 //! ```
 //!
-//! Blocks are found by an offset each. Products are float32 sums as everywhere: k ascending, one accumulator per output,
-//! fused multiply-adds. A number dropped by a mask is multiplied as 0. Slots and tiles leave out what is dropped, so rows of
-//! activations that are not finite go another way, through dense windows.
+//! Blocks are found by an offset each, of slots those that begin in a block. Products are float32 sums as everywhere: k
+//! ascending, one accumulator per output, fused multiply-adds. A number dropped by a mask is multiplied as 0. Slots and tiles
+//! leave out what is dropped, so rows of activations that are not finite go another way, through dense windows.
 //!
-//! Masks cost a step for each k and 2 bytes, whatever is kept; slots a step for each, of which there are as many as the fullest
-//! of 16 rows keeps numbers, and a byte beside each number: fewer steps and more bytes.
+//! Masks cost a step for each k and 2 bytes, whatever is kept; slots a step for each and 16 bytes, whether rows have a number
+//! there or not: fewer steps, of more bytes.
 use super::kernel::generic::{FAR, MASKS, NEAR, NUMBERS_AHEAD};
-use super::kernel::{self, FloatGemv, LaneArgs, Numbers, SparseKernels, MAX_NP};
+use super::kernel::{self, FloatGemv, LaneArgs, Numbers, SlotGemv, Slots, SparseKernels, MAX_NP};
 use super::panels::{sum_up, Rows, SLACK};
+use super::slots::{place_of, Deal, FOUR};
 use super::tiles::TilePanels;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
@@ -47,56 +45,43 @@ enum Layout {
 }
 
 impl Layout {
-    /// How a block of kept numbers lies.
-    fn numbers(self) -> Numbers {
-        match self {
-            Layout::All | Layout::Tiles => Numbers::All,
-            Layout::Masks => Numbers::Masks,
-            Layout::Slots => Numbers::Slots,
-        }
-    }
-
-    /// Bytes of a block of numbers of `size` bytes, given the kept places of its rows.
-    fn kept_bytes(self, rows: &[u64; PANEL], size: usize) -> usize {
-        let kept = rows.iter().map(|w| w.count_ones() as usize).sum::<usize>();
+    /// Bytes of a block of numbers of `size` bytes of which so many are kept.
+    fn block_bytes(self, kept: usize, size: usize) -> usize {
         match self {
             Layout::All => BLOCK * PANEL * size,
             Layout::Tiles => BLOCK * PANEL * size * usize::from(kept > 0),
             Layout::Masks => MASKS + kept * size,
-            Layout::Slots => {
-                let (full, count) = slots(rows);
-                2 + 2 * (count - full) + PANEL * count + kept * size
-            }
+            Layout::Slots => 0,
         }
     }
 }
 
-/// Mean bytes of a block of slots up to which two levels of the cache are asked for it. Longer ones take up to 1.5 times as long
-/// so (a Zen 4, measured).
-const SHORT: usize = 1280;
+/// Places of K at most for slots, so that those of 64 rows side by side are counted in 32 bits.
+const FARTHEST: usize = 1 << 26;
 
-/// Slots of a block that every row fills, and of all, given the kept places of its rows.
-fn slots(rows: &[u64; PANEL]) -> (usize, usize) {
-    let counts = rows.map(|r| r.count_ones() as usize);
-    counts.iter().fold((BLOCK, 0), |(full, count), &c| (full.min(c), count.max(c)))
+/// Bytes of the slots of 64 k of a panel up to which two levels of the cache are asked for them. On a Zen 4 that is worth 1.2 to
+/// 1.5x of short ones, and costs long ones a tenth (measured).
+const SHORT: usize = 960;
+
+/// Bytes of four slots of numbers of `size` bytes.
+fn four_bytes(size: usize) -> usize {
+    FOUR * PANEL * (1 + size)
 }
 
-/// Fills `[panel][block]` with what `f` makes of the kept places of a block's rows.
-fn each_block(
+/// Fills `[panel][block]`, a panel at a time, given its rows.
+fn each_panel(
     q: &QView,
     g: &Geometry,
     threads: usize,
     out: &mut [usize],
-    f: impl Fn(&[u64; PANEL]) -> usize + Sync,
+    f: impl Fn(&Rows, &mut [usize]) + Sync,
 ) -> Result<()> {
     let (blocks, out) = (g.blocks(), Shared(out.as_mut_ptr()));
     pool::try_run(threads, q.rows.div_ceil(PANEL), None, |p| {
         let mut rows = Rows::new(g)?;
         rows.read(q, g, p);
-        for b in 0..blocks {
-            // SAFETY: the entries of panel p belong to this task.
-            unsafe { *out.get().add(p * blocks + b) = f(&rows.block(b)) };
-        }
+        // SAFETY: the entries of panel p belong to this task.
+        f(&rows, unsafe { std::slice::from_raw_parts_mut(out.get().add(p * blocks), blocks) });
         Ok(())
     })
 }
@@ -107,7 +92,9 @@ pub struct FloatPanels {
     kind: ScaleType,
     layout: Layout,
     data: Buf<u8>,
-    /// Where blocks begin: `[panel][block]`, and the end.
+    /// Where the places of each four slots begin.
+    bases: Buf<u32>,
+    /// Where blocks begin, of slots the number of the first four that begins there: `[panel][block]`, and the end.
     offsets: Vec<usize>,
     blocks: usize,
     /// Share of the entries that products multiply.
@@ -126,23 +113,33 @@ impl FloatPanels {
             None => Layout::All,
             Some(m) if TilePanels::serves(m.structure(), g) => Layout::Tiles,
             Some(_) => {
+                each_panel(q, g, threads, &mut offsets, |rows, fours| {
+                    Deal::new(&rows.words, blocks).for_each(|(base, _)| fours[base / BLOCK] += 1);
+                })?;
+                let slots = FOUR * offsets.iter().sum::<usize>();
                 let most = kernel::table(crate::isa::active()).most_slots;
-                each_block(q, g, threads, &mut offsets, |rows| slots(rows).1)?;
-                if offsets.iter().sum::<usize>() * 100 <= panels * blocks * BLOCK * most {
+                if slots * 100 <= panels * blocks * BLOCK * most && g.kp <= FARTHEST {
                     Layout::Slots
                 } else {
                     Layout::Masks
                 }
             }
         };
-        if layout == Layout::All {
-            offsets[..panels * blocks].fill(BLOCK * PANEL * size);
-        } else {
-            each_block(q, g, threads, &mut offsets, |rows| layout.kept_bytes(rows, size))?;
+        match layout {
+            Layout::All => offsets[..panels * blocks].fill(layout.block_bytes(0, size)),
+            Layout::Slots => {}
+            Layout::Tiles | Layout::Masks => each_panel(q, g, threads, &mut offsets, |rows, bytes| {
+                for (b, bytes) in bytes.iter_mut().enumerate() {
+                    let kept = rows.block(b).iter().map(|w| w.count_ones() as usize).sum::<usize>();
+                    *bytes = layout.block_bytes(kept, size);
+                }
+            })?,
         }
         let total = sum_up(&mut offsets)?;
-        let mut data = Buf::<u8>::zeroed(total.checked_add(SLACK).ok_or(Error::OutOfMemory(usize::MAX))?)?;
-        let out = Shared(data.as_mut_ptr());
+        let (unit, fours) = if layout == Layout::Slots { (four_bytes(size), total) } else { (1, 0) };
+        let bytes = total.checked_mul(unit).and_then(|n| n.checked_add(SLACK)).ok_or(Error::OutOfMemory(usize::MAX))?;
+        let (mut data, mut bases) = (Buf::<u8>::zeroed(bytes)?, Buf::<u32>::zeroed(fours)?);
+        let (out, starts) = (Shared(data.as_mut_ptr()), Shared(bases.as_mut_ptr()));
         let offsets_ref = &offsets;
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
@@ -153,20 +150,46 @@ impl FloatPanels {
             for i in 0..PANEL.min(q.rows - p * PANEL) {
                 q.number_row(p * PANEL + i, &mut numbers[i * stride..][..g.k * size]);
             }
+            let number = |n: usize, k: usize| &numbers[n * stride + k * size..][..size];
+            let ends = &offsets_ref[p * blocks..][..=blocks];
+            // SAFETY: the bytes of panel p belong to this task.
+            let part = |from: usize, to: usize| unsafe {
+                std::slice::from_raw_parts_mut(out.get().add(from * unit), (to - from) * unit)
+            };
+            if layout == Layout::Slots {
+                let fours = part(ends[0], ends[blocks]).chunks_exact_mut(unit);
+                for (i, (to, (base, places))) in fours.zip(Deal::new(&rows.words, blocks)).enumerate() {
+                    // SAFETY: as above; `new` has seen that K fits.
+                    unsafe { *starts.get().add(ends[0] + i) = base as u32 };
+                    let (bytes, to) = to.split_at_mut(FOUR * PANEL);
+                    bytes.copy_from_slice(places.as_flattened());
+                    for (i, to) in to.chunks_exact_mut(size).enumerate() {
+                        if let Some(at) = place_of(bytes[i]) {
+                            to.copy_from_slice(number(i % PANEL, base + at));
+                        }
+                    }
+                }
+                return Ok(());
+            }
             for b in 0..blocks {
-                let (from, to) = (offsets_ref[p * blocks + b], offsets_ref[p * blocks + b + 1]);
-                // SAFETY: the blocks of panel p belong to this task.
-                let block = unsafe { std::slice::from_raw_parts_mut(out.get().add(from), to - from) };
+                let block = part(ends[b], ends[b + 1]);
                 if !block.is_empty() {
-                    let number = |n: usize, k: usize| &numbers[n * stride + (b * BLOCK + k) * size..][..size];
-                    fill(block, layout, rows.block(b), number);
+                    fill(block, layout, rows.block(b), |n, k| number(n, b * BLOCK + k));
                 }
             }
             Ok(())
         })?;
         let skipping = q.mask.filter(|_| matches!(layout, Layout::Tiles | Layout::Slots));
         let share = skipping.map_or(1.0, |m| m.total() as f64 / (q.rows * q.cols).max(1) as f64);
-        Ok(Self { kind, layout, data, offsets, blocks, share })
+        Ok(Self { kind, layout, data, bases, offsets, blocks, share })
+    }
+
+    /// The slots of a panel that begin in some blocks.
+    fn slots(&self, panel: usize, blocks: std::ops::Range<usize>) -> Slots {
+        let ends = &self.offsets[panel * self.blocks..];
+        let (from, to) = (ends[blocks.start], ends[blocks.end]);
+        let src = self.data[from * four_bytes(self.kind.size())..].as_ptr();
+        Slots { src, bases: self.bases[from..].as_ptr(), fours: to - from }
     }
 
     fn at(&self, panel: usize, block: usize) -> *const u8 {
@@ -198,29 +221,29 @@ impl FloatPanels {
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        let ends = &self.offsets[panel * self.blocks..][..=self.blocks];
+        if self.layout == Layout::Slots {
+            let unit = four_bytes(self.kind.size());
+            let fours = self.data[ends[0] * unit..ends[self.blocks] * unit].chunks_exact(unit);
+            for (four, base) in fours.zip(&self.bases[ends[0]..]) {
+                for (i, byte) in four[..FOUR * PANEL].iter().enumerate() {
+                    if let Some(at) = place_of(*byte) {
+                        let k = *base as usize + at;
+                        words[i % PANEL * self.blocks + k / BLOCK] |= 1 << (k % BLOCK);
+                    }
+                }
+            }
+            return;
+        }
         for b in 0..self.blocks {
-            let block = &self.data[self.offsets[panel * self.blocks + b]..self.offsets[panel * self.blocks + b + 1]];
-            let mut keep = |mask: u16, n: usize, k: usize| words[n * self.blocks + b] |= u64::from(mask >> n & 1) << k;
-            match self.layout {
-                Layout::All | Layout::Tiles => {
-                    let kept = if block.is_empty() { 0 } else { u64::MAX };
-                    (0..PANEL).for_each(|n| words[n * self.blocks + b] |= kept);
+            let block = &self.data[ends[b]..ends[b + 1]];
+            if self.layout == Layout::Masks {
+                for (k, mask) in block[..MASKS].as_chunks::<2>().0.iter().enumerate() {
+                    let mask = u64::from(u16::from_le_bytes(*mask));
+                    (0..PANEL).for_each(|n| words[n * self.blocks + b] |= (mask >> n & 1) << k);
                 }
-                Layout::Masks => {
-                    for (k, mask) in block[..MASKS].as_chunks::<2>().0.iter().enumerate() {
-                        (0..PANEL).for_each(|n| keep(u16::from_le_bytes(*mask), n, k));
-                    }
-                }
-                Layout::Slots => {
-                    let (full, some) = (usize::from(block[0]), usize::from(block[1]));
-                    let (masks, mut rest) = block[2..].split_at(2 * some);
-                    let masks = masks.as_chunks::<2>().0.iter().map(|m| u16::from_le_bytes(*m));
-                    for mask in std::iter::repeat_n(u16::MAX, full).chain(masks) {
-                        let (places, numbers) = rest.split_at(PANEL);
-                        (0..PANEL).for_each(|n| keep(mask, n, usize::from(places[n])));
-                        rest = &numbers[mask.count_ones() as usize * self.kind.size()..];
-                    }
-                }
+            } else if !block.is_empty() {
+                (0..PANEL).for_each(|n| words[n * self.blocks + b] = u64::MAX);
             }
         }
     }
@@ -236,9 +259,16 @@ impl FloatPanels {
 
     /// Writes blocks of a panel from `block` on as f32 `[k][16]`, dropped numbers as 0.
     fn spread(&self, s: &SparseKernels, panel: usize, block: usize, out: &mut [f32]) {
-        let f = s.floats[self.index()][self.layout.numbers() as usize];
         let count = out.len() / (BLOCK * PANEL);
         assert!(block + count <= self.blocks);
+        if self.layout == Layout::Slots {
+            // Those that begin in the block before reach into this one.
+            let slots = self.slots(panel, block.saturating_sub(1)..block + count);
+            // SAFETY: slots of an existing panel, and room for each block.
+            unsafe { (s.spread_slots[self.index()])(&slots, block * BLOCK, out.as_mut_ptr(), count) };
+            return;
+        }
+        let f = s.floats[self.index()][self.numbers() as usize];
         if self.layout != Layout::Tiles {
             if count > 0 {
                 // SAFETY: whole blocks of an existing panel, and room for each.
@@ -256,6 +286,15 @@ impl FloatPanels {
         }
     }
 
+    /// How a block of kept numbers lies, unless in slots.
+    fn numbers(&self) -> Numbers {
+        if self.layout == Layout::Masks {
+            Numbers::Masks
+        } else {
+            Numbers::All
+        }
+    }
+
     /// Index of the kernels' arrays.
     fn index(&self) -> usize {
         match self.kind {
@@ -267,7 +306,7 @@ impl FloatPanels {
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        self.data.len() + self.offsets.len() * size_of::<usize>()
+        self.data.len() + self.bases.len() * size_of::<u32>() + self.offsets.len() * size_of::<usize>()
     }
 
     /// Rows up to which a product reads panels as they are.
@@ -286,7 +325,10 @@ impl FloatPanels {
 
     /// Panels of a register tile of few rows.
     pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
-        (kernel::table(isa).gemv)(self.index(), self.layout.numbers(), mr, false).1
+        match self.layout {
+            Layout::Slots => 1,
+            _ => (kernel::table(isa).gemv)(self.index(), self.numbers(), mr, false).1,
+        }
     }
 
     /// `y = x @ w.T` in float32.
@@ -297,8 +339,11 @@ impl FloatPanels {
         let (t, s) = (table(o.isa), kernel::table(o.isa));
         let tiles = self.layout == Layout::Tiles;
         let finite = !(tiles || self.layout == Layout::Slots) || x.is_within(f32::MAX);
-        if b.path == Path::Lanes && finite {
-            return self.matmul_lanes(x, w, y, o, b);
+        if self.layout == Layout::Slots && finite {
+            return match b.path {
+                Path::Lanes => self.matmul_lanes(x, w, y, o, b),
+                _ => self.matmul_slots(x, w, y, o, b),
+            };
         }
         let dense = Blocking {
             path: Path::Gemm,
@@ -315,11 +360,7 @@ impl FloatPanels {
         let tiles = tiles && finite;
         let flat = self.keeps_all() || tiles;
         let plain = flat && self.kind == ScaleType::F32;
-        let [ahead, far] = match self.layout {
-            Layout::Slots if self.data.len() < SHORT * self.offsets.len() => [NEAR, FAR],
-            _ if flat && streams_by_itself() => [0, 0],
-            _ => [NUMBERS_AHEAD, 0],
-        };
+        let ahead = if flat && streams_by_itself() { 0 } else { NUMBERS_AHEAD };
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
             let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
@@ -345,22 +386,22 @@ impl FloatPanels {
                             let c = cp.wrapping_add(m * ldc + p * PANEL);
                             let x = xs.at(m0 + m, k * BLOCK);
                             // SAFETY: whole blocks, existing rows.
-                            unsafe { f(&FloatGemv { src, blocks: n, ahead, far: 0, x, x_stride: xs.stride, c, ldc }) };
+                            unsafe { f(&FloatGemv { src, blocks: n, ahead, x, x_stride: xs.stride, c, ldc }) };
                             from = k + n;
                         }
                         p += 1;
                     }
                     while p < np {
-                        let (mut f, mut count) = (s.gemv)(self.index(), self.layout.numbers(), mr, false);
+                        let (mut f, mut count) = (s.gemv)(self.index(), self.numbers(), mr, false);
                         if p + count > np {
-                            (f, count) = (s.gemv)(self.index(), self.layout.numbers(), mr, true);
+                            (f, count) = (s.gemv)(self.index(), self.numbers(), mr, true);
                         }
                         let mut src = [std::ptr::null(); MAX_NP];
                         for (i, to) in src.iter_mut().enumerate().take(count) {
                             *to = self.at(p0 + p + i, 0);
                         }
                         let c = cp.wrapping_add(m * ldc + p * PANEL);
-                        let a = FloatGemv { src, blocks, ahead, far, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                        let a = FloatGemv { src, blocks, ahead, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
                         // SAFETY: whole panels, existing rows.
                         unsafe { f(&a) };
                         p += count;
@@ -419,6 +460,39 @@ impl FloatPanels {
         })
     }
 
+    /// [`FloatPanels::matmul`] of slots and a few rows, all of them finite.
+    fn matmul_slots(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
+        let (t, s) = (table(o.isa), kernel::table(o.isa));
+        let xs = &floats(x, w, t, false, 0, false, b.threads)?;
+        let [ahead, far] = match self.data.len() < SHORT * self.offsets.len() {
+            true => [NEAR, FAR],
+            false if streams_by_itself() => [0, 0],
+            false => [NUMBERS_AHEAD, 0],
+        };
+        tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
+            let ldc = np * PANEL;
+            let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
+            let c = &mut grown(&mut scratch.floats, rows * ldc)?[..rows * ldc];
+            c.fill(0.0);
+            for p in 0..np {
+                let slots = self.slots(p0 + p, 0..self.blocks);
+                let mut m = 0;
+                while m < rows {
+                    let index = (rows - m).ilog2().min(s.max_mr.ilog2());
+                    let c = c[m * ldc + p * PANEL..].as_mut_ptr();
+                    let a = SlotGemv { slots, ahead, far, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                    // SAFETY: the slots of a panel, existing rows.
+                    unsafe { (s.slots[self.index()][index as usize])(&a) };
+                    m += 1 << index;
+                }
+            }
+            for m in 0..rows {
+                finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..ldc], 1.0, bias, false);
+            }
+            Ok(())
+        })
+    }
+
     /// [`FloatPanels::matmul`] of slots and more than a few rows, all of them finite: lanes are rows of activations, so that a
     /// kept number is one multiply-add for all of them, and a dropped one none.
     fn matmul_lanes(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
@@ -427,7 +501,7 @@ impl FloatPanels {
         let (f, lanes) = s.lanes(x.rows);
         let xs = floats(x, w, t, false, lanes, true, b.threads)?;
         let (xs, blocks) = (&xs, self.blocks);
-        // Slots of a window of a panel, at most: a place and a number for each row.
+        // Slots that begin in a window of a panel, at most: each takes one of every row, or four in a row all that there are.
         let room = b.window * BLOCK * PANEL;
         tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
             let ldc = np * PANEL;
@@ -448,11 +522,14 @@ impl FloatPanels {
                     let last = np.min(first + group);
                     for p in first..last {
                         let (places, numbers) = (places.wrapping_add(p * room), numbers.wrapping_add(p * room));
-                        // SAFETY: whole blocks of an existing panel; room for as many slots as there can be.
-                        counts[p] = unsafe { lay(self.at(p0 + p, window), n, lanes, places, numbers) };
+                        let slots = self.slots(p0 + p, window..window + n);
+                        counts[p] = FOUR * slots.fours;
+                        assert!(counts[p] * PANEL <= room);
+                        // SAFETY: slots of an existing panel, and room for them.
+                        unsafe { lay(&slots, lanes, places, numbers) };
                     }
                     for (m, sums) in sums.chunks_exact_mut(np * tile).enumerate() {
-                        let x = xs.at(m0 + m * lanes, window * BLOCK * lanes);
+                        let x = xs.at(m0 + m * lanes, 0);
                         for p in first..last {
                             let a = LaneArgs {
                                 places: places.wrapping_add(p * room),
@@ -461,7 +538,7 @@ impl FloatPanels {
                                 x,
                                 c: sums[p * tile..].as_mut_ptr(),
                             };
-                            // SAFETY: the slots that were laid out, places within the window of the activations.
+                            // SAFETY: the slots that were laid out, places within the activations.
                             unsafe { f(&a) };
                         }
                     }
@@ -479,7 +556,7 @@ impl FloatPanels {
 }
 
 /// Writes a block of zeroed bytes, given the kept places of its rows and the number at row n and place k.
-fn fill<'a>(block: &mut [u8], layout: Layout, mut rows: [u64; PANEL], number: impl Fn(usize, usize) -> &'a [u8]) {
+fn fill<'a>(block: &mut [u8], layout: Layout, rows: [u64; PANEL], number: impl Fn(usize, usize) -> &'a [u8]) {
     match layout {
         Layout::All | Layout::Tiles => {
             let size = block.len() / (BLOCK * PANEL);
@@ -498,27 +575,7 @@ fn fill<'a>(block: &mut [u8], layout: Layout, mut rows: [u64; PANEL], number: im
                 *mask = bits.to_le_bytes();
             }
         }
-        Layout::Slots => {
-            let (full, count) = slots(&rows);
-            let (head, rest) = block.split_at_mut(2);
-            head.copy_from_slice(&[full as u8, (count - full) as u8]);
-            let (masks, mut rest) = rest.split_at_mut(2 * (count - full));
-            for i in 0..count {
-                let (places, mut numbers) = rest.split_at_mut(PANEL);
-                let mut bits = 0u16;
-                for (n, row) in rows.iter_mut().enumerate().filter(|(_, row)| **row != 0) {
-                    let k = row.trailing_zeros() as usize;
-                    *row &= *row - 1;
-                    bits |= 1 << n;
-                    places[n] = k as u8;
-                    numbers = put(numbers, number(n, k));
-                }
-                rest = numbers;
-                if i >= full {
-                    masks[2 * (i - full)..][..2].copy_from_slice(&bits.to_le_bytes());
-                }
-            }
-        }
+        Layout::Slots => {}
     }
 }
 

@@ -15,6 +15,7 @@ pub mod mask;
 pub mod panels;
 mod restore;
 pub mod rows;
+mod slots;
 pub mod tiles;
 
 pub use convert::{pack, unpack};

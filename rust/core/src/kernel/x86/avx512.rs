@@ -277,6 +277,12 @@ macro_rules! common {
                 let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
                 _mm512_mask_blend_ps(_mm512_test_epi32_mask(lane, _mm512_set1_epi32(32)), a, b)
             };
+            look_up(table: *const f32, p: *const u8) -> F = {
+                let lane = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
+                let a = _mm512_permutex2var_ps(_mm512_loadu_ps(table), lane, _mm512_loadu_ps(table.add(16)));
+                let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
+                _mm512_mask_blend_ps(_mm512_movepi32_mask(lane), a, b)
+            };
             gather(table: *const f32, lane: I) -> F = _mm512_i32gather_ps::<4>(lane, table);
             pairs(table: *const f32, at: *const u16) -> [F; 2] = {
                 let at = _mm512_cvtepu16_epi32(_mm256_loadu_si256(at.cast()));

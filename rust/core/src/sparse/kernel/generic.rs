@@ -1,8 +1,9 @@
 //! The kernels, written once over [`Expand`].
-use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, LaneArgs};
+use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, LaneArgs, SlotGemv, Slots};
 use crate::kernel::generic::scales;
 use crate::kernel::simd::Simd;
 use crate::pack::PANEL;
+use crate::sparse::slots::{place_of, FOUR};
 
 /// Spreads entries to where the bits of a mask are set.
 ///
@@ -72,6 +73,8 @@ pub const FAR: usize = 16384;
 /// The same where a few blocks of one panel are followed by those of another, a line for each register: as above they take 1.5
 /// times as long at 50 % kept (measured).
 const FAR_AHEAD: usize = 8192;
+/// Beginnings of slots ahead that are asked for: so few that the hardware does not see them as a stream.
+const BASES_AHEAD: usize = 64;
 /// The same for numbers.
 pub const NUMBERS_AHEAD: usize = 4096;
 
@@ -394,132 +397,69 @@ unsafe fn number<E: Expand, T: Number, const ALL: bool>(
     }
 }
 
-/// The slots of a block: each holds the next kept number of each row that has one, behind 16 bytes that say where along the
-/// block they belong.
-struct Slots {
-    /// Slots that every row fills; they come first.
-    full: usize,
-    /// The others.
-    some: usize,
-    /// Which rows fill those, 16 bits each.
-    masks: *const u8,
-    /// The first slot.
-    first: *const u8,
-}
-
-impl Slots {
-    /// The slots of the block at `src`.
-    #[inline(always)]
-    unsafe fn of(src: *const u8) -> Self {
-        // SAFETY: the caller's block.
-        unsafe {
-            let (full, some) = (usize::from(*src), usize::from(*src.add(1)));
-            let masks = src.add(2);
-            Self { full, some, masks, first: masks.add(2 * some) }
-        }
-    }
-
-    /// The rows that fill slot `full + i`.
-    #[inline(always)]
-    unsafe fn mask(&self, i: usize) -> u16 {
-        // SAFETY: the caller's block has such a slot.
-        unsafe { self.masks.add(2 * i).cast::<u16>().read_unaligned() }
-    }
-}
-
-/// As [`gemv`] with blocks of slots, for finite activations alone: dropped numbers are left out. The 64 activations of a block
-/// are looked up in registers.
+/// As [`gemv`] with slots, for finite activations alone: dropped numbers are left out, but for those that fill a slot up. The 64
+/// activations that four slots choose from are looked up in registers.
 ///
 /// # Safety
-/// The pointers in `a` hold what [`FloatGemv`] says, the panel 128 bytes more; the CPU has the features of `E`.
+/// The pointers in `a` hold what [`SlotGemv`] says; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn slots<E: Expand, T: Number, const MR: usize>(a: &FloatGemv) {
+pub unsafe fn slots<S: Simd, T: Number, const MR: usize>(a: &SlotGemv) {
     // SAFETY: as the contract says.
     unsafe {
-        let mut f = [E::S::splatf(0.0); MR];
+        let mut f = [S::splatf(0.0); MR];
         for m in 0..MR {
-            f[m] = E::S::loadf(a.c.add(m * a.ldc));
+            f[m] = S::loadf(a.c.add(m * a.ldc));
         }
-        // Hidden, so that no loop is unrolled: each has a few rounds, of another number in every block.
-        let one = std::hint::black_box(1);
-        let mut src = a.src[0];
-        for b in 0..a.blocks {
-            let mut x = [std::ptr::null::<f32>(); MR];
-            for m in 0..MR {
-                x[m] = a.x.offset(m as isize * a.x_stride).add(b * 64);
-            }
-            let s = Slots::of(src);
-            let mut slot = s.first;
-            // Two loops, as the numbers of full slots need not be expanded.
-            let mut i = 0;
-            while i < s.full {
-                let at = E::S::load_u8(slot);
-                let w = T::load::<E::S>(slot.add(PANEL));
-                for m in 0..MR {
-                    f[m] = E::S::fma(E::S::lut64(x[m], at), w, f[m]);
+        let size = FOUR * PANEL * (1 + T::SIZE);
+        let mut src = a.slots.src;
+        for i in 0..a.slots.fours {
+            let base = *a.slots.bases.add(i) as usize;
+            S::prefetch(a.slots.bases.wrapping_add(i + BASES_AHEAD).cast());
+            for line in (0..size).step_by(64) {
+                if a.ahead > 0 {
+                    S::prefetch(src.wrapping_add(line + a.ahead));
                 }
-                slot = slot.add(PANEL + PANEL * T::SIZE);
-                i += one;
-            }
-            let mut i = 0;
-            while i < s.some {
-                let at = E::S::load_u8(slot);
-                let mask = s.mask(i);
-                let w = E::lanes::<T>(mask, slot.add(PANEL));
-                for m in 0..MR {
-                    f[m] = E::S::fma(E::S::lut64(x[m], at), w, f[m]);
+                if a.far > 0 {
+                    S::prefetch_l2(src.wrapping_add(line + a.far));
                 }
-                slot = slot.add(PANEL + mask.count_ones() as usize * T::SIZE);
-                i += one;
             }
-            fetch::<E::S>(src, slot, a.ahead, a.far);
-            src = slot;
+            for slot in 0..FOUR {
+                let w = T::load::<S>(src.add(PANEL * (FOUR + slot * T::SIZE)));
+                for m in 0..MR {
+                    let x = a.x.offset(m as isize * a.x_stride).add(base);
+                    f[m] = S::fma(S::look_up(x, src.add(PANEL * slot)), w, f[m]);
+                }
+            }
+            src = src.add(size);
         }
         for m in 0..MR {
-            E::S::storef(a.c.add(m * a.ldc), f[m]);
+            S::storef(a.c.add(m * a.ldc), f[m]);
         }
     }
 }
 
-/// Lays `blocks` blocks of slots out for [`lanes`]: `[slot][16]` places among activations `lanes` side by side, a power of two,
-/// and numbers, 0 at any place for rows that do not fill a slot. How many slots there are.
+/// Lays slots out for [`lanes`]: `[slot][16]` places among activations `lanes` side by side, and numbers.
 ///
 /// # Safety
-/// `src` holds the blocks and 128 bytes more, `places` and `numbers` have room for 64 slots of each; the CPU has the features of
-/// `E`.
+/// `a` holds the slots, `places` and `numbers` have room for them; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn lay<E: Expand, T: Number>(
-    src: *const u8,
-    blocks: usize,
-    lanes: usize,
-    places: *mut u32,
-    numbers: *mut f32,
-) -> usize {
+pub unsafe fn lay<S: Simd, T: Number>(a: &Slots, lanes: usize, places: *mut u32, numbers: *mut f32) {
     // SAFETY: as the contract says.
     unsafe {
-        let (mut src, mut count) = (src, 0);
-        for b in 0..blocks {
-            let base = E::S::splat((64 * b) as i32);
-            let s = Slots::of(src);
-            src = s.first;
-            for i in 0..s.full + s.some {
-                E::S::prefetch(src.wrapping_add(NUMBERS_AHEAD));
-                let at = E::S::add(E::S::load_u8(src), base);
-                let at = E::S::mul(at, E::S::splat(lanes as i32));
-                E::S::store(places.add(PANEL * count).cast(), at);
-                src = src.add(PANEL);
-                if i < s.full {
-                    E::S::storef(numbers.add(PANEL * count), T::load::<E::S>(src));
-                    src = src.add(PANEL * T::SIZE);
-                } else {
-                    let mask = s.mask(i - s.full);
-                    E::S::storef(numbers.add(PANEL * count), E::lanes::<T>(mask, src));
-                    src = src.add(mask.count_ones() as usize * T::SIZE);
-                }
-                count += 1;
+        let (side, among) = (S::splat(lanes as i32), S::splat(63));
+        let size = FOUR * PANEL * (1 + T::SIZE);
+        for i in 0..a.fours {
+            let (src, base) = (a.src.add(i * size), S::splat(*a.bases.add(i) as i32));
+            for line in (0..size).step_by(64) {
+                S::prefetch(src.wrapping_add(line + NUMBERS_AHEAD));
+            }
+            for slot in 0..FOUR {
+                let at = S::add(S::and(S::load_u8(src.add(PANEL * slot)), among), base);
+                S::store(places.add(PANEL * (FOUR * i + slot)).cast(), S::mul(at, side));
+                let w = T::load::<S>(src.add(PANEL * (FOUR + slot * T::SIZE)));
+                S::storef(numbers.add(PANEL * (FOUR * i + slot)), w);
             }
         }
-        count
     }
 }
 
@@ -558,40 +498,30 @@ pub unsafe fn lanes<S: Simd, const N: usize, const V: usize>(a: &LaneArgs) {
     }
 }
 
-/// As [`floats`] with blocks of slots.
+/// Writes what slots keep of `blocks` blocks from place `from` on as f32 `[k][16]`, dropped numbers as 0.
 ///
 /// # Safety
-/// As [`floats`].
+/// `a` holds the slots, `out` has room for 1024 floats a block; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn spread_slots<S: Simd, T: Number>(src: *const u8, out: *mut f32, blocks: usize) {
-    // SAFETY: as the contract says; places are below 64.
+pub unsafe fn spread_slots<S: Simd, T: Number>(a: &Slots, from: usize, out: *mut f32, blocks: usize) {
+    // SAFETY: as the contract says; places outside are left out.
     unsafe {
-        let mut src = src;
-        for b in 0..blocks {
-            let out = out.add(b * 64 * PANEL);
-            for k in 0..64 {
-                S::storef(out.add(k * PANEL), S::splatf(0.0));
-            }
-            let s = Slots::of(src);
-            src = s.first;
-            let mut numbers = [0f32; PANEL];
-            for _ in 0..s.full {
-                S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL)));
+        for k in 0..64 * blocks {
+            S::storef(out.add(k * PANEL), S::splatf(0.0));
+        }
+        let mut numbers = [0f32; PANEL];
+        for i in 0..a.fours {
+            let src = a.src.add(i * FOUR * PANEL * (1 + T::SIZE));
+            let base = *a.bases.add(i) as usize;
+            for slot in 0..FOUR {
+                S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL * (FOUR + slot * T::SIZE))));
                 for (n, v) in numbers.iter().enumerate() {
-                    *out.add(usize::from(*src.add(n)) * PANEL + n) = *v;
+                    let Some(at) = place_of(*src.add(PANEL * slot + n)) else { continue };
+                    let k = (base + at).wrapping_sub(from);
+                    if k < 64 * blocks {
+                        *out.add(k * PANEL + n) = *v;
+                    }
                 }
-                src = src.add(PANEL + PANEL * T::SIZE);
-            }
-            for i in 0..s.some {
-                S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL)));
-                let mut rows = s.mask(i);
-                let count = rows.count_ones() as usize;
-                for v in &numbers[..count] {
-                    let n = rows.trailing_zeros() as usize;
-                    *out.add(usize::from(*src.add(n)) * PANEL + n) = *v;
-                    rows &= rows - 1;
-                }
-                src = src.add(PANEL + count * T::SIZE);
             }
         }
     }

@@ -103,7 +103,35 @@ pub struct FloatGemv {
     pub blocks: usize,
     /// Bytes ahead that memory is asked for.
     pub ahead: usize,
-    /// Bytes ahead that blocks of slots are asked for as far as the second-level cache, or 0.
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// Slots of a panel; see [`crate::sparse::slots`].
+#[derive(Debug, Clone, Copy)]
+pub struct Slots {
+    /// Places and numbers of four slots after four.
+    pub src: *const u8,
+    /// Where the places of each four begin along K.
+    pub bases: *const u32,
+    /// How many fours.
+    pub fours: usize,
+}
+
+/// Arguments of the float kernels over slots.
+#[derive(Debug, Clone, Copy)]
+pub struct SlotGemv {
+    /// The slots.
+    pub slots: Slots,
+    /// Bytes ahead that memory is asked for, or 0.
+    pub ahead: usize,
+    /// The same as far as the second-level cache.
     pub far: usize,
     /// Activations in padded places: row m at `m*x_stride`.
     pub x: *const f32,
@@ -137,8 +165,6 @@ pub enum Numbers {
     All,
     /// The kept ones, behind a mask for each k.
     Masks,
-    /// The kept ones, the next of each row side by side.
-    Slots,
 }
 
 /// Panels of a float kernel, at most.
@@ -154,8 +180,12 @@ pub type KeptRawFn = unsafe fn(&KeptRaw);
 pub type KeptGroupedFn = unsafe fn(&KeptGrouped);
 /// A float kernel over panels of numbers.
 pub type FloatGemvFn = unsafe fn(&FloatGemv);
+/// A float kernel over slots.
+pub type SlotGemvFn = unsafe fn(&SlotGemv);
 /// Lays slots out: see [`generic::lay`].
-pub type LayFn = unsafe fn(*const u8, usize, usize, *mut u32, *mut f32) -> usize;
+pub type LayFn = unsafe fn(&Slots, usize, *mut u32, *mut f32);
+/// Spreads slots to f32 `[k][16]`: see [`generic::spread_slots`].
+pub type SpreadFn = unsafe fn(&Slots, usize, *mut f32, usize);
 /// A float kernel whose lanes are rows of activations.
 pub type LanesFn = unsafe fn(&LaneArgs);
 /// Spreads blocks of a panel of numbers to f32 `[k][16]`.
@@ -203,7 +233,11 @@ pub struct SparseKernels {
     /// By type of number (f32, f16, bf16), how they lie, rows 1, 2, 4, whether of one panel: kernel and panels.
     pub gemv: fn(usize, Numbers, usize, bool) -> (FloatGemvFn, usize),
     /// By type of number, then how they lie.
-    pub floats: [[FloatExpandFn; 3]; 3],
+    pub floats: [[FloatExpandFn; 2]; 3],
+    /// By type of number, then rows 1, 2, 4.
+    pub slots: [[SlotGemvFn; 3]; 3],
+    /// By type of number: slots spread to where they belong.
+    pub spread_slots: [SpreadFn; 3],
     /// By type of number: slots laid out for `lanes`.
     pub lay: [LayFn; 3],
     /// Of a hundred k, the most slots that are better than masks: looked up by a gather they cost more.
@@ -267,20 +301,14 @@ macro_rules! instantiate {
                 unsafe { generic::gemv::<$e, T, ALL, NP, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn slots<T: Number, const MR: usize>(a: &FloatGemv) {
+            unsafe fn slots<T: Number, const MR: usize>(a: &SlotGemv) {
                 // SAFETY: as above.
-                unsafe { generic::slots::<$e, T, MR>(a) }
+                unsafe { generic::slots::<<$e as Expand>::S, T, MR>(a) }
             }
             $(#[$feature])*
-            unsafe fn lay<T: Number>(
-                src: *const u8,
-                blocks: usize,
-                lanes: usize,
-                places: *mut u32,
-                numbers: *mut f32,
-            ) -> usize {
+            unsafe fn lay<T: Number>(a: &Slots, lanes: usize, places: *mut u32, numbers: *mut f32) {
                 // SAFETY: as above.
-                unsafe { generic::lay::<$e, T>(src, blocks, lanes, places, numbers) }
+                unsafe { generic::lay::<<$e as Expand>::S, T>(a, lanes, places, numbers) }
             }
             $(#[$feature])*
             unsafe fn lanes<const N: usize, const V: usize>(a: &LaneArgs) {
@@ -293,9 +321,9 @@ macro_rules! instantiate {
                 unsafe { generic::floats::<$e, T, ALL>(src, out, blocks) }
             }
             $(#[$feature])*
-            unsafe fn spread_slots<T: Number>(src: *const u8, out: *mut f32, blocks: usize) {
+            unsafe fn spread_slots<T: Number>(a: &Slots, from: usize, out: *mut f32, blocks: usize) {
                 // SAFETY: as above.
-                unsafe { generic::spread_slots::<<$e as Expand>::S, T>(src, out, blocks) }
+                unsafe { generic::spread_slots::<<$e as Expand>::S, T>(a, from, out, blocks) }
             }
             $(#[$feature])*
             unsafe fn columns(w: *const u8, stride: usize, len: usize, list: &[(u32, i8)], acc: *mut i32) {
@@ -316,12 +344,9 @@ macro_rules! instantiate {
                     (2, true) => (gemv::<$t, $all, 1, $r2>, 1),
                     (_, true) => (gemv::<$t, $all, 1, $r4>, 1),
                 } } }
-                macro_rules! types { ($t:ty) => { match (how, mr) {
-                    (Numbers::All, _) => rows!($t, true, $np, $np),
-                    (Numbers::Masks, _) => rows!($t, false, $bp1, $bp4),
-                    (Numbers::Slots, 1) => (slots::<$t, 1>, 1),
-                    (Numbers::Slots, 2) => (slots::<$t, $r2>, 1),
-                    (Numbers::Slots, _) => (slots::<$t, $r4>, 1),
+                macro_rules! types { ($t:ty) => { match how {
+                    Numbers::All => rows!($t, true, $np, $np),
+                    Numbers::Masks => rows!($t, false, $bp1, $bp4),
                 } } }
                 match kind {
                     0 => types!(F32),
@@ -337,10 +362,16 @@ macro_rules! instantiate {
                 kept_grouped: [kept_grouped::<1>, kept_grouped::<2>, kept_grouped::<4>, kept_grouped::<8>],
                 gemv: pick,
                 floats: [
-                    [floats::<F32, true>, floats::<F32, false>, spread_slots::<F32>],
-                    [floats::<F16, true>, floats::<F16, false>, spread_slots::<F16>],
-                    [floats::<BF16, true>, floats::<BF16, false>, spread_slots::<BF16>],
+                    [floats::<F32, true>, floats::<F32, false>],
+                    [floats::<F16, true>, floats::<F16, false>],
+                    [floats::<BF16, true>, floats::<BF16, false>],
                 ],
+                slots: [
+                    [slots::<F32, 1>, slots::<F32, $r2>, slots::<F32, $r4>],
+                    [slots::<F16, 1>, slots::<F16, $r2>, slots::<F16, $r4>],
+                    [slots::<BF16, 1>, slots::<BF16, $r2>, slots::<BF16, $r4>],
+                ],
+                spread_slots: [spread_slots::<F32>, spread_slots::<F16>, spread_slots::<BF16>],
                 lay: [lay::<F32>, lay::<F16>, lay::<BF16>],
                 most_slots: $slots,
                 lanes_from: $lm,

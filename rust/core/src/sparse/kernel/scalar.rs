@@ -52,4 +52,4 @@ unsafe impl<S: Simd> Expand for Loop<S> {
     }
 }
 
-instantiate!(SCALAR, Loop<crate::kernel::scalar::Scalar>, rows [1, 1], gemv [1, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns);
+instantiate!(SCALAR, Loop<crate::kernel::scalar::Scalar>, rows [1, 1], gemv [1, 1, 1], slots 60, lanes [4, 4 x 1] from 3, columns add_columns);

@@ -258,7 +258,7 @@ unsafe fn add_in_order(sums: *const i32, acc: *mut i32) {
 
 instantiate!(
     #[target_feature(enable = "avx2,fma,f16c,popcnt")]
-    AVX2_LOOP, Loop<Avx2>, rows [2, 4], gemv [2, 1, 1], slots 17, lanes [4, 4 x 1] from 3, columns add_columns
+    AVX2_LOOP, Loop<Avx2>, rows [2, 4], gemv [2, 1, 1], slots 38, lanes [4, 4 x 1] from 3, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi2")]
@@ -270,15 +270,15 @@ instantiate!(
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512, Wide<Avx512, false>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns
+    AVX512, Wide<Avx512, false>, rows [2, 4], gemv [4, 2, 2], slots 38, lanes [16, 8 x 2] from 9, columns add_columns
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512VNNI, Wide<Avx512Vnni, false>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns_vnni
+    AVX512VNNI, Wide<Avx512Vnni, false>, rows [2, 4], gemv [4, 2, 2], slots 38, lanes [16, 8 x 2] from 9, columns add_columns_vnni
 );
 instantiate!(
     #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi2,avx2,fma,f16c,popcnt,bmi2")]
-    AVX512VBMI2, Wide<Avx512Vnni, true>, rows [2, 4], gemv [4, 2, 2], slots 42, lanes [16, 8 x 2] from 9, columns add_columns_vnni
+    AVX512VBMI2, Wide<Avx512Vnni, true>, rows [2, 4], gemv [4, 2, 2], slots 38, lanes [16, 8 x 2] from 9, columns add_columns_vnni
 );
 
 /// The kernels of a level, `None` for the portable ones. Levels promise no BMI2 and no VBMI2: the CPU is asked.
