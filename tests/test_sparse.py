@@ -12,6 +12,7 @@ from conftest import levels
 
 import nibblas as nb
 from nibblas import _core
+from nibblas.qtensor import QTensor, _Storage
 
 VALUES = ["int8", "int4_g32", "uint4_g16", "mxfp4", "ternary", "f32", "f16", "bf16", "nf4_g64"]
 STRUCTURES = ["bitmap", "2of4", "bsr32", "bsr7", "block16x64", "block3x10"]
@@ -131,6 +132,50 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
                 np.testing.assert_array_equal(got, want, err_msg=f"{isa} {m},{n},{k}")
         bias = rng.standard_normal(n).astype(np.float32)
         assert_same(nb.matmul(x, q.T, bias=bias), nb.matmul(x, dense.T, bias=bias))
+
+
+@pytest.mark.parametrize("density", [0.02, 0.1, 0.2, 0.3])
+def test_few_kept_codes(density: float, rng: np.random.Generator) -> None:
+    # Rows by ones, twos, fours and eights; stretches of 1024 places, whole, a block and none more.
+    shapes = [(1, 50, 1088), (2, 33, 1024), (4, 15, 2112), (7, 16, 1025), (9, 40, 96), (1, 1, 1)]
+    shapes += [(17, 20, 1100), (33, 17, 64), (70, 33, 65)]
+    for m, n, k in shapes:
+        w = weights(rng, n, k, "bitmap", density)
+        w[n // 2] = 0
+        w[n // 3, : min(k // 2, 60)] = 1  # far ahead of the other rows
+        dense, q = nb.quantize(w, "int8"), nb.quantize(w, "int8_bitmap")
+        x = (rng.standard_normal((m, k)) * 3).astype(np.float32)
+        broken = x.copy()
+        broken[-1, k // 2] = np.inf
+        broken[0, 0] = np.nan
+        bias = rng.standard_normal(n).astype(np.float32)
+        for compute in ("int8", "f32", "bf16"):
+            for a in (x, broken, x[:, ::-1]):
+                want = np.empty((m, n), np.float32)
+                _core.matmul(a, dense._storage.pack(1), want, compute, bias, 1, "scalar")
+                for isa in levels():
+                    if compute == "bf16" and isa == "amx":
+                        continue
+                    got = np.empty((m, n), np.float32)
+                    _core.matmul(a, q._storage.pack(1), got, compute, bias, 2, isa)
+                    np.testing.assert_array_equal(got, want, err_msg=f"{compute} {isa} {m},{n},{k}")
+        left = nb.quantize(x, "int8")
+        want = left.codes().astype(np.int32) @ dense.codes().astype(np.int32).T
+        np.testing.assert_array_equal(nb.matmul(left, q.T, dtype=np.int32), want)
+        assert copy.deepcopy(q).pack(keep=False) == q
+
+
+def test_zeros_that_are_kept(rng: np.random.Generator) -> None:
+    w = weights(rng, 40, 300, "bitmap", 0.15)
+    s = nb.quantize(w, "int8_bitmap")._storage
+    arrays = {name: part.copy() for name, part in s.arrays().items()}
+    arrays["codes"][::7] = 128
+    q = QTensor._wrap(_Storage(s.format, s.rows, s.cols, arrays, None), False)
+    same = copy.deepcopy(q).pack(keep=False)
+    assert same == q
+    np.testing.assert_array_equal(same._storage.arrays()["mask"], arrays["mask"])
+    x = rng.standard_normal((3, 300)).astype(np.float32)
+    np.testing.assert_allclose(x @ q.T, x @ q.dequantize().T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1405,6 +1405,11 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     if let Some(p) = &w.floats {
         return p.matmul(x, w, y, o, &b);
     }
+    if let Some(Panels::Gaps(p)) = &w.sparse {
+        if let Some(done) = p.matmul(x, w, y, o, bf16, &b) {
+            return done;
+        }
+    }
     #[cfg(target_arch = "x86_64")]
     if b.path == Path::TilesBf16 {
         return float_tiles(x, w, y, o, &b);

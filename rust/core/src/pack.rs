@@ -137,6 +137,15 @@ impl PanelScales {
         }
     }
 
+    /// The scales of a panel whose rows have one each.
+    pub(crate) fn of_rows(&self, panel: usize) -> [f32; PANEL] {
+        std::array::from_fn(|n| match self {
+            Self::F32(b) => b[panel * PANEL + n],
+            Self::F16(b) => half::f16::from_bits(b[panel * PANEL + n]).to_f32(),
+            Self::BF16(b) => f32::from_bits(u32::from(b[panel * PANEL + n]) << 16),
+        })
+    }
+
     pub(crate) fn nbytes(&self) -> usize {
         match self {
             Self::F32(b) => b.len() * 4,

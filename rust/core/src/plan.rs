@@ -5,6 +5,7 @@ use crate::isa::Isa;
 use crate::kernel;
 use crate::pack::{Geometry, Packed, BLOCK, PANEL};
 use crate::sparse::floats::FloatPanels;
+use crate::sparse::gaps::{self, GapPanels};
 use crate::sparse::Panels;
 use std::fmt;
 
@@ -122,7 +123,8 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
     // Half a tile of rows is enough where sums are stored seldom and need no correction.
     let few = w.sparse.is_none() && (raw || (segs.len > BLOCK && signed_bytes(w)));
-    if isa == Isa::Amx && m > if few { 4 } else { 8 } && (raw || segs.len >= 16) {
+    let direct = w.sparse.as_ref().map_or(if few { 4 } else { 8 }, Panels::direct_rows);
+    if isa == Isa::Amx && m > direct && (raw || segs.len >= 16) {
         let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
     }
@@ -163,7 +165,12 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     // Whole tiles of codes that are read together.
     let dense = w.dense.is_some();
-    let base = if dense { Blocking { window: 4, ..base } } else { base };
+    let base = match &w.sparse {
+        _ if dense => Blocking { window: 4, ..base },
+        // What begins elsewhere walks there from the beginning of its stretch.
+        Some(Panels::Gaps(_)) => Blocking { window: gaps::STRETCH, ..base },
+        _ => base,
+    };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b = Blocking {
             path: Path::TilesBf16,
@@ -176,10 +183,15 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         };
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
-    if m <= w.floats.as_ref().map_or(4, |p| p.few_rows(isa)) && !dense {
+    let few = match (&w.floats, &w.sparse) {
+        (Some(p), _) => p.few_rows(isa),
+        (_, Some(Panels::Gaps(_))) => GapPanels::few_rows(isa, bf16),
+        _ => 4,
+    };
+    if m <= few && !dense {
         let mr = if m == 3 { 2 } else { m }.min(t.max_mr).min(4);
         let np = w.floats.as_ref().map_or_else(|| (t.gemv)(0, false, mr, false).1, |p| p.gemv_panels(isa, mr));
-        let b = Blocking { path: Path::Gemv, mr, np, window: 8, ..base };
+        let b = Blocking { path: Path::Gemv, mr, np, window: base.window.max(8), ..base };
         return b.cut(m, w.panels(), n, k, threads, np);
     }
     // Even tasks, in whole register tiles: a last task of a few rows would decode the weights for them alone.

@@ -462,34 +462,17 @@ impl FloatPanels {
 
     /// [`FloatPanels::matmul`] of slots and a few rows, all of them finite.
     fn matmul_slots(&self, x: &MatRef, w: &Packed, y: &MatMut, o: &Options, b: &Blocking) -> Result<()> {
-        let (t, s) = (table(o.isa), kernel::table(o.isa));
-        let xs = &floats(x, w, t, false, 0, false, b.threads)?;
+        let s = kernel::table(o.isa);
         let [ahead, far] = match self.data.len() < SHORT * self.offsets.len() {
             true => [NEAR, FAR],
             false if streams_by_itself() => [0, 0],
             false => [NUMBERS_AHEAD, 0],
         };
-        tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
-            let ldc = np * PANEL;
-            let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
-            let c = &mut grown(&mut scratch.floats, rows * ldc)?[..rows * ldc];
-            c.fill(0.0);
-            for p in 0..np {
-                let slots = self.slots(p0 + p, 0..self.blocks);
-                let mut m = 0;
-                while m < rows {
-                    let index = (rows - m).ilog2().min(s.max_mr.ilog2());
-                    let c = c[m * ldc + p * PANEL..].as_mut_ptr();
-                    let a = SlotGemv { slots, ahead, far, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
-                    // SAFETY: the slots of a panel, existing rows.
-                    unsafe { (s.slots[self.index()][index as usize])(&a) };
-                    m += 1 << index;
-                }
-            }
-            for m in 0..rows {
-                finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..ldc], 1.0, bias, false);
-            }
-            Ok(())
+        few_rows(x, w, y, o, false, b, s.max_mr, |panel, rows, a| {
+            let slots = self.slots(panel, 0..self.blocks);
+            let a = SlotGemv { slots, ahead, far, x: a.x, x_stride: a.x_stride, c: a.c, ldc: a.ldc };
+            // SAFETY: the slots of a panel, existing rows.
+            unsafe { (s.slots[self.index()][rows.ilog2() as usize])(&a) };
         })
     }
 
@@ -553,6 +536,53 @@ impl FloatPanels {
             Ok(())
         })
     }
+}
+
+/// Rows of activations that meet a panel, and where their sums are.
+pub(super) struct Few {
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, rows, ..)` for a power of two of them, `most` or fewer, at a time.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn few_rows(
+    x: &MatRef,
+    w: &Packed,
+    y: &MatMut,
+    o: &Options,
+    bf16: bool,
+    b: &Blocking,
+    most: usize,
+    f: impl Fn(usize, usize, Few) + Sync,
+) -> Result<()> {
+    let t = table(o.isa);
+    let xs = &floats(x, w, t, bf16, 0, false, b.threads)?;
+    tasks(b, x.rows, w, o, |p0, np, m0, rows, scratch| {
+        let ldc = np * PANEL;
+        let bias = padded_bias(&mut scratch.bias, o.bias, p0, np, w.n)?;
+        let c = &mut grown(&mut scratch.floats, rows * ldc)?[..rows * ldc];
+        c.fill(0.0);
+        for p in 0..np {
+            let mut m = 0;
+            while m < rows {
+                let mr = 1 << (rows - m).ilog2().min(most.ilog2());
+                let c = c[m * ldc + p * PANEL..].as_mut_ptr();
+                f(p0 + p, mr, Few { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc });
+                m += mr;
+            }
+        }
+        for m in 0..rows {
+            finish_row(t, y, m0 + m, p0 * PANEL, &mut c[m * ldc..][..ldc], 1.0, bias, false);
+        }
+        Ok(())
+    })
 }
 
 /// Writes a block of zeroed bytes, given the kept places of its rows and the number at row n and place k.

@@ -10,6 +10,7 @@
 pub mod columns;
 pub mod convert;
 pub mod floats;
+pub mod gaps;
 pub mod kernel;
 pub mod mask;
 pub mod panels;
@@ -97,6 +98,8 @@ impl Structure {
 pub enum Panels {
     /// Masks and kept codes; serves every structure.
     Bits(panels::BitPanels),
+    /// Kept bytes and the steps between them.
+    Gaps(gaps::GapPanels),
     /// Kept tiles of 16 x 64.
     Tiles(tiles::TilePanels),
     /// Kept groups of 32, row by row.
@@ -141,6 +144,9 @@ impl Panels {
         if rows::RowPanels::serves(q, g) {
             return rows::RowPanels::new(q, g, zero, scales, threads).map(Self::Rows);
         }
+        if let Some(gaps) = if stored { None } else { gaps::GapPanels::new(q, g, threads)? } {
+            return Ok(Self::Gaps(gaps));
+        }
         panels::BitPanels::new(q, g, threads).map(Self::Bits)
     }
 
@@ -148,6 +154,7 @@ impl Panels {
     pub fn nbytes(&self) -> usize {
         match self {
             Self::Bits(p) => p.nbytes(),
+            Self::Gaps(p) => p.nbytes(),
             Self::Tiles(p) => p.nbytes(),
             Self::Rows(p) => p.nbytes(),
         }
@@ -157,6 +164,7 @@ impl Panels {
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
         match self {
             Self::Bits(p) => p.words(panel, words),
+            Self::Gaps(p) => p.words(panel, words),
             Self::Tiles(p) => p.words(panel, words),
             Self::Rows(p) => p.words(panel, words),
         }
@@ -166,6 +174,7 @@ impl Panels {
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
         match self {
             Self::Bits(p) => p.raw(a),
+            Self::Gaps(p) => p.raw(a),
             Self::Tiles(p) => p.raw(a),
             Self::Rows(p) => p.raw(a),
         }
@@ -176,13 +185,22 @@ impl Panels {
         match self {
             Self::Rows(p) => p.grouped(a),
             Self::Tiles(p) => p.grouped(a),
-            Self::Bits(_) => false,
+            Self::Bits(_) | Self::Gaps(_) => false,
         }
     }
 
     /// Activation rows that a product of few rows takes at a time, where these panels do not take as many as any.
     pub(crate) fn few_rows(&self) -> Option<usize> {
         matches!(self, Self::Rows(_)).then_some(1)
+    }
+
+    /// Activation rows up to which a product that could go over tiles of the CPU does not: they would have to be decoded.
+    pub(crate) fn direct_rows(&self) -> usize {
+        if matches!(self, Self::Gaps(_)) {
+            16
+        } else {
+            8
+        }
     }
 
     /// Decodes blocks of a panel to bytes `v = u + (u & dbl) - sub`, dropped entries too, in the order of registers.
@@ -195,6 +213,7 @@ impl Panels {
         unsafe {
             match self {
                 Self::Bits(p) => p.unpack(kernel::table(t.isa), panel, block, blocks, fill, out),
+                Self::Gaps(p) => p.unpack(t.isa, panel, block, blocks, fill.sub, out),
                 Self::Tiles(p) => p.unpack(t, panel, block, blocks, fill.dbl, fill.sub, out),
                 Self::Rows(p) => p.unpack(panel, block, blocks, fill.dbl, fill.sub, out),
             }

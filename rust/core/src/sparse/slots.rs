@@ -26,25 +26,22 @@ pub(crate) fn place_of(byte: u8) -> Option<usize> {
     (byte & NONE == 0).then_some(usize::from(byte & 63))
 }
 
-/// Four slots: where their places begin, and the bytes.
-pub(crate) type Four = (usize, [[u8; PANEL]; FOUR]);
-
-/// Deals the kept places of 16 rows, `[row][blocks]` words of 64 bits.
-pub(crate) struct Deal<'a> {
+/// The kept places of 16 rows, `[row][blocks]` words of 64 bits, each row taken in order.
+pub(crate) struct Kept<'a> {
     words: &'a [u64],
     blocks: usize,
     /// Of each row the word of its next place, and what is left of it.
     next: [(usize, u64); PANEL],
 }
 
-impl<'a> Deal<'a> {
+impl<'a> Kept<'a> {
     pub fn new(words: &'a [u64], blocks: usize) -> Self {
-        let mut deal = Self { words, blocks, next: [(0, 0); PANEL] };
+        let mut kept = Self { words, blocks, next: [(0, 0); PANEL] };
         for n in 0..PANEL {
-            deal.next[n].1 = words.get(n * blocks).copied().unwrap_or(0);
-            deal.settle(n);
+            kept.next[n].1 = words.get(n * blocks).copied().unwrap_or(0);
+            kept.settle(n);
         }
-        deal
+        kept
     }
 
     /// Goes to the next word of row n that keeps something.
@@ -59,7 +56,7 @@ impl<'a> Deal<'a> {
     }
 
     /// The next place of row n, or one past all.
-    fn peek(&self, n: usize) -> usize {
+    pub fn peek(&self, n: usize) -> usize {
         let (word, rest) = self.next[n];
         if rest == 0 {
             usize::MAX
@@ -67,22 +64,40 @@ impl<'a> Deal<'a> {
             word * BLOCK + rest.trailing_zeros() as usize
         }
     }
+
+    /// Leaves the next place of row n behind.
+    pub fn skip(&mut self, n: usize) {
+        self.next[n].1 &= self.next[n].1 - 1;
+        self.settle(n);
+    }
+}
+
+/// Four slots: where their places begin, and the bytes.
+pub(crate) type Four = (usize, [[u8; PANEL]; FOUR]);
+
+/// Deals what 16 rows keep.
+pub(crate) struct Deal<'a>(Kept<'a>);
+
+impl<'a> Deal<'a> {
+    pub fn new(words: &'a [u64], blocks: usize) -> Self {
+        Self(Kept::new(words, blocks))
+    }
 }
 
 impl Iterator for Deal<'_> {
     type Item = Four;
 
     fn next(&mut self) -> Option<Four> {
-        let first = (0..PANEL).map(|n| self.peek(n)).min().filter(|&k| k < usize::MAX)?;
-        let base = first.min((self.blocks - 1) * BLOCK);
+        let kept = &mut self.0;
+        let first = (0..PANEL).map(|n| kept.peek(n)).min().filter(|&k| k < usize::MAX)?;
+        let base = first.min((kept.blocks - 1) * BLOCK);
         let mut four = [[NONE; PANEL]; FOUR];
         for slot in &mut four {
             for (n, byte) in slot.iter_mut().enumerate() {
-                let k = self.peek(n);
+                let k = kept.peek(n);
                 if k < base + BLOCK {
                     *byte = place(k - base);
-                    self.next[n].1 &= self.next[n].1 - 1;
-                    self.settle(n);
+                    kept.skip(n);
                 }
             }
         }

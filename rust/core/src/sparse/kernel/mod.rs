@@ -71,6 +71,48 @@ pub struct KeptRaw {
     pub ldc: usize,
 }
 
+/// Arguments of the integer kernels over entries of a panel; see [`crate::sparse::gaps`].
+#[derive(Debug, Clone, Copy)]
+pub struct GapRaw {
+    /// The pairs.
+    pub src: *const u8,
+    /// Where the places of each four begin.
+    pub bases: *const u32,
+    /// How many pairs.
+    pub pairs: usize,
+    /// Whether to ask for memory ahead.
+    pub prefetch: bool,
+    /// Activations from K = 0 on.
+    pub act: ActRows,
+    /// `[16]`: the values of each row of the panel added up.
+    pub sums: *const i32,
+    /// Results `[m][ldc]`.
+    pub c: *mut i32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
+/// Arguments of the float kernels over entries of a panel.
+#[derive(Debug, Clone, Copy)]
+pub struct GapFloat {
+    /// The pairs.
+    pub src: *const u8,
+    /// Where the places of each four begin.
+    pub bases: *const u32,
+    /// How many pairs.
+    pub pairs: usize,
+    /// `[16]`: the scale of each row of the panel.
+    pub scales: *const f32,
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
 /// Arguments of the grouped integer kernels over kept tiles of a panel, as those of [`KeptRaw`].
 #[derive(Debug, Clone, Copy)]
 pub struct KeptGrouped {
@@ -176,6 +218,10 @@ pub type ExpandFn = unsafe fn(*const u8, *mut u8, usize, &Fill);
 pub type BitRawFn = unsafe fn(&BitRaw);
 /// An integer kernel over kept tiles.
 pub type KeptRawFn = unsafe fn(&KeptRaw);
+/// An integer kernel over entries.
+pub type GapRawFn = unsafe fn(&GapRaw);
+/// A float kernel over entries.
+pub type GapFloatFn = unsafe fn(&GapFloat);
 /// A grouped integer kernel over kept tiles.
 pub type KeptGroupedFn = unsafe fn(&KeptGrouped);
 /// A float kernel over panels of numbers.

@@ -1,6 +1,7 @@
 //! Spreading with `VPEXPANDB` and `VPEXPANDPS` (AVX-512), or `PDEP` (BMI2) where they lack.
 pub(crate) mod amx;
 pub(crate) mod bsr;
+pub(crate) mod gaps;
 
 use crate::isa::Isa;
 use crate::kernel::simd::Simd;

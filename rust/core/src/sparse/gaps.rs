@@ -1,0 +1,427 @@
+//! Kept bytes of which few are kept: instead of a bit for every place, a step from each to the next.
+//!
+//! ```text
+//! entry   a step of 1 to 15 places from where the row was, and the signed byte there: 0 where the step is too short to reach a
+//!         kept one. A step of 0 and a 0: nothing
+//! four    for each of 16 rows its next four entries, if they lie within the 64 places of the four
+//! pair    64 bytes: the steps of a four, `[row][4]`, in the lower halves, of the next in the upper ones
+//!         64 bytes of either
+//! bases   of each four the first of its 64 places along K (any, but for whole 64 to follow)
+//! ```
+//!
+//! A stretch of 1024 places begins with a pair of its own and every row at the place before its first, so that products may
+//! begin there; rows are brought to the place before by entries of 0 where they keep nothing there. The order in which integers
+//! are added does not matter.
+//!
+//! A register of a bitmap costs its 64 places three operations of the one port of Intel's CPUs that moves bytes across lanes,
+//! however few it keeps; four entries of each row cost three too: at 20 % kept that is 3.8 times for 64 places of K, not 16.
+use super::floats::few_rows;
+use super::kernel::{GapFloat, GapRaw};
+use super::panels::{sum_up, Rows};
+use super::slots::Kept;
+use super::{Patch, Summed};
+use crate::buf::{Buf, Taken};
+use crate::error::{Error, Result};
+use crate::format::ValueMap;
+use crate::gemm::{Options, Region};
+use crate::isa::Isa;
+use crate::matrix::{MatMut, MatRef};
+use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
+use crate::plan::{Blocking, Path};
+use crate::pool;
+use crate::qtensor::{zeros_vec, QView};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Blocks of a stretch.
+pub(crate) const STRETCH: usize = 16;
+/// Bytes of a pair.
+const PAIR: usize = 192;
+/// The longest step.
+const LONGEST: usize = 15;
+/// The code of 0.
+const ZERO: u8 = 128;
+/// Of a hundred bytes of a bitmap, as many as these panels may take instead: where more is kept the bitmap is as fast.
+const MOST: usize = 122;
+
+/// A weight of signed bytes, one scale a row.
+#[derive(Debug)]
+pub struct GapPanels {
+    data: Buf<u8>,
+    bases: Buf<u32>,
+    /// The first pair of each stretch, `[panel][stretch]`, and the end.
+    starts: Vec<usize>,
+    blocks: usize,
+    /// The values of each row added up.
+    sums: Vec<i32>,
+}
+
+/// Entries of a four: where its places begin, steps, and places.
+type Four = (usize, [[u8; 4]; PANEL], [[usize; 4]; PANEL]);
+
+/// Deals the kept places of a stretch, which ends at `end`, to fours; `last`: it is the last one.
+struct Deal<'a, 'b> {
+    kept: &'b mut Kept<'a>,
+    /// Where each row is, plus 1.
+    at: [usize; PANEL],
+    end: usize,
+    last: bool,
+}
+
+impl Deal<'_, '_> {
+    /// Where the next entry of row n lies.
+    fn peek(&self, n: usize) -> Option<usize> {
+        let (kept, at) = (self.kept.peek(n), self.at[n]);
+        let to = match () {
+            () if kept < self.end => kept,
+            () if self.last || at == self.end => return None,
+            () => self.end - 1,
+        };
+        Some(to.min(at + LONGEST - 1))
+    }
+}
+
+impl Iterator for Deal<'_, '_> {
+    type Item = Four;
+
+    fn next(&mut self) -> Option<Four> {
+        let first = (0..PANEL).filter_map(|n| self.peek(n)).min()?;
+        let base = first.min(self.end - BLOCK);
+        let (mut steps, mut places) = ([[0; 4]; PANEL], [[usize::MAX; 4]; PANEL]);
+        for n in 0..PANEL {
+            for i in 0..4 {
+                let Some(k) = self.peek(n).filter(|&k| k < base + BLOCK) else { break };
+                steps[n][i] = (k + 1 - self.at[n]) as u8;
+                self.at[n] = k + 1;
+                if self.kept.peek(n) == k {
+                    places[n][i] = k;
+                    self.kept.skip(n);
+                }
+            }
+        }
+        Some((base, steps, places))
+    }
+}
+
+/// Calls `f` with the number of each stretch of a panel and its fours.
+fn each_stretch(words: &[u64], blocks: usize, mut f: impl FnMut(usize, Deal)) {
+    let mut kept = Kept::new(words, blocks);
+    for (s, from) in (0..blocks).step_by(STRETCH).enumerate() {
+        let to = blocks.min(from + STRETCH);
+        f(s, Deal { kept: &mut kept, at: [from * BLOCK; PANEL], end: to * BLOCK, last: to == blocks });
+    }
+}
+
+impl GapPanels {
+    /// Rearranges a sparse matrix, if these panels suit it.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(q: &QView, g: &Geometry, threads: usize) -> Result<Option<Self>> {
+        let e = q.format.element;
+        let plain = matches!(e.map, ValueMap::Affine { mul: 1, .. }) && e.bits == 8 && e.zero_code() == ZERO;
+        let fits = g.is_plain() && g.groups <= 1 && u32::try_from(g.kp).is_ok();
+        if !plain || !fits || kernel(crate::isa::active(), 1).is_none() {
+            return Ok(None);
+        }
+        let (panels, blocks) = (q.rows.div_ceil(PANEL), g.blocks());
+        let stretches = blocks.div_ceil(STRETCH);
+        let mut starts = zeros_vec::<usize>(panels * stretches + 1)?;
+        let mut bitmap = zeros_vec::<usize>(panels)?;
+        let (out, sizes) = (Shared(starts.as_mut_ptr()), Shared(bitmap.as_mut_ptr()));
+        pool::try_run(threads, panels, None, |p| {
+            let mut rows = Rows::new(g)?;
+            rows.read(q, g, p);
+            let kept = rows.words.iter().map(|w| w.count_ones() as usize).sum::<usize>();
+            // SAFETY: the entry of panel p belongs to this task, as its stretches do.
+            unsafe { *sizes.get().add(p) = kept + 2 * BLOCK * blocks };
+            each_stretch(&rows.words, blocks, |s, fours| {
+                // SAFETY: see above.
+                unsafe { *out.get().add(p * stretches + s) = fours.count().div_ceil(2) };
+            });
+            Ok(())
+        })?;
+        let pairs = sum_up(&mut starts)?;
+        if pairs.saturating_mul((PAIR + 8) * 100) > bitmap.iter().sum::<usize>().saturating_mul(MOST) {
+            return Ok(None);
+        }
+        let mut data = Buf::<u8>::zeroed(pairs.checked_mul(PAIR).ok_or(Error::OutOfMemory(usize::MAX))?)?;
+        let (mut bases, mut sums) = (Buf::<u32>::zeroed(2 * pairs)?, zeros_vec::<i32>(panels * PANEL)?);
+        let (out, out_bases, out_sums) =
+            (Shared(data.as_mut_ptr()), Shared(bases.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+        let (starts_ref, zeros) = (&starts, AtomicBool::new(false));
+        pool::try_run(threads, panels, None, |p| {
+            let mut rows = Rows::new(g)?;
+            rows.read(q, g, p);
+            let mut codes = Taken::<u8>::new(PANEL * g.kp)?;
+            for i in 0..PANEL.min(q.rows - p * PANEL) {
+                let row = &mut codes[i * g.kp..][..g.k];
+                q.unpack_row(p * PANEL + i, 0, row);
+                let sum = row.iter().map(|&u| i32::from(u) - i32::from(ZERO)).fold(0, i32::wrapping_add);
+                // SAFETY: the rows of panel p belong to this task, as its pairs do.
+                unsafe { *out_sums.get().add(p * PANEL + i) = sum };
+            }
+            each_stretch(&rows.words, blocks, |s, fours| {
+                let (from, to) = (starts_ref[p * stretches + s], starts_ref[p * stretches + s + 1]);
+                // SAFETY: see above.
+                let (pairs, bases) = unsafe {
+                    (
+                        std::slice::from_raw_parts_mut(out.get().add(from * PAIR), (to - from) * PAIR),
+                        std::slice::from_raw_parts_mut(out_bases.get().add(2 * from), 2 * (to - from)),
+                    )
+                };
+                // Where a four that is missing begins: after all others.
+                bases.fill(((blocks.min((s + 1) * STRETCH) - 1) * BLOCK) as u32);
+                for (i, (base, steps, places)) in fours.enumerate() {
+                    let (pair, second) = (&mut pairs[i / 2 * PAIR..][..PAIR], i % 2);
+                    bases[i] = base as u32;
+                    for n in 0..PANEL {
+                        for j in 0..4 {
+                            pair[4 * n + j] |= steps[n][j] << (4 * second);
+                            if places[n][j] != usize::MAX {
+                                let code = codes[n * g.kp + places[n][j]];
+                                if code == ZERO {
+                                    zeros.store(true, Ordering::Relaxed);
+                                }
+                                pair[64 + 64 * second + 4 * n + j] = code.wrapping_sub(ZERO);
+                            }
+                        }
+                    }
+                }
+            });
+            Ok(())
+        })?;
+        // A kept 0 looks like none.
+        if zeros.into_inner() {
+            return Ok(None);
+        }
+        Ok(Some(Self { data, bases, starts, blocks, sums }))
+    }
+
+    /// Calls `f` with row, place and value of every entry of a stretch of a panel that is one.
+    fn each(&self, panel: usize, stretch: usize, mut f: impl FnMut(usize, usize, u8)) {
+        let at = panel * self.blocks.div_ceil(STRETCH) + stretch;
+        let (from, to) = (self.starts[at], self.starts[at + 1]);
+        let mut places = [stretch * STRETCH * BLOCK; PANEL];
+        for pair in self.data[from * PAIR..to * PAIR].as_chunks::<PAIR>().0 {
+            let (steps, codes) = pair.split_at(64);
+            for (shift, codes) in [0, 4].into_iter().zip(codes.as_chunks::<64>().0) {
+                for (i, (step, code)) in steps.iter().zip(codes).enumerate() {
+                    let place = &mut places[i / 4];
+                    *place += usize::from(step >> shift & 15);
+                    if *code != 0 {
+                        f(i / 4, *place - 1, *code);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The kept places of a panel's rows; see [`super::Panels::words`].
+    pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
+        for s in 0..self.blocks.div_ceil(STRETCH) {
+            self.each(panel, s, |n, k, _| words[n * self.blocks + k / BLOCK] |= 1 << (k % BLOCK));
+        }
+    }
+
+    /// Bytes held.
+    pub fn nbytes(&self) -> usize {
+        self.data.len() + (self.bases.len() + self.sums.len()) * 4 + self.starts.len() * size_of::<usize>()
+    }
+
+    /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
+    pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
+        let whole = a.is_whole();
+        let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ref mut c, ldc } = a;
+        let mr = job.b.mr;
+        let f = kernel(job.t.isa, mr).filter(|_| whole && job.b.path != Path::Tiles)?;
+        let stretches = self.blocks.div_ceil(STRETCH);
+        for p in p0..p0 + np {
+            let (from, to) = (self.starts[p * stretches], self.starts[(p + 1) * stretches]);
+            for m in (0..rows).step_by(mr) {
+                let a = GapRaw {
+                    src: self.data[from * PAIR..].as_ptr(),
+                    bases: self.bases[2 * from..].as_ptr(),
+                    pairs: to - from,
+                    prefetch: m == 0,
+                    act: job.act.rows((m0 + m) / mr, 0),
+                    sums: self.sums[p * PANEL..][..PANEL].as_ptr(),
+                    c: c.as_mut_ptr().wrapping_add(m * ldc + (p - p0) * PANEL),
+                    ldc,
+                };
+                // SAFETY: the pairs of a panel, whose places lie within K; `c` has padded rows; the level is available.
+                unsafe { f(&a) };
+            }
+        }
+        Some(Summed::Values)
+    }
+
+    /// Rows that float products take straight from the panels, at most.
+    pub(crate) fn few_rows(isa: Isa, bf16: bool) -> usize {
+        float_kernels(isa, bf16).map_or(4, |_| 16)
+    }
+
+    /// `y = x @ w.T` in float32 of a few rows straight from the panels, where that is possible.
+    pub(crate) fn matmul(
+        &self,
+        x: &MatRef,
+        w: &Packed,
+        y: &MatMut,
+        o: &Options,
+        bf16: bool,
+        b: &Blocking,
+    ) -> Option<Result<()>> {
+        let kernels = float_kernels(o.isa, bf16)?;
+        let most = if bf16 { half::bf16::MAX.to_f32() } else { f32::MAX };
+        if b.path != Path::Gemv || w.tensor != 1.0 || w.step != 1.0 || !x.is_within(most) {
+            return None;
+        }
+        let stretches = self.blocks.div_ceil(STRETCH);
+        Some(few_rows(x, w, y, o, bf16, b, 4, |p, rows, a| {
+            let (from, to) = (self.starts[p * stretches], self.starts[(p + 1) * stretches]);
+            let scales = w.scales.of_rows(p);
+            let a = GapFloat {
+                src: self.data[from * PAIR..].as_ptr(),
+                bases: self.bases[2 * from..].as_ptr(),
+                pairs: to - from,
+                scales: scales.as_ptr(),
+                x: a.x,
+                x_stride: a.x_stride,
+                c: a.c,
+                ldc: a.ldc,
+            };
+            // SAFETY: the pairs of a panel, whose places lie within K, existing rows; the level is available.
+            unsafe { kernels[rows.ilog2() as usize](&a) };
+        }))
+    }
+
+    /// Decodes blocks of a panel to bytes, dropped ones too, `sub` less than their codes.
+    ///
+    /// # Safety
+    /// `out` has 1024 bytes for each block.
+    pub(crate) unsafe fn unpack(&self, isa: Isa, panel: usize, block: usize, blocks: usize, sub: u8, out: *mut u8) {
+        // SAFETY: the caller's buffer.
+        let out = unsafe { std::slice::from_raw_parts_mut(out, blocks * 1024) };
+        let add = ZERO.wrapping_sub(sub);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(f) = super::kernel::x86::gaps::spreads(isa) {
+            let mut bytes = std::mem::MaybeUninit::<super::kernel::x86::gaps::Bytes>::uninit();
+            for s in block / STRETCH..(block + blocks).div_ceil(STRETCH) {
+                let (from, to) = (block.max(s * STRETCH), (block + blocks).min((s + 1) * STRETCH));
+                let at = panel * self.blocks.div_ceil(STRETCH) + s;
+                let (first, end) = (self.starts[at], self.starts[at + 1]);
+                // What begins past the last place that is asked for is not wanted.
+                let bases = &self.bases[2 * first..2 * end];
+                let most = bases.partition_point(|&b| (b as usize) < to * BLOCK);
+                let before = bases.partition_point(|&b| (b as usize) + BLOCK <= from * BLOCK) / 2;
+                let pairs = &self.data[first * PAIR..(first + most.div_ceil(2)) * PAIR];
+                // SAFETY: the blocks lie within the stretch; pairs of it, from its first on; the level is available.
+                unsafe {
+                    let part = bytes.as_mut_ptr().cast::<u8>().add((from - s * STRETCH) * 1024);
+                    part.write_bytes(add, (to - from) * 1024);
+                    f(pairs, before, add, bytes.as_mut_ptr());
+                    out[(from - block) * 1024..].as_mut_ptr().copy_from_nonoverlapping(part, (to - from) * 1024);
+                }
+            }
+            return;
+        }
+        out.fill(add);
+        for s in block / STRETCH..(block + blocks).div_ceil(STRETCH) {
+            self.each(panel, s, |n, k, code| {
+                let k = k.wrapping_sub(block * BLOCK);
+                if let Some(to) = out.get_mut((k / 4).wrapping_mul(64) + 4 * n + k % 4) {
+                    *to = code.wrapping_add(add);
+                }
+            });
+        }
+    }
+}
+
+/// The float kernels of 1, 2 and 4 rows, where the level has them.
+fn float_kernels(isa: Isa, bf16: bool) -> Option<[super::kernel::GapFloatFn; 3]> {
+    #[cfg(target_arch = "x86_64")]
+    return super::kernel::x86::gaps::float(isa, bf16);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (isa, bf16);
+        None
+    }
+}
+
+/// The kernel of `mr` rows, where the level has one.
+fn kernel(isa: Isa, mr: usize) -> Option<super::kernel::GapRawFn> {
+    #[cfg(target_arch = "x86_64")]
+    return super::kernel::x86::gaps::kernel(isa, mr);
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = (isa, mr);
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::format::Format;
+    use crate::quantize::{quantize, Method};
+    use crate::sparse::{self, Structure};
+
+    fn panels(n: usize, k: usize, keep: impl Fn(usize, usize) -> bool) -> (Option<GapPanels>, Vec<u8>) {
+        let value = |i: usize| if keep(i / k, i % k) { 1.0 - 2.0 * ((i % 2) as f32) } else { 0.0 };
+        let w = (0..n * k).map(value).collect::<Vec<_>>();
+        let dense =
+            quantize(&MatRef::from_f32(&w, n, k), &Format::parse("int8").unwrap(), Method::Rtn, 1).unwrap().tensor;
+        let codes = (0..n).flat_map(|i| {
+            let mut row = vec![0; k];
+            dense.view().unpack_row(i, 0, &mut row);
+            row
+        });
+        let codes = codes.collect();
+        let q = sparse::pack(&dense.view(), Structure::Bitmap).unwrap();
+        (GapPanels::new(&q.view(), &Geometry::new(k, None), 2).unwrap(), codes)
+    }
+
+    #[test]
+    fn entries_come_back() {
+        if kernel(crate::isa::active(), 1).is_none() {
+            return;
+        }
+        let patterns: [fn(usize, usize) -> bool; 6] = [
+            |n, k| (n * 7 + k * 3).is_multiple_of(10),
+            // Steps that are just long enough and just too long.
+            |n, k| k.is_multiple_of(15 + usize::from(n % 8 == 0)),
+            // One row far ahead of the others; a row of nothing.
+            |n, k| (n == 3 && k < 60) || (n != 5 && k % 1024 > 1000),
+            // The last place of a stretch, and the first.
+            |n, k| (k + n % 2).is_multiple_of(1024),
+            |_, _| false,
+            |n, k| n == 0 && k == 0,
+        ];
+        for (n, k) in [(21, 2240), (16, 64), (1, 1024), (33, 1100)] {
+            for (i, keep) in patterns.into_iter().enumerate() {
+                let (p, codes) = panels(n, k, keep);
+                let p = p.unwrap_or_else(|| panic!("pattern {i} of {n}x{k} lies in another way"));
+                let blocks = k.div_ceil(BLOCK);
+                for panel in 0..n.div_ceil(PANEL) {
+                    let mut words = vec![0; PANEL * blocks];
+                    p.words(panel, &mut words);
+                    let parts = [(0, blocks), (blocks / 2, blocks - blocks / 2), (blocks - 1, 1)];
+                    let levels = [Isa::Scalar, crate::isa::active()];
+                    for ((from, count), isa) in parts.into_iter().flat_map(|p| levels.map(|isa| (p, isa))) {
+                        let mut out = vec![0u8; count * 1024];
+                        // SAFETY: room for every block.
+                        unsafe { p.unpack(isa, panel, from, count, 1, out.as_mut_ptr()) };
+                        for (row, at) in (0..PANEL).flat_map(|r| (0..count * BLOCK).map(move |at| (r, at))) {
+                            let (wide, place) = (panel * PANEL + row, from * BLOCK + at);
+                            let inside = wide < n && place < k;
+                            let code = if inside { codes[wide * k + place] } else { ZERO };
+                            assert_eq!(out[at / 4 * 64 + 4 * row + at % 4], code - 1, "pattern {i} of {n}x{k}");
+                            let kept = words[row * blocks + place / BLOCK] >> (place % BLOCK) & 1 == 1;
+                            assert_eq!(kept, inside && keep(wide, place), "pattern {i} of {n}x{k}");
+                        }
+                    }
+                }
+            }
+        }
+        assert!(panels(16, 256, |n, k| (n + k) % 2 == 0).0.is_none());
+    }
+}
