@@ -19,7 +19,7 @@ use super::floats::few_rows;
 use super::kernel::{GapFloat, GapRaw};
 use super::panels::{sum_up, Rows};
 use super::slots::Kept;
-use super::{Patch, Summed};
+use super::{Mask, Patch, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ValueMap;
@@ -124,6 +124,11 @@ impl GapPanels {
             return Ok(None);
         }
         let (panels, blocks) = (q.rows.div_ceil(PANEL), g.blocks());
+        // Entries take a byte and a half at least: no need to count them where so many are kept.
+        let kept = q.mask.map_or(usize::MAX, Mask::total);
+        if kept.saturating_mul(150) > kept.saturating_add(panels * PANEL * blocks * BLOCK / 8).saturating_mul(MOST) {
+            return Ok(None);
+        }
         let stretches = blocks.div_ceil(STRETCH);
         let mut starts = zeros_vec::<usize>(panels * stretches + 1)?;
         let mut bitmap = zeros_vec::<usize>(panels)?;
