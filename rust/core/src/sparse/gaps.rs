@@ -404,7 +404,11 @@ mod tests {
         for (n, k) in [(21, 2240), (16, 64), (1, 1024), (33, 1100)] {
             for (i, keep) in patterns.into_iter().enumerate() {
                 let (p, codes) = panels(n, k, keep);
-                let p = p.unwrap_or_else(|| panic!("pattern {i} of {n}x{k} lies in another way"));
+                // A pair is more than the masks of a single block, entries of one row more than its bits.
+                let Some(p) = p else {
+                    assert!((k == 64 && i > 0) || (n == 1 && i < 2), "pattern {i} of {n}x{k} lies in another way");
+                    continue;
+                };
                 let blocks = k.div_ceil(BLOCK);
                 for panel in 0..n.div_ceil(PANEL) {
                     let mut words = vec![0; PANEL * blocks];
