@@ -1405,10 +1405,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     if let Some(p) = &w.floats {
         return p.matmul(x, w, y, o, &b);
     }
-    if let Some(Panels::Gaps(p)) = &w.sparse {
-        if let Some(done) = p.matmul(x, w, y, o, bf16, &b) {
-            return done;
-        }
+    if let Some(done) = w.sparse.as_ref().and_then(|p| p.float(x, w, y, o, bf16, &b)) {
+        return done;
     }
     #[cfg(target_arch = "x86_64")]
     if b.path == Path::TilesBf16 {

@@ -5,7 +5,6 @@ use crate::isa::Isa;
 use crate::kernel;
 use crate::pack::{Geometry, Packed, BLOCK, PANEL};
 use crate::sparse::floats::FloatPanels;
-use crate::sparse::gaps::{self, GapPanels};
 use crate::sparse::Panels;
 use std::fmt;
 
@@ -165,12 +164,8 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     // Whole tiles of codes that are read together.
     let dense = w.dense.is_some();
-    let base = match &w.sparse {
-        _ if dense => Blocking { window: 4, ..base },
-        // What begins elsewhere walks there from the beginning of its stretch.
-        Some(Panels::Gaps(_)) => Blocking { window: gaps::STRETCH, ..base },
-        _ => base,
-    };
+    let stretch = w.sparse.as_ref().and_then(Panels::stretch);
+    let base = Blocking { window: if dense { 4 } else { stretch.unwrap_or(base.window) }, ..base };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b = Blocking {
             path: Path::TilesBf16,
@@ -185,7 +180,7 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     }
     let few = match (&w.floats, &w.sparse) {
         (Some(p), _) => p.few_rows(isa),
-        (_, Some(Panels::Gaps(_))) => GapPanels::few_rows(isa, bf16),
+        (_, Some(p)) => p.few_float_rows(isa, bf16),
         _ => 4,
     };
     if m <= few && !dense {

@@ -15,9 +15,9 @@
 //! Masks cost a step for each k and 2 bytes, whatever is kept; slots a step for each and 16 bytes, whether rows have a number
 //! there or not: fewer steps, of more bytes.
 use super::kernel::generic::{FAR, MASKS, NEAR, NUMBERS_AHEAD};
-use super::kernel::{self, FloatGemv, LaneArgs, Numbers, SlotGemv, Slots, SparseKernels, MAX_NP};
+use super::kernel::{self, FloatGemv, FloatRows, LaneArgs, Numbers, SlotGemv, Slots, SparseKernels, MAX_NP};
 use super::panels::{sum_up, Rows, SLACK};
-use super::slots::{place_of, Deal, FOUR};
+use super::slots::{four_bytes, place_of, Deal, FOUR};
 use super::tiles::TilePanels;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
@@ -45,13 +45,12 @@ enum Layout {
 }
 
 impl Layout {
-    /// Bytes of a block of numbers of `size` bytes of which so many are kept.
-    fn block_bytes(self, kept: usize, size: usize) -> usize {
-        match self {
-            Layout::All => BLOCK * PANEL * size,
-            Layout::Tiles => BLOCK * PANEL * size * usize::from(kept > 0),
-            Layout::Masks => MASKS + kept * size,
-            Layout::Slots => 0,
+    /// How a block of kept numbers lies, unless in slots.
+    fn numbers(self) -> Numbers {
+        if self == Layout::Masks {
+            Numbers::Masks
+        } else {
+            Numbers::All
         }
     }
 }
@@ -62,11 +61,6 @@ const FARTHEST: usize = 1 << 26;
 /// Bytes of the slots of 64 k of a panel up to which two levels of the cache are asked for them. On a Zen 4 that is worth 1.2 to
 /// 1.5x of short ones, and costs long ones a tenth (measured).
 const SHORT: usize = 960;
-
-/// Bytes of four slots of numbers of `size` bytes.
-fn four_bytes(size: usize) -> usize {
-    FOUR * PANEL * (1 + size)
-}
 
 /// Fills `[panel][block]`, a panel at a time, given its rows.
 fn each_panel(
@@ -125,13 +119,17 @@ impl FloatPanels {
                 }
             }
         };
+        let whole = BLOCK * PANEL * size;
         match layout {
-            Layout::All => offsets[..panels * blocks].fill(layout.block_bytes(0, size)),
+            Layout::All => offsets[..panels * blocks].fill(whole),
             Layout::Slots => {}
             Layout::Tiles | Layout::Masks => each_panel(q, g, threads, &mut offsets, |rows, bytes| {
                 for (b, bytes) in bytes.iter_mut().enumerate() {
                     let kept = rows.block(b).iter().map(|w| w.count_ones() as usize).sum::<usize>();
-                    *bytes = layout.block_bytes(kept, size);
+                    *bytes = match layout.numbers() {
+                        Numbers::All => whole * usize::from(kept > 0),
+                        Numbers::Masks => MASKS + kept * size,
+                    };
                 }
             })?,
         }
@@ -174,7 +172,7 @@ impl FloatPanels {
             for b in 0..blocks {
                 let block = part(ends[b], ends[b + 1]);
                 if !block.is_empty() {
-                    fill(block, layout, rows.block(b), |n, k| number(n, b * BLOCK + k));
+                    fill(block, layout.numbers(), rows.block(b), |n, k| number(n, b * BLOCK + k));
                 }
             }
             Ok(())
@@ -268,7 +266,7 @@ impl FloatPanels {
             unsafe { (s.spread_slots[self.index()])(&slots, block * BLOCK, out.as_mut_ptr(), count) };
             return;
         }
-        let f = s.floats[self.index()][self.numbers() as usize];
+        let f = s.floats[self.index()][self.layout.numbers() as usize];
         if self.layout != Layout::Tiles {
             if count > 0 {
                 // SAFETY: whole blocks of an existing panel, and room for each.
@@ -283,15 +281,6 @@ impl FloatPanels {
             } else {
                 out.fill(0.0);
             }
-        }
-    }
-
-    /// How a block of kept numbers lies, unless in slots.
-    fn numbers(&self) -> Numbers {
-        if self.layout == Layout::Masks {
-            Numbers::Masks
-        } else {
-            Numbers::All
         }
     }
 
@@ -327,7 +316,7 @@ impl FloatPanels {
     pub(crate) fn gemv_panels(&self, isa: crate::isa::Isa, mr: usize) -> usize {
         match self.layout {
             Layout::Slots => 1,
-            _ => (kernel::table(isa).gemv)(self.index(), self.numbers(), mr, false).1,
+            _ => (kernel::table(isa).gemv)(self.index(), self.layout.numbers(), mr, false).1,
         }
     }
 
@@ -384,26 +373,26 @@ impl FloatPanels {
                             let mut src = [std::ptr::null(); MAX_NP];
                             src[0] = self.at(p0 + p, k);
                             let c = cp.wrapping_add(m * ldc + p * PANEL);
-                            let x = xs.at(m0 + m, k * BLOCK);
+                            let rows = FloatRows { x: xs.at(m0 + m, k * BLOCK), x_stride: xs.stride, c, ldc };
                             // SAFETY: whole blocks, existing rows.
-                            unsafe { f(&FloatGemv { src, blocks: n, ahead, x, x_stride: xs.stride, c, ldc }) };
+                            unsafe { f(&FloatGemv { src, blocks: n, ahead, rows }) };
                             from = k + n;
                         }
                         p += 1;
                     }
                     while p < np {
-                        let (mut f, mut count) = (s.gemv)(self.index(), self.numbers(), mr, false);
+                        let (mut f, mut count) = (s.gemv)(self.index(), self.layout.numbers(), mr, false);
                         if p + count > np {
-                            (f, count) = (s.gemv)(self.index(), self.numbers(), mr, true);
+                            (f, count) = (s.gemv)(self.index(), self.layout.numbers(), mr, true);
                         }
                         let mut src = [std::ptr::null(); MAX_NP];
                         for (i, to) in src.iter_mut().enumerate().take(count) {
                             *to = self.at(p0 + p + i, 0);
                         }
                         let c = cp.wrapping_add(m * ldc + p * PANEL);
-                        let a = FloatGemv { src, blocks, ahead, x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
+                        let rows = FloatRows { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc };
                         // SAFETY: whole panels, existing rows.
-                        unsafe { f(&a) };
+                        unsafe { f(&FloatGemv { src, blocks, ahead, rows }) };
                         p += count;
                     }
                     m += mr;
@@ -468,11 +457,10 @@ impl FloatPanels {
             false if streams_by_itself() => [0, 0],
             false => [NUMBERS_AHEAD, 0],
         };
-        few_rows(x, w, y, o, false, b, s.max_mr, |panel, rows, a| {
-            let slots = self.slots(panel, 0..self.blocks);
-            let a = SlotGemv { slots, ahead, far, x: a.x, x_stride: a.x_stride, c: a.c, ldc: a.ldc };
+        few_rows(x, w, y, o, false, b, s.max_mr, |panel, count, rows| {
+            let a = SlotGemv { slots: self.slots(panel, 0..self.blocks), ahead, far, rows };
             // SAFETY: the slots of a panel, existing rows.
-            unsafe { (s.slots[self.index()][rows.ilog2() as usize])(&a) };
+            unsafe { (s.slots[self.index()][count.ilog2() as usize])(&a) };
         })
     }
 
@@ -538,19 +526,8 @@ impl FloatPanels {
     }
 }
 
-/// Rows of activations that meet a panel, and where their sums are.
-pub(super) struct Few {
-    /// Activations in padded places: row m at `m*x_stride`.
-    pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
-    /// Sums `[m][ldc]`, read and written.
-    pub c: *mut f32,
-    /// Row stride of `c`.
-    pub ldc: usize,
-}
-
-/// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, rows, ..)` for a power of two of them, `most` or fewer, at a time.
+/// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, count, rows)` for a power of two of them, `most` or
+/// fewer, at a time.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn few_rows(
     x: &MatRef,
@@ -560,7 +537,7 @@ pub(super) fn few_rows(
     bf16: bool,
     b: &Blocking,
     most: usize,
-    f: impl Fn(usize, usize, Few) + Sync,
+    f: impl Fn(usize, usize, FloatRows) + Sync,
 ) -> Result<()> {
     let t = table(o.isa);
     let xs = &floats(x, w, t, bf16, 0, false, b.threads)?;
@@ -574,7 +551,7 @@ pub(super) fn few_rows(
             while m < rows {
                 let mr = 1 << (rows - m).ilog2().min(most.ilog2());
                 let c = c[m * ldc + p * PANEL..].as_mut_ptr();
-                f(p0 + p, mr, Few { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc });
+                f(p0 + p, mr, FloatRows { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc });
                 m += mr;
             }
         }
@@ -586,15 +563,15 @@ pub(super) fn few_rows(
 }
 
 /// Writes a block of zeroed bytes, given the kept places of its rows and the number at row n and place k.
-fn fill<'a>(block: &mut [u8], layout: Layout, rows: [u64; PANEL], number: impl Fn(usize, usize) -> &'a [u8]) {
-    match layout {
-        Layout::All | Layout::Tiles => {
+fn fill<'a>(block: &mut [u8], how: Numbers, rows: [u64; PANEL], number: impl Fn(usize, usize) -> &'a [u8]) {
+    match how {
+        Numbers::All => {
             let size = block.len() / (BLOCK * PANEL);
             for (i, to) in block.chunks_exact_mut(size).enumerate() {
                 to.copy_from_slice(number(i % PANEL, i / PANEL));
             }
         }
-        Layout::Masks => {
+        Numbers::Masks => {
             let (masks, mut rest) = block.split_at_mut(MASKS);
             for (k, mask) in masks.as_chunks_mut::<2>().0.iter_mut().enumerate() {
                 let mut bits = 0u16;
@@ -605,7 +582,6 @@ fn fill<'a>(block: &mut [u8], layout: Layout, rows: [u64; PANEL], number: impl F
                 *mask = bits.to_le_bytes();
             }
         }
-        Layout::Slots => {}
     }
 }
 

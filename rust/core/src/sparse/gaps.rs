@@ -16,7 +16,8 @@
 //! A register of a bitmap costs its 64 places three operations of the one port of Intel's CPUs that moves bytes across lanes,
 //! however few it keeps; four entries of each row cost three too: at 20 % kept that is 3.8 times for 64 places of K, not 16.
 use super::floats::few_rows;
-use super::kernel::{GapFloat, GapRaw};
+use super::kernel::generic::MASKS;
+use super::kernel::{GapFloat, GapRaw, Pairs};
 use super::panels::{sum_up, Rows};
 use super::slots::Kept;
 use super::{Mask, Patch, Summed};
@@ -124,29 +125,26 @@ impl GapPanels {
             return Ok(None);
         }
         let (panels, blocks) = (q.rows.div_ceil(PANEL), g.blocks());
-        // Entries take a byte and a half at least: no need to count them where so many are kept.
         let kept = q.mask.map_or(usize::MAX, Mask::total);
-        if kept.saturating_mul(150) > kept.saturating_add(panels * PANEL * blocks * BLOCK / 8).saturating_mul(MOST) {
+        let most = kept.saturating_add(panels * blocks * MASKS).saturating_mul(MOST);
+        // Entries take a byte and a half at least: no need to count them where so many are kept.
+        if kept.saturating_mul(150) > most {
             return Ok(None);
         }
         let stretches = blocks.div_ceil(STRETCH);
         let mut starts = zeros_vec::<usize>(panels * stretches + 1)?;
-        let mut bitmap = zeros_vec::<usize>(panels)?;
-        let (out, sizes) = (Shared(starts.as_mut_ptr()), Shared(bitmap.as_mut_ptr()));
+        let out = Shared(starts.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
             rows.read(q, g, p);
-            let kept = rows.words.iter().map(|w| w.count_ones() as usize).sum::<usize>();
-            // SAFETY: the entry of panel p belongs to this task, as its stretches do.
-            unsafe { *sizes.get().add(p) = kept + 2 * BLOCK * blocks };
             each_stretch(&rows.words, blocks, |s, fours| {
-                // SAFETY: see above.
+                // SAFETY: the stretches of panel p belong to this task.
                 unsafe { *out.get().add(p * stretches + s) = fours.count().div_ceil(2) };
             });
             Ok(())
         })?;
         let pairs = sum_up(&mut starts)?;
-        if pairs.saturating_mul((PAIR + 8) * 100) > bitmap.iter().sum::<usize>().saturating_mul(MOST) {
+        if pairs.saturating_mul((PAIR + 8) * 100) > most {
             return Ok(None);
         }
         let mut data = Buf::<u8>::zeroed(pairs.checked_mul(PAIR).ok_or(Error::OutOfMemory(usize::MAX))?)?;
@@ -202,9 +200,21 @@ impl GapPanels {
         Ok(Some(Self { data, bases, starts, blocks, sums }))
     }
 
+    /// Stretches of a panel.
+    fn stretches(&self) -> usize {
+        self.blocks.div_ceil(STRETCH)
+    }
+
+    /// The entries of a panel.
+    fn pairs(&self, panel: usize) -> Pairs {
+        let (from, to) = (self.starts[panel * self.stretches()], self.starts[(panel + 1) * self.stretches()]);
+        let (src, bases) = (self.data[from * PAIR..].as_ptr(), self.bases[2 * from..].as_ptr());
+        Pairs { src, bases, count: to - from }
+    }
+
     /// Calls `f` with row, place and value of every entry of a stretch of a panel that is one.
     fn each(&self, panel: usize, stretch: usize, mut f: impl FnMut(usize, usize, u8)) {
-        let at = panel * self.blocks.div_ceil(STRETCH) + stretch;
+        let at = panel * self.stretches() + stretch;
         let (from, to) = (self.starts[at], self.starts[at + 1]);
         let mut places = [stretch * STRETCH * BLOCK; PANEL];
         for pair in self.data[from * PAIR..to * PAIR].as_chunks::<PAIR>().0 {
@@ -223,7 +233,7 @@ impl GapPanels {
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
-        for s in 0..self.blocks.div_ceil(STRETCH) {
+        for s in 0..self.stretches() {
             self.each(panel, s, |n, k, _| words[n * self.blocks + k / BLOCK] |= 1 << (k % BLOCK));
         }
     }
@@ -239,14 +249,11 @@ impl GapPanels {
         let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ref mut c, ldc } = a;
         let mr = job.b.mr;
         let f = kernel(job.t.isa, mr).filter(|_| whole && job.b.path != Path::Tiles)?;
-        let stretches = self.blocks.div_ceil(STRETCH);
         for p in p0..p0 + np {
-            let (from, to) = (self.starts[p * stretches], self.starts[(p + 1) * stretches]);
+            let pairs = self.pairs(p);
             for m in (0..rows).step_by(mr) {
                 let a = GapRaw {
-                    src: self.data[from * PAIR..].as_ptr(),
-                    bases: self.bases[2 * from..].as_ptr(),
-                    pairs: to - from,
+                    pairs,
                     prefetch: m == 0,
                     act: job.act.rows((m0 + m) / mr, 0),
                     sums: self.sums[p * PANEL..][..PANEL].as_ptr(),
@@ -280,22 +287,11 @@ impl GapPanels {
         if b.path != Path::Gemv || w.tensor != 1.0 || w.step != 1.0 || !x.is_within(most) {
             return None;
         }
-        let stretches = self.blocks.div_ceil(STRETCH);
-        Some(few_rows(x, w, y, o, bf16, b, 4, |p, rows, a| {
-            let (from, to) = (self.starts[p * stretches], self.starts[(p + 1) * stretches]);
+        Some(few_rows(x, w, y, o, bf16, b, 4, |p, count, rows| {
             let scales = w.scales.of_rows(p);
-            let a = GapFloat {
-                src: self.data[from * PAIR..].as_ptr(),
-                bases: self.bases[2 * from..].as_ptr(),
-                pairs: to - from,
-                scales: scales.as_ptr(),
-                x: a.x,
-                x_stride: a.x_stride,
-                c: a.c,
-                ldc: a.ldc,
-            };
+            let a = GapFloat { pairs: self.pairs(p), scales: scales.as_ptr(), rows };
             // SAFETY: the pairs of a panel, whose places lie within K, existing rows; the level is available.
-            unsafe { kernels[rows.ilog2() as usize](&a) };
+            unsafe { kernels[count.ilog2() as usize](&a) };
         }))
     }
 
@@ -312,7 +308,7 @@ impl GapPanels {
             let mut bytes = std::mem::MaybeUninit::<super::kernel::x86::gaps::Bytes>::uninit();
             for s in block / STRETCH..(block + blocks).div_ceil(STRETCH) {
                 let (from, to) = (block.max(s * STRETCH), (block + blocks).min((s + 1) * STRETCH));
-                let at = panel * self.blocks.div_ceil(STRETCH) + s;
+                let at = panel * self.stretches() + s;
                 let (first, end) = (self.starts[at], self.starts[at + 1]);
                 // What begins past the last place that is asked for is not wanted.
                 let bases = &self.bases[2 * first..2 * end];

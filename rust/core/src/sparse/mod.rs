@@ -23,9 +23,12 @@ pub use convert::{pack, unpack};
 pub use mask::Mask;
 
 use crate::error::Result;
-use crate::gemm::{IntJob, Region};
+use crate::gemm::{IntJob, Options, Region};
+use crate::isa::Isa;
 use crate::kernel::Kernels;
-use crate::pack::{Geometry, PanelScales};
+use crate::matrix::{MatMut, MatRef};
+use crate::pack::{Geometry, Packed, PanelScales};
+use crate::plan::Blocking;
 use crate::qtensor::QView;
 use kernel::Fill;
 
@@ -187,6 +190,35 @@ impl Panels {
             Self::Tiles(p) => p.grouped(a),
             Self::Bits(_) | Self::Gaps(_) => false,
         }
+    }
+
+    /// A float product, where these panels have a kernel for it; see [`gaps::GapPanels::matmul`].
+    pub(crate) fn float(
+        &self,
+        x: &MatRef,
+        w: &Packed,
+        y: &MatMut,
+        o: &Options,
+        bf16: bool,
+        b: &Blocking,
+    ) -> Option<Result<()>> {
+        match self {
+            Self::Gaps(p) => p.matmul(x, w, y, o, bf16, b),
+            Self::Bits(_) | Self::Tiles(_) | Self::Rows(_) => None,
+        }
+    }
+
+    /// Rows of a float product up to which it is one of few.
+    pub(crate) fn few_float_rows(&self, isa: Isa, bf16: bool) -> usize {
+        match self {
+            Self::Gaps(_) => gaps::GapPanels::few_rows(isa, bf16),
+            Self::Bits(_) | Self::Tiles(_) | Self::Rows(_) => 4,
+        }
+    }
+
+    /// Blocks that are best decoded together, if any: what begins elsewhere walks there from the beginning of its stretch.
+    pub(crate) fn stretch(&self) -> Option<usize> {
+        matches!(self, Self::Gaps(_)).then_some(gaps::STRETCH)
     }
 
     /// Activation rows that a product of few rows takes at a time, where these panels do not take as many as any.

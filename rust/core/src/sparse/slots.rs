@@ -13,6 +13,11 @@ use crate::pack::{BLOCK, PANEL};
 
 /// Slots that share a beginning.
 pub(crate) const FOUR: usize = 4;
+/// Bytes of four slots of numbers of `size` bytes.
+pub(crate) const fn four_bytes(size: usize) -> usize {
+    FOUR * PANEL * (1 + size)
+}
+
 /// A place where there is none.
 const NONE: u8 = 64;
 

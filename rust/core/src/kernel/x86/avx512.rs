@@ -214,6 +214,18 @@ unsafe fn funnel16(now: I, next: I, n: usize) -> I {
     }
 }
 
+/// `table[lane & 31]` of 64 floats, of the upper 32 where `upper` is set.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn of_halves(table: *const f32, lane: __m512i, upper: __mmask16) -> __m512 {
+    // SAFETY: the caller's 64 floats.
+    unsafe {
+        let a = _mm512_permutex2var_ps(_mm512_loadu_ps(table), lane, _mm512_loadu_ps(table.add(16)));
+        let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
+        _mm512_mask_blend_ps(upper, a, b)
+    }
+}
+
 macro_rules! common {
     () => {
         type I = I;
@@ -271,17 +283,11 @@ macro_rules! common {
             shl32(a: I, n: usize) -> I = _mm512_sll_epi32(a, _mm_cvtsi32_si128(n as i32));
             sar(a: I, n: usize) -> I = _mm512_sra_epi32(a, _mm_cvtsi32_si128(n as i32));
             lut16(table: F, lane: I) -> F = _mm512_permutexvar_ps(lane, table);
-            lut64(table: *const f32, lane: I) -> F = {
-                // No closures: they would be compiled without the features.
-                let a = _mm512_permutex2var_ps(_mm512_loadu_ps(table), lane, _mm512_loadu_ps(table.add(16)));
-                let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
-                _mm512_mask_blend_ps(_mm512_test_epi32_mask(lane, _mm512_set1_epi32(32)), a, b)
-            };
+            lut64(table: *const f32, lane: I) -> F =
+                of_halves(table, lane, _mm512_test_epi32_mask(lane, _mm512_set1_epi32(32)));
             look_up(table: *const f32, p: *const u8) -> F = {
                 let lane = _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()));
-                let a = _mm512_permutex2var_ps(_mm512_loadu_ps(table), lane, _mm512_loadu_ps(table.add(16)));
-                let b = _mm512_permutex2var_ps(_mm512_loadu_ps(table.add(32)), lane, _mm512_loadu_ps(table.add(48)));
-                _mm512_mask_blend_ps(_mm512_movepi32_mask(lane), a, b)
+                of_halves(table, lane, _mm512_movepi32_mask(lane))
             };
             gather(table: *const f32, lane: I) -> F = _mm512_i32gather_ps::<4>(lane, table);
             pairs(table: *const f32, at: *const u16) -> [F; 2] = {

@@ -3,7 +3,7 @@ use super::{BitRaw, Fill, FloatColumns, FloatGemv, KeptGrouped, KeptRaw, LaneArg
 use crate::kernel::generic::scales;
 use crate::kernel::simd::Simd;
 use crate::pack::PANEL;
-use crate::sparse::slots::{place_of, FOUR};
+use crate::sparse::slots::{four_bytes, place_of, FOUR};
 
 /// Spreads entries to where the bits of a mask are set.
 ///
@@ -347,7 +347,7 @@ pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const
         for p in 0..NP {
             src[p] = a.src[p];
             for m in 0..MR {
-                f[p][m] = E::S::loadf(a.c.add(m * a.ldc + p * PANEL));
+                f[p][m] = E::S::loadf(a.rows.c.add(m * a.rows.ldc + p * PANEL));
             }
         }
         for b in 0..a.blocks {
@@ -361,7 +361,7 @@ pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const
                 for p in 0..NP {
                     let w = number::<E, T, ALL>(masks[p], k, a.ahead, &mut src[p]);
                     for m in 0..MR {
-                        let x = E::S::splatf(*a.x.offset(m as isize * a.x_stride).add(b * 64 + k));
+                        let x = E::S::splatf(*a.rows.x.offset(m as isize * a.rows.x_stride).add(b * 64 + k));
                         f[p][m] = E::S::fma(x, w, f[p][m]);
                     }
                 }
@@ -369,7 +369,7 @@ pub unsafe fn gemv<E: Expand, T: Number, const ALL: bool, const NP: usize, const
         }
         for p in 0..NP {
             for m in 0..MR {
-                E::S::storef(a.c.add(m * a.ldc + p * PANEL), f[p][m]);
+                E::S::storef(a.rows.c.add(m * a.rows.ldc + p * PANEL), f[p][m]);
             }
         }
     }
@@ -408,9 +408,9 @@ pub unsafe fn slots<S: Simd, T: Number, const MR: usize>(a: &SlotGemv) {
     unsafe {
         let mut f = [S::splatf(0.0); MR];
         for m in 0..MR {
-            f[m] = S::loadf(a.c.add(m * a.ldc));
+            f[m] = S::loadf(a.rows.c.add(m * a.rows.ldc));
         }
-        let size = FOUR * PANEL * (1 + T::SIZE);
+        let size = four_bytes(T::SIZE);
         let mut src = a.slots.src;
         for i in 0..a.slots.fours {
             let base = *a.slots.bases.add(i) as usize;
@@ -426,14 +426,14 @@ pub unsafe fn slots<S: Simd, T: Number, const MR: usize>(a: &SlotGemv) {
             for slot in 0..FOUR {
                 let w = T::load::<S>(src.add(PANEL * (FOUR + slot * T::SIZE)));
                 for m in 0..MR {
-                    let x = a.x.offset(m as isize * a.x_stride).add(base);
+                    let x = a.rows.x.offset(m as isize * a.rows.x_stride).add(base);
                     f[m] = S::fma(S::look_up(x, src.add(PANEL * slot)), w, f[m]);
                 }
             }
             src = src.add(size);
         }
         for m in 0..MR {
-            S::storef(a.c.add(m * a.ldc), f[m]);
+            S::storef(a.rows.c.add(m * a.rows.ldc), f[m]);
         }
     }
 }
@@ -447,7 +447,7 @@ pub unsafe fn lay<S: Simd, T: Number>(a: &Slots, lanes: usize, places: *mut u32,
     // SAFETY: as the contract says.
     unsafe {
         let (side, among) = (S::splat(lanes as i32), S::splat(63));
-        let size = FOUR * PANEL * (1 + T::SIZE);
+        let size = four_bytes(T::SIZE);
         for i in 0..a.fours {
             let (src, base) = (a.src.add(i * size), S::splat(*a.bases.add(i) as i32));
             for line in (0..size).step_by(64) {
@@ -511,7 +511,7 @@ pub unsafe fn spread_slots<S: Simd, T: Number>(a: &Slots, from: usize, out: *mut
         }
         let mut numbers = [0f32; PANEL];
         for i in 0..a.fours {
-            let src = a.src.add(i * FOUR * PANEL * (1 + T::SIZE));
+            let src = a.src.add(i * four_bytes(T::SIZE));
             let base = *a.bases.add(i) as usize;
             for slot in 0..FOUR {
                 S::storef(numbers.as_mut_ptr(), T::load::<S>(src.add(PANEL * (FOUR + slot * T::SIZE))));

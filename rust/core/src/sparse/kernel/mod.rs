@@ -71,15 +71,22 @@ pub struct KeptRaw {
     pub ldc: usize,
 }
 
-/// Arguments of the integer kernels over entries of a panel; see [`crate::sparse::gaps`].
+/// Entries of a panel; see [`crate::sparse::gaps`].
 #[derive(Debug, Clone, Copy)]
-pub struct GapRaw {
-    /// The pairs.
+pub struct Pairs {
+    /// Steps and codes of pair after pair.
     pub src: *const u8,
     /// Where the places of each four begin.
     pub bases: *const u32,
     /// How many pairs.
-    pub pairs: usize,
+    pub count: usize,
+}
+
+/// Arguments of the integer kernels over entries of a panel.
+#[derive(Debug, Clone, Copy)]
+pub struct GapRaw {
+    /// The entries.
+    pub pairs: Pairs,
     /// Whether to ask for memory ahead.
     pub prefetch: bool,
     /// Activations from K = 0 on.
@@ -95,22 +102,12 @@ pub struct GapRaw {
 /// Arguments of the float kernels over entries of a panel.
 #[derive(Debug, Clone, Copy)]
 pub struct GapFloat {
-    /// The pairs.
-    pub src: *const u8,
-    /// Where the places of each four begin.
-    pub bases: *const u32,
-    /// How many pairs.
-    pub pairs: usize,
+    /// The entries.
+    pub pairs: Pairs,
     /// `[16]`: the scale of each row of the panel.
     pub scales: *const f32,
-    /// Activations in padded places: row m at `m*x_stride`.
-    pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
-    /// Sums `[m][ldc]`, read and written.
-    pub c: *mut f32,
-    /// Row stride of `c`.
-    pub ldc: usize,
+    /// Activations and sums.
+    pub rows: FloatRows,
 }
 
 /// Arguments of the grouped integer kernels over kept tiles of a panel, as those of [`KeptRaw`].
@@ -136,6 +133,19 @@ pub struct KeptGrouped {
     pub ldc: usize,
 }
 
+/// Rows of activations that a float kernel of few rows multiplies, and where their sums are.
+#[derive(Debug, Clone, Copy)]
+pub struct FloatRows {
+    /// Activations in padded places: row m at `m*x_stride`.
+    pub x: *const f32,
+    /// Floats between rows of `x`.
+    pub x_stride: isize,
+    /// Sums `[m][ldc]`, read and written.
+    pub c: *mut f32,
+    /// Row stride of `c`.
+    pub ldc: usize,
+}
+
 /// Arguments of the float kernels over panels of numbers.
 #[derive(Debug, Clone, Copy)]
 pub struct FloatGemv {
@@ -145,14 +155,8 @@ pub struct FloatGemv {
     pub blocks: usize,
     /// Bytes ahead that memory is asked for.
     pub ahead: usize,
-    /// Activations in padded places: row m at `m*x_stride`.
-    pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
-    /// Sums `[m][ldc]`, read and written.
-    pub c: *mut f32,
-    /// Row stride of `c`.
-    pub ldc: usize,
+    /// Activations and sums.
+    pub rows: FloatRows,
 }
 
 /// Slots of a panel; see [`crate::sparse::slots`].
@@ -175,14 +179,8 @@ pub struct SlotGemv {
     pub ahead: usize,
     /// The same as far as the second-level cache.
     pub far: usize,
-    /// Activations in padded places: row m at `m*x_stride`.
-    pub x: *const f32,
-    /// Floats between rows of `x`.
-    pub x_stride: isize,
-    /// Sums `[m][ldc]`, read and written.
-    pub c: *mut f32,
-    /// Row stride of `c`.
-    pub ldc: usize,
+    /// Activations and sums.
+    pub rows: FloatRows,
 }
 
 /// Arguments of the float kernel whose lanes are rows of activations.

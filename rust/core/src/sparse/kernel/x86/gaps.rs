@@ -1,6 +1,7 @@
 //! Products of entries (AVX-512 with VNNI and VBMI): steps are added up to places, at which `VPERMB` looks activations up.
 use crate::isa::Isa;
 use crate::kernel::generic::round_bf16;
+use crate::kernel::simd::Simd;
 use crate::kernel::x86::Avx512;
 use crate::sparse::gaps::STRETCH;
 use crate::sparse::kernel::generic::{FAR, NEAR};
@@ -58,10 +59,18 @@ fn fetch(src: *const u8, bases: *const u32) {
     _mm_prefetch::<_MM_HINT_T0>(bases.wrapping_add(128).cast());
 }
 
+/// The steps of the first four of a pair, or of the second.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn steps(both: __m512i, four: usize) -> __m512i {
+    let steps = if four == 0 { both } else { _mm512_srli_epi16::<4>(both) };
+    _mm512_and_si512(steps, _mm512_set1_epi8(15))
+}
+
 /// The places that steps lead to, given where rows are, in bytes; and where they are then.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn walk(steps: __m512i, at: __m512i) -> (__m512i, __m512i) {
+fn walk(steps: __m512i, at: __m512i) -> (__m512i, __m512i) {
     let fourth = _mm512_set4_epi32(0x0f0f_0f0f, 0x0b0b_0b0b, 0x0707_0707, 0x0303_0303);
     let two = _mm512_add_epi8(steps, _mm512_slli_epi32::<8>(steps));
     let places = _mm512_add_epi8(_mm512_add_epi8(two, _mm512_slli_epi32::<16>(two)), at);
@@ -77,21 +86,19 @@ unsafe fn walk(steps: __m512i, at: __m512i) -> (__m512i, __m512i) {
 unsafe fn raw<const MR: usize>(a: &GapRaw) {
     // SAFETY: as the contract says.
     unsafe {
-        let (top, low) = (_mm512_set1_epi8(-128), _mm512_set1_epi8(15));
+        let top = _mm512_set1_epi8(-128);
         let mut acc = [[_mm512_setzero_si512(); MR]; 2];
         // Each row begins at the place before the first. Places are counted modulo 64, as tables are laid out.
         let mut at = _mm512_set1_epi8(-1);
-        let (mut src, mut bases) = (a.src, a.bases);
-        for _ in 0..a.pairs {
+        let (mut src, mut bases) = (a.pairs.src, a.pairs.bases);
+        for _ in 0..a.pairs.count {
             if a.prefetch {
                 fetch(src, bases);
             }
             let both = _mm512_loadu_si512(src.cast());
             for i in 0..2 {
-                let steps = if i == 0 { both } else { _mm512_srli_epi16::<4>(both) };
-                let steps = _mm512_and_si512(steps, low);
                 let places;
-                (places, at) = walk(steps, at);
+                (places, at) = walk(steps(both, i), at);
                 let base = *bases.add(i) as usize;
                 // A table has the activations of places 0 to 63 modulo 64: of the block that begins last, those before `base`.
                 let wrapped = _bzhi_u64(u64::MAX, (base % 64) as u32);
@@ -123,37 +130,32 @@ unsafe fn raw<const MR: usize>(a: &GapRaw) {
 unsafe fn floats<const BF16: bool, const MR: usize>(a: &GapFloat) {
     // SAFETY: as the contract says.
     unsafe {
-        let (low, high) = (_mm512_set1_epi8(15), _mm512_set1_epi32(32));
         let scales = _mm512_loadu_ps(a.scales);
         let mut acc = [_mm512_setzero_ps(); MR];
         for m in 0..MR {
-            acc[m] = _mm512_loadu_ps(a.c.add(m * a.ldc));
+            acc[m] = _mm512_loadu_ps(a.rows.c.add(m * a.rows.ldc));
         }
         let mut at = _mm512_set1_epi8(-1);
-        let (mut src, mut bases) = (a.src, a.bases);
-        for _ in 0..a.pairs {
+        let (mut src, mut bases) = (a.pairs.src, a.pairs.bases);
+        for _ in 0..a.pairs.count {
             fetch(src, bases);
             let both = _mm512_loadu_si512(src.cast());
             for i in 0..2 {
-                let steps = if i == 0 { both } else { _mm512_srli_epi16::<4>(both) };
                 let places;
-                (places, at) = walk(_mm512_and_si512(steps, low), at);
+                (places, at) = walk(steps(both, i), at);
                 let base = *bases.add(i) as usize;
                 let places = _mm512_sub_epi8(places, _mm512_set1_epi8(base as i8));
                 let codes = _mm512_loadu_si512(src.add(64 + 64 * i).cast());
                 macro_rules! entries { ($($j:literal)*) => { $(
                     let lane = _mm512_srli_epi32::<{ 8 * $j }>(places);
-                    let upper = _mm512_test_epi32_mask(lane, high);
                     let code = _mm512_srai_epi32::<24>(_mm512_slli_epi32::<{ 24 - 8 * $j }>(codes));
                     let mut w = _mm512_mul_ps(_mm512_cvtepi32_ps(code), scales);
                     if BF16 {
                         w = round_bf16::<Avx512>(w);
                     }
                     for m in 0..MR {
-                        let x = a.x.offset(m as isize * a.x_stride).add(base);
-                        let first = _mm512_permutex2var_ps(_mm512_loadu_ps(x), lane, _mm512_loadu_ps(x.add(16)));
-                        let second = _mm512_permutex2var_ps(_mm512_loadu_ps(x.add(32)), lane, _mm512_loadu_ps(x.add(48)));
-                        acc[m] = _mm512_fmadd_ps(_mm512_mask_blend_ps(upper, first, second), w, acc[m]);
+                        let x = a.rows.x.offset(m as isize * a.rows.x_stride).add(base);
+                        acc[m] = _mm512_fmadd_ps(Avx512::lut64(x, lane), w, acc[m]);
                     }
                 )* } }
                 entries!(0 1 2 3);
@@ -161,17 +163,13 @@ unsafe fn floats<const BF16: bool, const MR: usize>(a: &GapFloat) {
             (src, bases) = (src.add(192), bases.add(2));
         }
         for m in 0..MR {
-            _mm512_storeu_ps(a.c.add(m * a.ldc), acc[m]);
+            _mm512_storeu_ps(a.rows.c.add(m * a.rows.ldc), acc[m]);
         }
     }
 }
 
 /// The bytes of a stretch in the order of registers, and where what is nothing goes.
-#[derive(Debug)]
-#[repr(align(64))]
-pub(crate) struct Bytes {
-    _bytes: [u8; NOTHING as usize + 64],
-}
+pub(crate) type Bytes = [u8; NOTHING as usize + 1];
 
 /// Where what is nothing goes.
 const NOTHING: u16 = STRETCH as u16 * 1024;
@@ -183,7 +181,6 @@ const NOTHING: u16 = STRETCH as u16 * 1024;
 /// `src` has whole pairs of a stretch, from its first on; `out` may be written, and the CPU has these features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
 unsafe fn spread(src: &[u8], first: usize, add: u8, out: *mut Bytes) {
-    let low = _mm512_set1_epi8(15);
     let (ones, nothing) = (_mm512_set1_epi16(-1), _mm512_set1_epi16(NOTHING as i16));
     // Of each row the place it is at, 16 bits: of rows 0 to 7, and of the others.
     let mut at = [ones; 2];
@@ -215,8 +212,7 @@ unsafe fn spread(src: &[u8], first: usize, add: u8, out: *mut Bytes) {
         unsafe {
             let both = _mm512_loadu_si512(pair.as_ptr().cast());
             for i in 0..2 {
-                let steps = if i == 0 { both } else { _mm512_srli_epi16::<4>(both) };
-                let steps = _mm512_and_si512(steps, low);
+                let steps = steps(both, i);
                 let codes = _mm512_loadu_si512(pair.as_ptr().add(64 + 64 * i).cast());
                 let some = _mm512_test_epi8_mask(codes, codes);
                 _mm512_storeu_si512(values.as_mut_ptr().cast(), _mm512_add_epi8(codes, add));
