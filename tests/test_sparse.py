@@ -121,8 +121,8 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
         dense, q = nb.quantize(w, value), nb.quantize(w, f"{value}_bitmap")
         x = rng.standard_normal((m, k)).astype(np.float32)
         broken = x.copy()
-        broken[-1, k // 2] = np.inf
-        broken[0, 0] = np.nan
+        broken[-1, k // 2 : k // 2 + 1] = np.inf
+        broken[0, :1] = np.nan
         for a in (x, broken, x[:, ::-1], x.astype(np.float16)):
             want = np.empty((m, n), np.float32)
             _core.matmul(a, dense._storage.pack(1), want, "f32", None, 1, "scalar")
@@ -136,18 +136,19 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.2, 0.3])
 def test_few_kept_codes(density: float, rng: np.random.Generator) -> None:
-    # Rows by ones, twos, fours and eights; stretches of 1024 places, whole, a block and none more.
+    # Rows by ones, twos, fours and eights, and tiles; decoding in whole and parts of 256 and 1024 places.
     shapes = [(1, 50, 1088), (2, 33, 1024), (4, 15, 2112), (7, 16, 1025), (9, 40, 96), (1, 1, 1)]
-    shapes += [(17, 20, 1100), (33, 17, 64), (70, 33, 65)]
+    shapes += [(17, 20, 1100), (33, 17, 64), (70, 33, 65), (66, 20, 1100), (3, 18, 0)]
     for m, n, k in shapes:
         w = weights(rng, n, k, "bitmap", density)
         w[n // 2] = 0
         w[n // 3, : min(k // 2, 60)] = 1  # far ahead of the other rows
+        w[0, : k - 5] = 0  # and far behind
         dense, q = nb.quantize(w, "int8"), nb.quantize(w, "int8_bitmap")
         x = (rng.standard_normal((m, k)) * 3).astype(np.float32)
         broken = x.copy()
-        broken[-1, k // 2] = np.inf
-        broken[0, 0] = np.nan
+        broken[-1, k // 2 : k // 2 + 1] = np.inf
+        broken[0, :1] = np.nan
         bias = rng.standard_normal(n).astype(np.float32)
         for compute in ("int8", "f32", "bf16"):
             for a in (x, broken, x[:, ::-1]):

@@ -164,8 +164,8 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
     let base = Blocking { path: Path::Gemm, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 3, threads, tasks: 1 };
     // Whole tiles of codes that are read together.
     let dense = w.dense.is_some();
-    let stretch = w.sparse.as_ref().and_then(Panels::stretch);
-    let base = Blocking { window: if dense { 4 } else { stretch.unwrap_or(base.window) }, ..base };
+    let step = w.sparse.as_ref().and_then(Panels::step);
+    let base = Blocking { window: if dense { 4 } else { step.unwrap_or(base.window) }, ..base };
     if bf16 && isa == Isa::Amx && m > 8 {
         let b = Blocking {
             path: Path::TilesBf16,

@@ -9,9 +9,8 @@
 //! bases   of each four the first of its 64 places along K (any, but for whole 64 to follow)
 //! ```
 //!
-//! A stretch of 1024 places begins with a pair of its own and every row at the place before its first, so that products may
-//! begin there; rows are brought to the place before by entries of 0 where they keep nothing there. The order in which integers
-//! are added does not matter.
+//! Products walk through a panel from its first pair to its last; decoding begins at any fourth block, where a mark says with which
+//! pair, and where the rows are then. The order in which integers are added does not matter.
 //!
 //! A register of a bitmap costs its 64 places three operations of the one port of Intel's CPUs that moves bytes across lanes,
 //! however few it keeps; four entries of each row cost three too: at 20 % kept that is 3.8 times for 64 places of K, not 16.
@@ -31,10 +30,13 @@ use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
 use crate::plan::{Blocking, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// Blocks of a stretch.
-pub(crate) const STRETCH: usize = 16;
+/// Blocks from one mark to the next.
+pub(crate) const MARK: usize = 4;
+/// Blocks that are spread at a time.
+pub(crate) const MOST_BLOCKS: usize = 16;
 /// Bytes of a pair.
 const PAIR: usize = 192;
 /// The longest step.
@@ -44,13 +46,22 @@ const ZERO: u8 = 128;
 /// Of a hundred bytes of a bitmap, as many as these panels may take instead: where more is kept the bitmap is as fast.
 const MOST: usize = 122;
 
+/// How to begin at a block: the first pair of the panel that reaches it, and how far beyond the block's first place each row is then.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mark {
+    pair: u32,
+    at: [i16; PANEL],
+}
+
 /// A weight of signed bytes, one scale a row.
 #[derive(Debug)]
 pub struct GapPanels {
     data: Buf<u8>,
     bases: Buf<u32>,
-    /// The first pair of each stretch, `[panel][stretch]`, and the end.
+    /// The first pair of each panel, and the end.
     starts: Vec<usize>,
+    /// `[panel][blocks / MARK]`
+    marks: Vec<Mark>,
     blocks: usize,
     /// The values of each row added up.
     sums: Vec<i32>,
@@ -59,34 +70,32 @@ pub struct GapPanels {
 /// Entries of a four: where its places begin, steps, and places.
 type Four = (usize, [[u8; 4]; PANEL], [[usize; 4]; PANEL]);
 
-/// Deals the kept places of a stretch, which ends at `end`, to fours; `last`: it is the last one.
-struct Deal<'a, 'b> {
-    kept: &'b mut Kept<'a>,
+/// Deals the kept places of a panel to fours.
+struct Deal<'a> {
+    kept: Kept<'a>,
+    blocks: usize,
     /// Where each row is, plus 1.
     at: [usize; PANEL],
-    end: usize,
-    last: bool,
 }
 
-impl Deal<'_, '_> {
+impl<'a> Deal<'a> {
+    fn new(words: &'a [u64], blocks: usize) -> Self {
+        Self { kept: Kept::new(words, blocks), blocks, at: [0; PANEL] }
+    }
+
     /// Where the next entry of row n lies.
     fn peek(&self, n: usize) -> Option<usize> {
-        let (kept, at) = (self.kept.peek(n), self.at[n]);
-        let to = match () {
-            () if kept < self.end => kept,
-            () if self.last || at == self.end => return None,
-            () => self.end - 1,
-        };
-        Some(to.min(at + LONGEST - 1))
+        let kept = self.kept.peek(n);
+        (kept < usize::MAX).then(|| kept.min(self.at[n] + LONGEST - 1))
     }
 }
 
-impl Iterator for Deal<'_, '_> {
+impl Iterator for Deal<'_> {
     type Item = Four;
 
     fn next(&mut self) -> Option<Four> {
         let first = (0..PANEL).filter_map(|n| self.peek(n)).min()?;
-        let base = first.min(self.end - BLOCK);
+        let base = first.min((self.blocks - 1) * BLOCK);
         let (mut steps, mut places) = ([[0; 4]; PANEL], [[usize::MAX; 4]; PANEL]);
         for n in 0..PANEL {
             for i in 0..4 {
@@ -100,15 +109,6 @@ impl Iterator for Deal<'_, '_> {
             }
         }
         Some((base, steps, places))
-    }
-}
-
-/// Calls `f` with the number of each stretch of a panel and its fours.
-fn each_stretch(words: &[u64], blocks: usize, mut f: impl FnMut(usize, Deal)) {
-    let mut kept = Kept::new(words, blocks);
-    for (s, from) in (0..blocks).step_by(STRETCH).enumerate() {
-        let to = blocks.min(from + STRETCH);
-        f(s, Deal { kept: &mut kept, at: [from * BLOCK; PANEL], end: to * BLOCK, last: to == blocks });
     }
 }
 
@@ -131,26 +131,29 @@ impl GapPanels {
         if kept.saturating_mul(150) > most {
             return Ok(None);
         }
-        let stretches = blocks.div_ceil(STRETCH);
-        let mut starts = zeros_vec::<usize>(panels * stretches + 1)?;
+        let mut starts = zeros_vec::<usize>(panels + 1)?;
         let out = Shared(starts.as_mut_ptr());
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
             rows.read(q, g, p);
-            each_stretch(&rows.words, blocks, |s, fours| {
-                // SAFETY: the stretches of panel p belong to this task.
-                unsafe { *out.get().add(p * stretches + s) = fours.count().div_ceil(2) };
-            });
+            // SAFETY: the entry of panel p belongs to this task.
+            unsafe { *out.get().add(p) = Deal::new(&rows.words, blocks).count().div_ceil(2) };
             Ok(())
         })?;
         let pairs = sum_up(&mut starts)?;
         if pairs.saturating_mul((PAIR + 8) * 100) > most {
             return Ok(None);
         }
+        let per_panel = blocks.div_ceil(MARK);
         let mut data = Buf::<u8>::zeroed(pairs.checked_mul(PAIR).ok_or(Error::OutOfMemory(usize::MAX))?)?;
         let (mut bases, mut sums) = (Buf::<u32>::zeroed(2 * pairs)?, zeros_vec::<i32>(panels * PANEL)?);
-        let (out, out_bases, out_sums) =
-            (Shared(data.as_mut_ptr()), Shared(bases.as_mut_ptr()), Shared(sums.as_mut_ptr()));
+        let mut marks = zeros_vec::<Mark>(panels * per_panel)?;
+        let (out, out_bases, out_sums, out_marks) = (
+            Shared(data.as_mut_ptr()),
+            Shared(bases.as_mut_ptr()),
+            Shared(sums.as_mut_ptr()),
+            Shared(marks.as_mut_ptr()),
+        );
         let (starts_ref, zeros) = (&starts, AtomicBool::new(false));
         pool::try_run(threads, panels, None, |p| {
             let mut rows = Rows::new(g)?;
@@ -160,71 +163,87 @@ impl GapPanels {
                 let row = &mut codes[i * g.kp..][..g.k];
                 q.unpack_row(p * PANEL + i, 0, row);
                 let sum = row.iter().map(|&u| i32::from(u) - i32::from(ZERO)).fold(0, i32::wrapping_add);
-                // SAFETY: the rows of panel p belong to this task, as its pairs do.
+                // SAFETY: the rows of panel p belong to this task.
                 unsafe { *out_sums.get().add(p * PANEL + i) = sum };
             }
-            each_stretch(&rows.words, blocks, |s, fours| {
-                let (from, to) = (starts_ref[p * stretches + s], starts_ref[p * stretches + s + 1]);
-                // SAFETY: see above.
-                let (pairs, bases) = unsafe {
-                    (
-                        std::slice::from_raw_parts_mut(out.get().add(from * PAIR), (to - from) * PAIR),
-                        std::slice::from_raw_parts_mut(out_bases.get().add(2 * from), 2 * (to - from)),
-                    )
-                };
-                // Where a four that is missing begins: after all others.
-                bases.fill(((blocks.min((s + 1) * STRETCH) - 1) * BLOCK) as u32);
-                for (i, (base, steps, places)) in fours.enumerate() {
-                    let (pair, second) = (&mut pairs[i / 2 * PAIR..][..PAIR], i % 2);
-                    bases[i] = base as u32;
-                    for n in 0..PANEL {
-                        for j in 0..4 {
-                            pair[4 * n + j] |= steps[n][j] << (4 * second);
-                            if places[n][j] != usize::MAX {
-                                let code = codes[n * g.kp + places[n][j]];
-                                if code == ZERO {
-                                    zeros.store(true, Ordering::Relaxed);
-                                }
-                                pair[64 + 64 * second + 4 * n + j] = code.wrapping_sub(ZERO);
+            let (from, count) = (starts_ref[p], starts_ref[p + 1] - starts_ref[p]);
+            // SAFETY: the pairs and marks of panel p belong to this task.
+            let (pairs, bases, marks) = unsafe {
+                (
+                    std::slice::from_raw_parts_mut(out.get().add(from * PAIR), count * PAIR),
+                    std::slice::from_raw_parts_mut(out_bases.get().add(2 * from), 2 * count),
+                    std::slice::from_raw_parts_mut(out_marks.get().add(p * per_panel), per_panel),
+                )
+            };
+            // Where a four that is missing begins: after all others.
+            bases.fill(((blocks.max(1) - 1) * BLOCK) as u32);
+            let (mut deal, mut before, mut marked) = (Deal::new(&rows.words, blocks), [0; PANEL], 0);
+            for i in 0.. {
+                if i % 2 == 0 {
+                    before = deal.at;
+                }
+                let Some((base, steps, places)) = deal.next() else { break };
+                while marked < per_panel && base + BLOCK > marked * MARK * BLOCK {
+                    marks[marked] = Mark { pair: (i / 2) as u32, at: before.map(|at| beyond(at, marked * MARK)) };
+                    marked += 1;
+                }
+                let (pair, second) = (&mut pairs[i / 2 * PAIR..][..PAIR], i % 2);
+                bases[i] = base as u32;
+                for n in 0..PANEL {
+                    for j in 0..4 {
+                        pair[4 * n + j] |= steps[n][j] << (4 * second);
+                        if places[n][j] != usize::MAX {
+                            let code = codes[n * g.kp + places[n][j]];
+                            if code == ZERO {
+                                zeros.store(true, Ordering::Relaxed);
                             }
+                            pair[64 + 64 * second + 4 * n + j] = code.wrapping_sub(ZERO);
                         }
                     }
                 }
-            });
+            }
+            marks[marked..].fill(Mark { pair: count as u32, at: [0; PANEL] });
             Ok(())
         })?;
         // A kept 0 looks like none.
         if zeros.into_inner() {
             return Ok(None);
         }
-        Ok(Some(Self { data, bases, starts, blocks, sums }))
+        Ok(Some(Self { data, bases, starts, marks, blocks, sums }))
     }
 
-    /// Stretches of a panel.
-    fn stretches(&self) -> usize {
-        self.blocks.div_ceil(STRETCH)
+    /// The entries of a panel from one of its pairs on.
+    fn pairs(&self, panel: usize, first: usize) -> Pairs {
+        let (src, bases) = (self.data[first * PAIR..].as_ptr(), self.bases[2 * first..].as_ptr());
+        Pairs { src, bases, count: self.starts[panel + 1] - first }
     }
 
-    /// The entries of a panel.
-    fn pairs(&self, panel: usize) -> Pairs {
-        let (from, to) = (self.starts[panel * self.stretches()], self.starts[(panel + 1) * self.stretches()]);
-        let (src, bases) = (self.data[from * PAIR..].as_ptr(), self.bases[2 * from..].as_ptr());
-        Pairs { src, bases, count: to - from }
+    /// The first pair that reaches a block, and how far beyond the block's first place each row is then.
+    fn begin(&self, panel: usize, block: usize) -> (usize, [i16; PANEL]) {
+        let mark = &self.marks[panel * self.blocks.div_ceil(MARK) + block / MARK];
+        let at = mark.at.map(|at| at.saturating_sub((block % MARK * BLOCK) as i16));
+        (self.starts[panel] + mark.pair as usize, at)
     }
 
-    /// Calls `f` with row, place and value of every entry of a stretch of a panel that is one.
-    fn each(&self, panel: usize, stretch: usize, mut f: impl FnMut(usize, usize, u8)) {
-        let at = panel * self.stretches() + stretch;
-        let (from, to) = (self.starts[at], self.starts[at + 1]);
-        let mut places = [stretch * STRETCH * BLOCK; PANEL];
-        for pair in self.data[from * PAIR..to * PAIR].as_chunks::<PAIR>().0 {
-            let (steps, codes) = pair.split_at(64);
+    /// Calls `f` with row, place from the first block on, and value of every entry of these blocks of a panel that is one.
+    fn each(&self, panel: usize, blocks: Range<usize>, mut f: impl FnMut(usize, usize, u8)) {
+        if blocks.is_empty() {
+            return;
+        }
+        let (first, at) = self.begin(panel, blocks.start);
+        let mut places = at.map(isize::from);
+        for i in first..self.starts[panel + 1] {
+            if self.bases[2 * i] as usize >= blocks.end * BLOCK {
+                break;
+            }
+            let (steps, codes) = self.data[i * PAIR..(i + 1) * PAIR].split_at(64);
             for (shift, codes) in [0, 4].into_iter().zip(codes.as_chunks::<64>().0) {
                 for (i, (step, code)) in steps.iter().zip(codes).enumerate() {
                     let place = &mut places[i / 4];
-                    *place += usize::from(step >> shift & 15);
-                    if *code != 0 {
-                        f(i / 4, *place - 1, *code);
+                    *place += isize::from(step >> shift & 15);
+                    let k = (*place - 1).cast_unsigned();
+                    if *code != 0 && k < blocks.len() * BLOCK {
+                        f(i / 4, k, *code);
                     }
                 }
             }
@@ -233,14 +252,16 @@ impl GapPanels {
 
     /// The kept places of a panel's rows; see [`super::Panels::words`].
     pub(crate) fn words(&self, panel: usize, words: &mut [u64]) {
-        for s in 0..self.stretches() {
-            self.each(panel, s, |n, k, _| words[n * self.blocks + k / BLOCK] |= 1 << (k % BLOCK));
-        }
+        self.each(panel, 0..self.blocks, |n, k, _| words[n * self.blocks + k / BLOCK] |= 1 << (k % BLOCK));
     }
 
     /// Bytes held.
     pub fn nbytes(&self) -> usize {
-        self.data.len() + (self.bases.len() + self.sums.len()) * 4 + self.starts.len() * size_of::<usize>()
+        self.data.len()
+            + size_of_val(&*self.bases)
+            + size_of_val(&*self.starts)
+            + size_of_val(&*self.marks)
+            + size_of_val(&*self.sums)
     }
 
     /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
@@ -250,7 +271,7 @@ impl GapPanels {
         let mr = job.b.mr;
         let f = kernel(job.t.isa, mr).filter(|_| whole && job.b.path != Path::Tiles)?;
         for p in p0..p0 + np {
-            let pairs = self.pairs(p);
+            let pairs = self.pairs(p, self.starts[p]);
             for m in (0..rows).step_by(mr) {
                 let a = GapRaw {
                     pairs,
@@ -289,7 +310,7 @@ impl GapPanels {
         }
         Some(few_rows(x, w, y, o, bf16, b, 4, |p, count, rows| {
             let scales = w.scales.of_rows(p);
-            let a = GapFloat { pairs: self.pairs(p), scales: scales.as_ptr(), rows };
+            let a = GapFloat { pairs: self.pairs(p, self.starts[p]), scales: scales.as_ptr(), rows };
             // SAFETY: the pairs of a panel, whose places lie within K, existing rows; the level is available.
             unsafe { kernels[count.ilog2() as usize](&a) };
         }))
@@ -306,35 +327,28 @@ impl GapPanels {
         #[cfg(target_arch = "x86_64")]
         if let Some(f) = super::kernel::x86::gaps::spreads(isa) {
             let mut bytes = std::mem::MaybeUninit::<super::kernel::x86::gaps::Bytes>::uninit();
-            for s in block / STRETCH..(block + blocks).div_ceil(STRETCH) {
-                let (from, to) = (block.max(s * STRETCH), (block + blocks).min((s + 1) * STRETCH));
-                let at = panel * self.stretches() + s;
-                let (first, end) = (self.starts[at], self.starts[at + 1]);
-                // What begins past the last place that is asked for is not wanted.
-                let bases = &self.bases[2 * first..2 * end];
-                let most = bases.partition_point(|&b| (b as usize) < to * BLOCK);
-                let before = bases.partition_point(|&b| (b as usize) + BLOCK <= from * BLOCK) / 2;
-                let pairs = &self.data[first * PAIR..(first + most.div_ceil(2)) * PAIR];
-                // SAFETY: the blocks lie within the stretch; pairs of it, from its first on; the level is available.
+            let bytes = bytes.as_mut_ptr();
+            for (i, out) in out.chunks_mut(MOST_BLOCKS * 1024).enumerate() {
+                let (from, n) = (block + i * MOST_BLOCKS, out.len() / 1024);
+                let (first, at) = self.begin(panel, from);
+                let pairs = self.pairs(panel, first);
+                // SAFETY: the pairs of a panel from those of the first block on, room for the blocks; the level is available.
                 unsafe {
-                    let part = bytes.as_mut_ptr().cast::<u8>().add((from - s * STRETCH) * 1024);
-                    part.write_bytes(add, (to - from) * 1024);
-                    f(pairs, before, add, bytes.as_mut_ptr());
-                    out[(from - block) * 1024..].as_mut_ptr().copy_from_nonoverlapping(part, (to - from) * 1024);
+                    bytes.cast::<u8>().write_bytes(add, out.len());
+                    f(&pairs, from..from + n, &at, add, bytes);
+                    out.as_mut_ptr().copy_from_nonoverlapping(bytes.cast(), out.len());
                 }
             }
             return;
         }
         out.fill(add);
-        for s in block / STRETCH..(block + blocks).div_ceil(STRETCH) {
-            self.each(panel, s, |n, k, code| {
-                let k = k.wrapping_sub(block * BLOCK);
-                if let Some(to) = out.get_mut((k / 4).wrapping_mul(64) + 4 * n + k % 4) {
-                    *to = code.wrapping_add(add);
-                }
-            });
-        }
+        self.each(panel, block..block + blocks, |n, k, code| out[k / 4 * 64 + 4 * n + k % 4] = code.wrapping_add(add));
     }
+}
+
+/// How far a place lies beyond the first one of a block, as far as that can be told.
+fn beyond(at: usize, block: usize) -> i16 {
+    (at as isize - (block * BLOCK) as isize).clamp(i16::MIN.into(), i16::MAX.into()) as i16
 }
 
 /// The float kernels of 1, 2 and 4 rows, where the level has them.
@@ -392,7 +406,7 @@ mod tests {
             |n, k| k.is_multiple_of(15 + usize::from(n % 8 == 0)),
             // One row far ahead of the others; a row of nothing.
             |n, k| (n == 3 && k < 60) || (n != 5 && k % 1024 > 1000),
-            // The last place of a stretch, and the first.
+            // Rows far behind the others: what leads them there are 0s.
             |n, k| (k + n % 2).is_multiple_of(1024),
             |_, _| false,
             |n, k| n == 0 && k == 0,

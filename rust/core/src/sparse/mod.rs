@@ -216,9 +216,9 @@ impl Panels {
         }
     }
 
-    /// Blocks that are best decoded together, if any: what begins elsewhere walks there from the beginning of its stretch.
-    pub(crate) fn stretch(&self) -> Option<usize> {
-        matches!(self, Self::Gaps(_)).then_some(gaps::STRETCH)
+    /// Blocks from one place where decoding may begin to the next, unless every block is.
+    pub(crate) fn step(&self) -> Option<usize> {
+        matches!(self, Self::Gaps(_)).then_some(gaps::MARK)
     }
 
     /// Activation rows that a product of few rows takes at a time, where these panels do not take as many as any.
@@ -226,10 +226,11 @@ impl Panels {
         matches!(self, Self::Rows(_)).then_some(1)
     }
 
-    /// Activation rows up to which a product that could go over tiles of the CPU does not: they would have to be decoded.
+    /// Activation rows up to which a product that could go over tiles of the CPU does not: they would have to be decoded. Gaps at
+    /// 20 % kept, 4096 x 4096: 65 us for each row of activations against 1.4 ms for 64 by tiles and 3.4 ms for decoding (Xeon).
     pub(crate) fn direct_rows(&self) -> usize {
         if matches!(self, Self::Gaps(_)) {
-            16
+            64
         } else {
             8
         }

@@ -3,10 +3,12 @@ use crate::isa::Isa;
 use crate::kernel::generic::round_bf16;
 use crate::kernel::simd::Simd;
 use crate::kernel::x86::Avx512;
-use crate::sparse::gaps::STRETCH;
+use crate::pack::{BLOCK, PANEL};
+use crate::sparse::gaps::MOST_BLOCKS;
 use crate::sparse::kernel::generic::{FAR, NEAR};
-use crate::sparse::kernel::{GapFloat, GapFloatFn, GapRaw, GapRawFn};
+use crate::sparse::kernel::{GapFloat, GapFloatFn, GapRaw, GapRawFn, Pairs};
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 /// Whether this CPU has what the kernels need, and the level allows it.
 fn serves(isa: Isa) -> bool {
@@ -16,7 +18,7 @@ fn serves(isa: Isa) -> bool {
 }
 
 /// Spreads entries to bytes: see [`spread`].
-pub(crate) type Spread = unsafe fn(&[u8], usize, u8, *mut Bytes);
+pub(crate) type Spread = unsafe fn(&Pairs, Range<usize>, &[i16; PANEL], u8, *mut Bytes);
 
 /// The kernel that spreads entries.
 pub(crate) fn spreads(isa: Isa) -> Option<Spread> {
@@ -168,22 +170,25 @@ unsafe fn floats<const BF16: bool, const MR: usize>(a: &GapFloat) {
     }
 }
 
-/// The bytes of a stretch in the order of registers, and where what is nothing goes.
+/// The bytes of blocks in the order of registers, and where what is nothing goes.
 pub(crate) type Bytes = [u8; NOTHING as usize + 1];
 
-/// Where what is nothing goes.
-const NOTHING: u16 = STRETCH as u16 * 1024;
+/// What lies in whole lines of the cache.
+#[repr(align(64))]
+struct Line<T>(T);
 
-/// Writes the entries of the pairs in `src` from pair `first` on, each `add` more, to where they belong; places are those of a
-/// stretch.
+/// Where what is nothing goes.
+const NOTHING: u16 = MOST_BLOCKS as u16 * 1024;
+
+/// Writes the entries of these blocks, each `add` more, to where they belong, from the pairs that reach them on; rows are `at`
+/// beyond their first place.
 ///
 /// # Safety
-/// `src` has whole pairs of a stretch, from its first on; `out` may be written, and the CPU has these features.
+/// `pairs` are a panel's to its end, the blocks [`MOST_BLOCKS`] at most; `out` may be written, and the CPU has these features.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi")]
-unsafe fn spread(src: &[u8], first: usize, add: u8, out: *mut Bytes) {
-    let (ones, nothing) = (_mm512_set1_epi16(-1), _mm512_set1_epi16(NOTHING as i16));
-    // Of each row the place it is at, 16 bits: of rows 0 to 7, and of the others.
-    let mut at = [ones; 2];
+unsafe fn spread(pairs: &Pairs, blocks: Range<usize>, at: &[i16; PANEL], add: u8, out: *mut Bytes) {
+    let nothing = _mm512_set1_epi16(NOTHING as i16);
+    let (end, places) = (blocks.end * BLOCK, _mm512_set1_epi16((blocks.len() * BLOCK) as i16));
     // Four bytes a row.
     let rows = _mm512_set_epi64(
         0x001c_001c_001c_001c,
@@ -195,27 +200,31 @@ unsafe fn spread(src: &[u8], first: usize, add: u8, out: *mut Bytes) {
         0x0004_0004_0004_0004,
         0,
     );
-    let fourth = _mm512_set_epi64(
-        0x0f0e_0f0e_0f0e_0f0e,
-        0x0706_0706_0706_0706,
-        0x0f0e_0f0e_0f0e_0f0e,
-        0x0706_0706_0706_0706,
-        0x0f0e_0f0e_0f0e_0f0e,
-        0x0706_0706_0706_0706,
-        0x0f0e_0f0e_0f0e_0f0e,
-        0x0706_0706_0706_0706,
-    );
+    let rows = [rows, _mm512_add_epi16(rows, _mm512_set1_epi16(32))];
+    let fourth = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0f0e_0f0e_0f0e_0f0e, 0x0706_0706_0706_0706));
+    // Of each row the place it is at, 16 bits, four times: of rows 0 to 7, and of the others.
+    let mut at = [0, 8].map(|n| {
+        // SAFETY: 16 places.
+        let at = unsafe { _mm_loadu_si128(at.as_ptr().add(n).cast()) };
+        let at = _mm512_cvtepu16_epi64(_mm_sub_epi16(at, _mm_set1_epi16(1)));
+        _mm512_shuffle_epi8(at, _mm512_broadcast_i32x4(_mm_set_epi64x(0x0908_0908_0908_0908, 0x0100_0100_0100_0100)))
+    });
     let add = _mm512_set1_epi8(add as i8);
-    let (mut values, mut places) = ([0u8; 64], [0u16; 64]);
-    for (number, pair) in src.as_chunks::<192>().0.iter().enumerate() {
-        // SAFETY: a pair of 192 bytes, buffers of 64; places are below 1024.
+    let (mut values, mut to) = (Line([0u8; 64]), Line([0u16; 64]));
+    let (mut src, mut bases) = (pairs.src, pairs.bases);
+    for _ in 0..pairs.count {
+        // SAFETY: a pair, buffers of 64; what is written lies below `NOTHING`, or there.
         unsafe {
-            let both = _mm512_loadu_si512(pair.as_ptr().cast());
+            if *bases as usize >= end {
+                break;
+            }
+            fetch(src, bases);
+            let both = _mm512_loadu_si512(src.cast());
             for i in 0..2 {
                 let steps = steps(both, i);
-                let codes = _mm512_loadu_si512(pair.as_ptr().add(64 + 64 * i).cast());
+                let codes = _mm512_loadu_si512(src.add(64 + 64 * i).cast());
                 let some = _mm512_test_epi8_mask(codes, codes);
-                _mm512_storeu_si512(values.as_mut_ptr().cast(), _mm512_add_epi8(codes, add));
+                _mm512_storeu_si512(values.0.as_mut_ptr().cast(), _mm512_add_epi8(codes, add));
                 let halves = [_mm512_castsi512_si256(steps), _mm512_extracti64x4_epi64::<1>(steps)];
                 for (h, half) in halves.into_iter().enumerate() {
                     let steps = _mm512_cvtepu8_epi16(half);
@@ -223,21 +232,22 @@ unsafe fn spread(src: &[u8], first: usize, add: u8, out: *mut Bytes) {
                     let four = _mm512_add_epi16(two, _mm512_slli_epi64::<32>(two));
                     let k = _mm512_add_epi16(four, at[h]);
                     at[h] = _mm512_shuffle_epi8(k, fourth);
+                    let inside = _mm512_mask_cmplt_epu16_mask((some >> (32 * h)) as u32, k, places);
                     // 64 bytes for each four places, four for each row.
                     let fours = _mm512_slli_epi16::<4>(_mm512_andnot_si512(_mm512_set1_epi16(3), k));
                     let within = _mm512_and_si512(k, _mm512_set1_epi16(3));
-                    let to = _mm512_add_epi16(_mm512_add_epi16(fours, within), rows);
-                    let to = _mm512_add_epi16(to, _mm512_set1_epi16(32 * h as i16));
-                    let to = _mm512_mask_blend_epi16((some >> (32 * h)) as u32, nothing, to);
-                    _mm512_storeu_si512(places.as_mut_ptr().add(32 * h).cast(), to);
+                    let place = _mm512_add_epi16(_mm512_add_epi16(fours, within), rows[h]);
+                    let place = _mm512_mask_blend_epi16(inside, nothing, place);
+                    _mm512_storeu_si512(to.0.as_mut_ptr().add(32 * h).cast(), place);
                 }
-                if number < first {
-                    continue;
-                }
-                for (to, v) in places.iter().zip(&values) {
-                    *out.cast::<u8>().add(usize::from(*to)) = *v;
+                // Read one by one: where the compiler takes them from registers instead, each costs the port that moves bytes across
+                // lanes twice.
+                for i in 0..64 {
+                    let (to, v) = (to.0.as_ptr().add(i).read_volatile(), values.0.as_ptr().add(i).read_volatile());
+                    *out.cast::<u8>().add(usize::from(to)) = v;
                 }
             }
+            (src, bases) = (src.add(192), bases.add(2));
         }
     }
 }
