@@ -136,7 +136,7 @@ def test_few_kept_numbers(value: str, density: float, rng: np.random.Generator) 
 
 @pytest.mark.parametrize("density", [0.02, 0.1, 0.2, 0.3])
 def test_few_kept_codes(density: float, rng: np.random.Generator) -> None:
-    # Rows by ones, twos, fours and eights, and tiles; decoding in whole and parts of 256 and 1024 places.
+    # Rows by ones, twos, fours, eights, and tiles; decoding in whole and parts of 256 and 1024.
     shapes = [(1, 50, 1088), (2, 33, 1024), (4, 15, 2112), (7, 16, 1025), (9, 40, 96), (1, 1, 1)]
     shapes += [(17, 20, 1100), (33, 17, 64), (70, 33, 65), (66, 20, 1100), (3, 18, 0)]
     for m, n, k in shapes:
