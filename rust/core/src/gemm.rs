@@ -14,6 +14,7 @@ use crate::sparse::{Panels, Patch, Summed};
 use std::borrow::Cow;
 use std::cell::RefCell;
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 /// Arithmetic of the inner product.
@@ -1399,6 +1400,88 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
     }
 }
 
+/// Rows that the kernels of few rows take at a time, of as many that are left.
+pub(crate) fn few(rows: usize) -> usize {
+    match rows {
+        1 => 1,
+        2 | 3 => 2,
+        _ => 4,
+    }
+}
+
+/// What a register tile of float products takes at a time: panels, the first counted within its task, and blocks of K.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Piece {
+    pub p: usize,
+    pub count: usize,
+    pub k: usize,
+    pub blocks: usize,
+    /// Whether it has all the panels that a kernel takes side by side.
+    pub wide: bool,
+}
+
+/// Cuts the blocks of some panels into pieces: `np` panels by all of the blocks, or, given `run`, the next blocks of one panel that
+/// are kept and follow each other.
+pub(crate) fn pieces(
+    panels: Range<usize>,
+    np: usize,
+    blocks: Range<usize>,
+    run: Option<impl Fn(usize, Range<usize>) -> Option<(usize, usize)>>,
+) -> impl Iterator<Item = Piece> {
+    let (mut p, mut from) = (panels.start, blocks.start);
+    std::iter::from_fn(move || {
+        while p < panels.end {
+            let wide = run.is_none() && panels.end - p >= np;
+            let count = if wide { np } else { 1 };
+            let rest = from..blocks.end;
+            let next = match &run {
+                Some(run) => run(p, rest),
+                None => (!rest.is_empty()).then_some((rest.start, rest.len())),
+            };
+            if let Some((k, n)) = next {
+                from = k + n;
+                return Some(Piece { p, count, k, blocks: n, wide });
+            }
+            (p, from) = (p + count, blocks.start);
+        }
+        None
+    })
+}
+
+impl Piece {
+    /// Adds the products with these rows of activations, `mr` at a time, to the sums of a task at `c`.
+    ///
+    /// # Safety
+    /// `weights` are the floats of the piece, its panels `span` apart; activations lie by blocks of `mr` rows; `c` has the task's
+    /// rows, `ldc` apart.
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) unsafe fn multiply(
+        &self,
+        t: &Kernels,
+        xs: &Floats,
+        rows: Range<usize>,
+        mr: usize,
+        weights: *const f32,
+        span: usize,
+        c: *mut f32,
+        ldc: usize,
+    ) {
+        for m in rows.clone().step_by(mr) {
+            let mr = (rows.end - m).min(mr);
+            let a = GemmArgs {
+                x: xs.at(m, self.k * BLOCK * mr),
+                w: weights,
+                panel_stride: span,
+                k: self.blocks * BLOCK,
+                c: c.wrapping_add((m - rows.start) * ldc + self.p * PANEL),
+                ldc,
+            };
+            // SAFETY: as the contract says.
+            unsafe { (t.gemm)(mr, !self.wide)(&a) };
+        }
+    }
+}
+
 fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Result<()> {
     let t = kernel::table(o.isa);
     let b = plan::float(x.rows, w, bf16, o.isa, o.threads);
@@ -1466,23 +1549,11 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 }
             }
         }
+        let run = tiles.map(|tiles| move |p: usize, blocks| tiles.run(p0 + p, blocks));
         // SAFETY (whole loop): arguments describe whole panels, existing rows, and buffers of the plan's window.
         for window in (0..blocks).step_by(b.window) {
-            let end = blocks.min(window + b.window);
-            let (mut p, mut from) = (first, window);
-            while p < np {
-                let wide = tiles.is_none() && np - p >= b.np;
-                let count = if wide { b.np } else { 1 };
-                // All of the window, or the next kept tiles of one panel.
-                let run = match tiles {
-                    Some(tiles) => tiles.run(p0 + p, from..end),
-                    None => (from < end).then_some((from, end - from)),
-                };
-                let Some((k, n)) = run else {
-                    (p, from) = (p + count, window);
-                    continue;
-                };
-                from = k + n;
+            for piece in pieces(first..np, b.np, window..blocks.min(window + b.window), run.as_ref()) {
+                let Piece { p, count, k, blocks: n, wide } = piece;
                 let bytes = grown(&mut s.bytes, b.np * b.window * 1024)?;
                 let coded = if w.dense.is_some() { 0 } else { count };
                 for i in 0..coded {
@@ -1494,12 +1565,7 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                 if b.path == Path::Gemv {
                     let mut m = 0;
                     while m < rows {
-                        let mr = match rows - m {
-                            1 => 1,
-                            2 | 3 => 2,
-                            _ => 4,
-                        }
-                        .min(t.max_mr);
+                        let mr = few(rows - m).min(t.max_mr);
                         let (f, fp) = (t.gemv)(mode, bf16, mr, !wide);
                         for i in (0..count).step_by(fp) {
                             let at = bytes.as_ptr().wrapping_add(i * b.window * 1024);
@@ -1528,21 +1594,8 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
                         // SAFETY: see above.
                         unsafe { (t.expand)(mode, bf16)(&a, weights.as_mut_ptr().add(i * span)) };
                     }
-                    let mut m = 0;
-                    while m < rows {
-                        let mr = (rows - m).min(b.mr);
-                        let a = GemmArgs {
-                            x: xs.at(m0 + m, k * BLOCK * mr),
-                            w: weights.as_ptr(),
-                            panel_stride: span,
-                            k: n * BLOCK,
-                            c: cp.wrapping_add(m * ldc + p * PANEL),
-                            ldc,
-                        };
-                        // SAFETY: see above.
-                        unsafe { (t.gemm)(mr, !wide)(&a) };
-                        m += mr;
-                    }
+                    // SAFETY: see above.
+                    unsafe { piece.multiply(t, xs, m0..m0 + rows, b.mr, weights.as_ptr(), span, cp, ldc) };
                 }
             }
         }

@@ -22,9 +22,9 @@ use super::tiles::TilePanels;
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ScaleType;
-use crate::gemm::{finish_row, floats, grown, padded_bias, tasks, Options};
+use crate::gemm::{few, finish_row, floats, grown, padded_bias, pieces, tasks, Options};
 use crate::isa::streams_by_itself;
-use crate::kernel::{table, GemmArgs};
+use crate::kernel::table;
 use crate::matrix::{MatMut, MatRef};
 use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
 use crate::plan::{Blocking, Path};
@@ -359,12 +359,7 @@ impl FloatPanels {
             if b.path == Path::Gemv {
                 let mut m = 0;
                 while m < rows {
-                    let mr = match rows - m {
-                        1 => 1,
-                        2 | 3 => 2,
-                        _ => 4,
-                    }
-                    .min(s.max_mr);
+                    let mr = few(rows - m).min(s.max_mr);
                     let mut p = 0;
                     while tiles && p < np {
                         let f = (s.gemv)(self.index(), Numbers::All, mr, true).0;
@@ -399,46 +394,21 @@ impl FloatPanels {
                 }
             } else {
                 let span = b.window * BLOCK * PANEL;
+                let run = tiles.then_some(|p: usize, blocks| self.run(p0 + p, blocks));
                 for window in (0..blocks).step_by(b.window) {
-                    let end = blocks.min(window + b.window);
-                    let (mut p, mut from) = (0, window);
-                    while p < np {
-                        let wide = !tiles && np - p >= b.np;
-                        let count = if wide { b.np } else { 1 };
-                        let run = if tiles {
-                            self.run(p0 + p, from..end)
-                        } else {
-                            (from < end).then_some((from, end - from))
-                        };
-                        let Some((k, n)) = run else {
-                            (p, from) = (p + count, window);
-                            continue;
-                        };
-                        from = k + n;
+                    for piece in pieces(0..np, b.np, window..blocks.min(window + b.window), run.as_ref()) {
+                        let (p, k) = (p0 + piece.p, piece.k);
                         let (weights, stride) = if plain {
-                            (self.at(p0 + p, k).cast::<f32>(), blocks * BLOCK * PANEL)
+                            (self.at(p, k).cast::<f32>(), blocks * BLOCK * PANEL)
                         } else {
                             let to = grown(&mut scratch.weights, b.np * span)?;
-                            for i in 0..count {
-                                self.spread(s, p0 + p + i, k, &mut to[i * span..][..n * BLOCK * PANEL]);
+                            for (i, to) in to.chunks_exact_mut(span).take(piece.count).enumerate() {
+                                self.spread(s, p + i, k, &mut to[..piece.blocks * BLOCK * PANEL]);
                             }
                             (to.as_ptr(), span)
                         };
-                        let mut m = 0;
-                        while m < rows {
-                            let mr = (rows - m).min(b.mr);
-                            let a = GemmArgs {
-                                x: xs.at(m0 + m, k * BLOCK * mr),
-                                w: weights,
-                                panel_stride: stride,
-                                k: n * BLOCK,
-                                c: cp.wrapping_add(m * ldc + p * PANEL),
-                                ldc,
-                            };
-                            // SAFETY: whole windows and existing rows.
-                            unsafe { (t.gemm)(mr, !wide)(&a) };
-                            m += mr;
-                        }
+                        // SAFETY: whole windows and existing rows.
+                        unsafe { piece.multiply(t, xs, m0..m0 + rows, b.mr, weights, stride, cp, ldc) };
                     }
                 }
             }
