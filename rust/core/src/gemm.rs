@@ -502,14 +502,10 @@ pub(crate) fn row_scales(
         }
     }
     let out = grown(slot, len)?;
-    match scales {
-        PanelScales::F16(b) if !b.is_empty() => {
-            out.iter_mut().zip(&b[lo..lo + len]).for_each(|(o, &v)| *o = half::f16::from_bits(v).to_f32());
-        }
-        PanelScales::BF16(b) if !b.is_empty() => {
-            out.iter_mut().zip(&b[lo..lo + len]).for_each(|(o, &v)| *o = f32::from_bits(u32::from(v) << 16));
-        }
-        _ => out.fill(0.0),
+    if scales.nbytes() == 0 {
+        out.fill(0.0);
+    } else {
+        scales.read(lo, &mut out[..len]);
     }
     Ok(out.as_ptr())
 }
@@ -1402,10 +1398,10 @@ fn decode_args(w: &Packed, panel: usize, block0: usize, blocks: usize) -> F32Arg
 
 /// Rows that the kernels of few rows take at a time, of as many that are left.
 pub(crate) fn few(rows: usize) -> usize {
-    match rows {
-        1 => 1,
-        2 | 3 => 2,
-        _ => 4,
+    if rows == 3 {
+        2
+    } else {
+        rows.min(4)
     }
 }
 
@@ -1488,8 +1484,10 @@ fn float(x: &MatRef, w: &Packed, y: &mut MatMut, o: &Options, bf16: bool) -> Res
     if let Some(p) = &w.floats {
         return p.matmul(x, w, y, o, &b);
     }
-    if let Some(done) = w.sparse.as_ref().and_then(|p| p.float(x, w, y, o, bf16, &b)) {
-        return done;
+    if let Some(Panels::Gaps(gaps)) = &w.sparse {
+        if let Some(done) = gaps.matmul(x, w, y, o, bf16, &b) {
+            return done;
+        }
     }
     #[cfg(target_arch = "x86_64")]
     if b.path == Path::TilesBf16 {

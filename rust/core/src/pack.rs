@@ -127,23 +127,14 @@ impl PanelScales {
         }
     }
 
-    /// The first of them as floats.
-    pub(crate) fn read(&self, out: &mut [f32]) {
-        let n = out.len();
+    /// Some of them as floats.
+    pub(crate) fn read(&self, from: usize, out: &mut [f32]) {
+        let these = from..from + out.len();
         match self {
-            Self::F32(b) => out.copy_from_slice(&b[..n]),
-            Self::F16(b) => b[..n].reinterpret_cast::<half::f16>().convert_to_f32_slice(out),
-            Self::BF16(b) => b[..n].reinterpret_cast::<half::bf16>().convert_to_f32_slice(out),
+            Self::F32(b) => out.copy_from_slice(&b[these]),
+            Self::F16(b) => b[these].reinterpret_cast::<half::f16>().convert_to_f32_slice(out),
+            Self::BF16(b) => b[these].reinterpret_cast::<half::bf16>().convert_to_f32_slice(out),
         }
-    }
-
-    /// The scales of a panel whose rows have one each.
-    pub(crate) fn of_rows(&self, panel: usize) -> [f32; PANEL] {
-        std::array::from_fn(|n| match self {
-            Self::F32(b) => b[panel * PANEL + n],
-            Self::F16(b) => half::f16::from_bits(b[panel * PANEL + n]).to_f32(),
-            Self::BF16(b) => f32::from_bits(u32::from(b[panel * PANEL + n]) << 16),
-        })
     }
 
     pub(crate) fn nbytes(&self) -> usize {

@@ -345,7 +345,7 @@ pub fn matmul_q(a: &QView, w: &Packed, y: &mut MatMut, o: &Options) -> Result<()
     }
     let count = if ungrouped { w.n } else { 0 };
     let mut w_scales = Taken::<f32>::new(count)?;
-    w.scales.read(&mut w_scales[..count]);
+    w.scales.read(0, &mut w_scales[..count]);
     let (w_scales, out) = (&w_scales[..count], &*y);
     let emit = |row: usize, n0: usize, sums: Sums| {
         let factor = scales[row] * w.step;

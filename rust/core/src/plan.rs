@@ -1,6 +1,6 @@
 //! Which kernel, which blocking, how many threads: a pure function of the shape, the format, the compute and the ISA.
 use crate::activation::Segments;
-use crate::gemm::Compute;
+use crate::gemm::{few, Compute};
 use crate::isa::Isa;
 use crate::kernel;
 use crate::pack::{Geometry, Packed, BLOCK, PANEL};
@@ -122,7 +122,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
     // Half a tile of rows is enough where sums are stored seldom and need no correction.
     let few = w.sparse.is_none() && (raw || (segs.len > BLOCK && signed_bytes(w)));
-    let direct = w.sparse.as_ref().map_or(if few { 4 } else { 8 }, Panels::direct_rows);
+    let direct = w.sparse.as_ref().and_then(Panels::direct_rows).unwrap_or(if few { 4 } else { 8 });
     if isa == Isa::Amx && m > direct && (raw || segs.len >= 16) {
         let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
@@ -178,13 +178,12 @@ pub(crate) fn float(m: usize, w: &Packed, bf16: bool, isa: Isa, threads: usize) 
         };
         return b.cut(m, w.panels(), n, k, threads, 2);
     }
-    let few = match (&w.floats, &w.sparse) {
-        (Some(p), _) => p.few_rows(isa),
-        (_, Some(p)) => p.few_float_rows(isa, bf16),
-        _ => 4,
+    let most = match (&w.floats, &w.sparse) {
+        (Some(p), _) => Some(p.few_rows(isa)),
+        (_, p) => p.as_ref().and_then(|p| p.few_float_rows(isa, bf16)),
     };
-    if m <= few && !dense {
-        let mr = if m == 3 { 2 } else { m }.min(t.max_mr).min(4);
+    if m <= most.unwrap_or(4) && !dense {
+        let mr = few(m).min(t.max_mr);
         let np = w.floats.as_ref().map_or_else(|| (t.gemv)(0, false, mr, false).1, |p| p.gemv_panels(isa, mr));
         let b = Blocking { path: Path::Gemv, mr, np, window: base.window.max(8), ..base };
         return b.cut(m, w.panels(), n, k, threads, np);

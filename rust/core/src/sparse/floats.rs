@@ -493,8 +493,8 @@ impl FloatPanels {
     }
 }
 
-/// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, count, rows)` for a power of two of them, `most` or
-/// fewer, at a time.
+/// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, count, rows)` for a power of two of them, `most` (1 or
+/// 4) or fewer, at a time.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn few_rows(
     x: &MatRef,
@@ -516,7 +516,7 @@ pub(super) fn few_rows(
         for p in 0..np {
             let mut m = 0;
             while m < rows {
-                let mr = 1 << (rows - m).ilog2().min(most.ilog2());
+                let mr = few(rows - m).min(most);
                 let c = c[m * ldc + p * PANEL..].as_mut_ptr();
                 f(p0 + p, mr, FloatRows { x: xs.at(m0 + m, 0), x_stride: xs.stride, c, ldc });
                 m += mr;

@@ -23,7 +23,7 @@ use super::{Mask, Patch, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 use crate::format::ValueMap;
-use crate::gemm::{Options, Region};
+use crate::gemm::Options;
 use crate::isa::Isa;
 use crate::matrix::{MatMut, MatRef};
 use crate::pack::{Geometry, Packed, Shared, BLOCK, PANEL};
@@ -266,31 +266,22 @@ impl GapPanels {
 
     /// An ungrouped product of few rows straight from the panels; see [`super::Panels::raw`].
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
-        let whole = a.is_whole();
-        let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ref mut c, ldc } = a;
-        let mr = job.b.mr;
-        let f = kernel(job.t.isa, mr).filter(|_| whole && job.b.path != Path::Tiles)?;
-        for p in p0..p0 + np {
-            let pairs = self.pairs(p, self.starts[p]);
-            for m in (0..rows).step_by(mr) {
-                let a = GapRaw {
-                    pairs,
-                    prefetch: m == 0,
-                    act: job.act.rows((m0 + m) / mr, 0),
-                    sums: self.sums[p * PANEL..][..PANEL].as_ptr(),
-                    c: c.as_mut_ptr().wrapping_add(m * ldc + (p - p0) * PANEL),
-                    ldc,
-                };
+        let f = kernel(a.job.t.isa, a.job.b.mr).filter(|_| a.is_whole() && a.job.b.path != Path::Tiles)?;
+        a.each(
+            &self.sums,
+            true,
+            |p| self.pairs(p, self.starts[p]),
+            |pairs, rows| {
                 // SAFETY: the pairs of a panel, whose places lie within K; `c` has padded rows; the level is available.
-                unsafe { f(&a) };
-            }
-        }
+                unsafe { f(&GapRaw { pairs, rows }) };
+            },
+        );
         Some(Summed::Values)
     }
 
-    /// Rows that float products take straight from the panels, at most.
-    pub(crate) fn few_rows(isa: Isa, bf16: bool) -> usize {
-        float_kernels(isa, bf16).map_or(4, |_| 16)
+    /// Rows that float products take straight from the panels, at most, where there are kernels for it.
+    pub(crate) fn few_rows(isa: Isa, bf16: bool) -> Option<usize> {
+        float_kernels(isa, bf16).map(|_| 16)
     }
 
     /// `y = x @ w.T` in float32 of a few rows straight from the panels, where that is possible.
@@ -309,7 +300,8 @@ impl GapPanels {
             return None;
         }
         Some(few_rows(x, w, y, o, bf16, b, 4, |p, count, rows| {
-            let scales = w.scales.of_rows(p);
+            let mut scales = [0.0; PANEL];
+            w.scales.read(p * PANEL, &mut scales);
             let a = GapFloat { pairs: self.pairs(p, self.starts[p]), scales: scales.as_ptr(), rows };
             // SAFETY: the pairs of a panel, whose places lie within K, existing rows; the level is available.
             unsafe { kernels[count.ilog2() as usize](&a) };

@@ -23,14 +23,12 @@ pub use convert::{pack, unpack};
 pub use mask::Mask;
 
 use crate::error::Result;
-use crate::gemm::{IntJob, Options, Region};
+use crate::gemm::{IntJob, Region};
 use crate::isa::Isa;
 use crate::kernel::Kernels;
-use crate::matrix::{MatMut, MatRef};
-use crate::pack::{Geometry, Packed, PanelScales};
-use crate::plan::Blocking;
+use crate::pack::{Geometry, PanelScales, PANEL};
 use crate::qtensor::QView;
-use kernel::Fill;
+use kernel::{Fill, ValueRows};
 
 use std::fmt;
 
@@ -131,6 +129,25 @@ impl Patch<'_, i32> {
     fn is_whole(&self) -> bool {
         self.at.b0 == 0 && self.at.blocks == self.job.w.geometry.blocks()
     }
+
+    /// Calls `f` with what `of` says of a panel, and as many rows as the plan takes at a time, given the values of all rows of the
+    /// weight added up.
+    fn each<P: Copy>(&mut self, sums: &[i32], prefetch: bool, of: impl Fn(usize) -> P, f: impl Fn(P, ValueRows)) {
+        let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ref mut c, ldc } = self;
+        for p in 0..np {
+            let panel = of(p0 + p);
+            for m in (0..rows).step_by(job.b.mr) {
+                let rows = ValueRows {
+                    prefetch: prefetch && m == 0,
+                    act: job.act.rows((m0 + m) / job.b.mr, 0),
+                    sums: sums[(p0 + p) * PANEL..][..PANEL].as_ptr(),
+                    c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
+                    ldc,
+                };
+                f(panel, rows);
+            }
+        }
+    }
 }
 
 impl Panels {
@@ -192,27 +209,11 @@ impl Panels {
         }
     }
 
-    /// A float product, where these panels have a kernel for it; see [`gaps::GapPanels::matmul`].
-    pub(crate) fn float(
-        &self,
-        x: &MatRef,
-        w: &Packed,
-        y: &MatMut,
-        o: &Options,
-        bf16: bool,
-        b: &Blocking,
-    ) -> Option<Result<()>> {
-        match self {
-            Self::Gaps(p) => p.matmul(x, w, y, o, bf16, b),
-            Self::Bits(_) | Self::Tiles(_) | Self::Rows(_) => None,
-        }
-    }
-
-    /// Rows of a float product up to which it is one of few.
-    pub(crate) fn few_float_rows(&self, isa: Isa, bf16: bool) -> usize {
+    /// Rows of a float product up to which it is one of few, where these panels have kernels of their own for it.
+    pub(crate) fn few_float_rows(&self, isa: Isa, bf16: bool) -> Option<usize> {
         match self {
             Self::Gaps(_) => gaps::GapPanels::few_rows(isa, bf16),
-            Self::Bits(_) | Self::Tiles(_) | Self::Rows(_) => 4,
+            Self::Bits(_) | Self::Tiles(_) | Self::Rows(_) => None,
         }
     }
 
@@ -226,14 +227,11 @@ impl Panels {
         matches!(self, Self::Rows(_)).then_some(1)
     }
 
-    /// Activation rows up to which a product that could go over tiles of the CPU does not: they would have to be decoded. Gaps at
+    /// Activation rows up to which a product that could go over tiles of the CPU does not, where the panels say: these would have
+    /// to be decoded. Gaps at
     /// 20 % kept, 4096 x 4096: 65 us for each row of activations against 1.4 ms for 64 by tiles and 3.4 ms for decoding (Xeon).
-    pub(crate) fn direct_rows(&self) -> usize {
-        if matches!(self, Self::Gaps(_)) {
-            64
-        } else {
-            8
-        }
+    pub(crate) fn direct_rows(&self) -> Option<usize> {
+        matches!(self, Self::Gaps(_)).then_some(64)
     }
 
     /// Decodes blocks of a panel to bytes `v = u + (u & dbl) - sub`, dropped entries too, in the order of registers.

@@ -153,26 +153,18 @@ impl TilePanels {
             self.tiles(a);
             return Some(Summed::Values);
         }
-        let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ref mut c, ldc } = a;
+        let (job, blocks) = (a.job, a.at.blocks);
         let mr = job.b.mr;
         let f = kernel::table(job.t.isa).kept.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two())?;
-        for p in 0..np {
-            let (index, tiles) = self.kept(p0 + p, 0..blocks);
-            for m in (0..rows).step_by(mr) {
-                let a = KeptRaw {
-                    index: index.as_ptr(),
-                    count: index.len(),
-                    tiles,
-                    prefetch: m == 0 && job.prefetch() > 0,
-                    act: job.act.rows((m0 + m) / mr, 0),
-                    sums: self.sums[(p0 + p) * PANEL..][..PANEL].as_ptr(),
-                    c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
-                    ldc,
-                };
+        a.each(
+            &self.sums,
+            job.prefetch() > 0,
+            |p| self.kept(p, 0..blocks),
+            |(index, tiles), rows| {
                 // SAFETY: tiles lie within K, `c` has padded rows; the level is available.
-                unsafe { f(&a) };
-            }
-        }
+                unsafe { f(&KeptRaw { index: index.as_ptr(), count: index.len(), tiles, rows }) };
+            },
+        );
         Some(Summed::Values)
     }
 

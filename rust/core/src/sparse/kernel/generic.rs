@@ -249,12 +249,12 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
         let mut x = Near([[0; 64]; MR]);
         for i in 0..a.count {
             let tile = a.tiles.add(1024 * i);
-            if a.prefetch {
+            if a.rows.prefetch {
                 for line in (0..1024).step_by(64) {
                     S::prefetch(tile.wrapping_add(line + AHEAD));
                 }
             }
-            let codes = a.act.codes.add(*a.index.add(i) as usize * a.act.block_stride);
+            let codes = a.rows.act.codes.add(*a.index.add(i) as usize * a.rows.act.block_stride);
             for m in 0..MR {
                 S::store(x.0[m].as_mut_ptr(), S::xor(S::load(codes.add(64 * m).cast()), top));
             }
@@ -271,10 +271,10 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
             )* } }
             steps!(0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15);
         }
-        let share = S::shl32(S::load(a.sums.cast()), 7);
+        let share = S::shl32(S::load(a.rows.sums.cast()), 7);
         for m in 0..MR {
             let pairs = [S::add(acc[m][0], acc[m][1]), S::add(acc[m][2], acc[m][3])];
-            S::store(a.c.add(m * a.ldc).cast(), S::sub(S::add(pairs[0], pairs[1]), share));
+            S::store(a.rows.c.add(m * a.rows.ldc).cast(), S::sub(S::add(pairs[0], pairs[1]), share));
         }
     }
 }

@@ -50,15 +50,9 @@ pub struct BitRaw {
     pub ldc: usize,
 }
 
-/// Arguments of the integer kernels over kept tiles of a panel: signed bytes, 1 KiB each.
+/// Rows of activations and of sums, as integer kernels over the values of a panel take them.
 #[derive(Debug, Clone, Copy)]
-pub struct KeptRaw {
-    /// Blocks along K of the tiles.
-    pub index: *const u32,
-    /// How many.
-    pub count: usize,
-    /// The tiles.
-    pub tiles: *const u8,
+pub struct ValueRows {
     /// Whether to ask for memory ahead.
     pub prefetch: bool,
     /// Activations from K = 0 on.
@@ -69,6 +63,19 @@ pub struct KeptRaw {
     pub c: *mut i32,
     /// Row stride of `c`.
     pub ldc: usize,
+}
+
+/// Arguments of the integer kernels over kept tiles of a panel: signed bytes, 1 KiB each.
+#[derive(Debug, Clone, Copy)]
+pub struct KeptRaw {
+    /// Blocks along K of the tiles.
+    pub index: *const u32,
+    /// How many.
+    pub count: usize,
+    /// The tiles.
+    pub tiles: *const u8,
+    /// Activations and sums.
+    pub rows: ValueRows,
 }
 
 /// Entries of a panel; see [`crate::sparse::gaps`].
@@ -87,16 +94,8 @@ pub struct Pairs {
 pub struct GapRaw {
     /// The entries.
     pub pairs: Pairs,
-    /// Whether to ask for memory ahead.
-    pub prefetch: bool,
-    /// Activations from K = 0 on.
-    pub act: ActRows,
-    /// `[16]`: the values of each row of the panel added up.
-    pub sums: *const i32,
-    /// Results `[m][ldc]`.
-    pub c: *mut i32,
-    /// Row stride of `c`.
-    pub ldc: usize,
+    /// Activations and sums.
+    pub rows: ValueRows,
 }
 
 /// Arguments of the float kernels over entries of a panel.

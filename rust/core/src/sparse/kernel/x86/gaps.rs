@@ -94,7 +94,7 @@ unsafe fn raw<const MR: usize>(a: &GapRaw) {
         let mut at = _mm512_set1_epi8(-1);
         let (mut src, mut bases) = (a.pairs.src, a.pairs.bases);
         for _ in 0..a.pairs.count {
-            if a.prefetch {
+            if a.rows.prefetch {
                 fetch(src, bases);
             }
             let both = _mm512_loadu_si512(src.cast());
@@ -104,10 +104,10 @@ unsafe fn raw<const MR: usize>(a: &GapRaw) {
                 let base = *bases.add(i) as usize;
                 // A table has the activations of places 0 to 63 modulo 64: of the block that begins last, those before `base`.
                 let wrapped = _bzhi_u64(u64::MAX, (base % 64) as u32);
-                let next = if wrapped == 0 { 0 } else { a.act.block_stride };
+                let next = if wrapped == 0 { 0 } else { a.rows.act.block_stride };
                 let w = _mm512_loadu_si512(src.add(64 + 64 * i).cast());
                 for m in 0..MR {
-                    let x = a.act.codes.add(base / 64 * a.act.block_stride + 64 * m);
+                    let x = a.rows.act.codes.add(base / 64 * a.rows.act.block_stride + 64 * m);
                     let table = _mm512_add_epi8(_mm512_loadu_si512(x.cast()), top);
                     let table = _mm512_mask_add_epi8(table, wrapped, _mm512_loadu_si512(x.add(next).cast()), top);
                     acc[i][m] = _mm512_dpbusd_epi32(acc[i][m], _mm512_permutexvar_epi8(places, table), w);
@@ -115,10 +115,10 @@ unsafe fn raw<const MR: usize>(a: &GapRaw) {
             }
             (src, bases) = (src.add(192), bases.add(2));
         }
-        let share = _mm512_slli_epi32::<7>(_mm512_loadu_si512(a.sums.cast()));
+        let share = _mm512_slli_epi32::<7>(_mm512_loadu_si512(a.rows.sums.cast()));
         for m in 0..MR {
             let sum = _mm512_sub_epi32(_mm512_add_epi32(acc[0][m], acc[1][m]), share);
-            _mm512_storeu_si512(a.c.add(m * a.ldc).cast(), sum);
+            _mm512_storeu_si512(a.rows.c.add(m * a.rows.ldc).cast(), sum);
         }
     }
 }
