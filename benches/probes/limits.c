@@ -46,8 +46,8 @@ static void configure(int k) {
                              "tileloadd (%2,%5), %%tmm6\n tileloadd (%0,%5), %%tmm4\n"                         \
                              product " %%tmm6, %%tmm4, %%tmm0\n"                                               \
                              "tileloadd (%3,%5), %%tmm7\n" product " %%tmm7, %%tmm4, %%tmm1\n"                 \
-                             "tileloadd (%1,%5), %%tmm5\n" product " %%tmm6, %%tmm5, %%tmm2\n"                 \
-                             product " %%tmm7, %%tmm5, %%tmm3\n"                                               \
+                             "tileloadd (%1,%5), %%tmm4\n" product " %%tmm6, %%tmm4, %%tmm2\n"                 \
+                             product " %%tmm7, %%tmm4, %%tmm3\n"                                               \
                              "add $1024, %0\n add $1024, %1\n add $1024, %2\n add $1024, %3\n"                 \
                              "dec %4\n jnz 1b\n"                                                               \
                              : "+r"(p), "+r"(q), "+r"(r), "+r"(s), "+r"(n)                                     \

@@ -4,7 +4,8 @@
 //
 // The loops are those of a kernel of 32 x 32 sums (two tiles by two), without and with its loads; operands stay in the
 // first-level cache. Where loads and products overlap, "products and loads" costs what the dearer of the two does;
-// where they do not, it costs their sum.
+// where they do not, it costs their sum. The last loops do with fewer than eight tile registers: by writing each again as soon
+// as its last product is issued, and two of them by loading more.
 #define _GNU_SOURCE
 #include <stdint.h>
 #include <stdio.h>
@@ -43,6 +44,13 @@ LOOP(both, LOAD("6", "2") LOAD("4", "0") PRODUCT("0", "4", "6") LOAD("7", "3") P
 LOOP(half, LOAD("6", "2") LOAD("7", "3") PRODUCT("0", "4", "6") PRODUCT("1", "4", "7") PRODUCT("2", "5", "6")
                PRODUCT("3", "5", "7"))
 
+LOOP(seven, LOAD("6", "2") LOAD("4", "0") PRODUCT("0", "4", "6") LOAD("7", "3") PRODUCT("1", "4", "7") LOAD("4", "1")
+                PRODUCT("2", "4", "6") PRODUCT("3", "4", "7"))
+LOOP(six, LOAD("6", "2") LOAD("4", "0") PRODUCT("0", "4", "6") LOAD("4", "1") PRODUCT("2", "4", "6") LOAD("6", "3")
+              PRODUCT("3", "4", "6") LOAD("4", "0") PRODUCT("1", "4", "6"))
+LOOP(four, LOAD("6", "2") LOAD("4", "0") PRODUCT("0", "4", "6") LOAD("4", "1") PRODUCT("1", "4", "6") LOAD("6", "3")
+               LOAD("4", "0") PRODUCT("0", "4", "6") LOAD("4", "1") PRODUCT("1", "4", "6"))
+
 static double now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
@@ -58,7 +66,8 @@ int main(void) {
     static const struct {
         const char *name;
         void (*run)(void);
-    } loops[] = {{"products", products}, {"loads", loads}, {"products and loads", both}, {"half the loads", half}};
+    } loops[] = {{"products", products}, {"loads", loads}, {"products and loads", both}, {"half the loads", half},
+                 {"seven registers", seven}, {"six, five loads", six}, {"four, six loads", four}};
     enum { COUNT = sizeof loops / sizeof *loops };
     static double ns[COUNT][ROUNDS];
     if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) != 0) {
@@ -70,9 +79,10 @@ int main(void) {
         config.row_bytes[t] = 64;
         config.rows[t] = 16;
     }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
     for (int round = 0; round < ROUNDS; round++) {
         for (int i = 0; i < COUNT; i++) {
+            // What a loop before has written takes no register of this one.
+            __asm__ volatile("tilerelease\n ldtilecfg %0" ::"m"(config));
             double start = now();
             for (int call = 0; call < CALLS; call++) loops[i].run();
             ns[i][round] = (now() - start) * 1e9 / (4.0 * STEPS * CALLS);

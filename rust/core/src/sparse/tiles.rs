@@ -15,9 +15,8 @@ use crate::plan::{self, Path};
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
 
-/// Rows of activations that meet a kept tile at a time. 32 take five tile registers and leave three that operands of the next steps
-/// are renamed to; 64, which fetch a kept tile half as often, are no faster on a core that has the tile unit to itself, and take 1.7
-/// times as long where products take twice as long (`docs/performance.md`).
+/// Rows of activations that meet a kept tile at a time: 32 take four tile registers. 64, which fetch a kept tile half as often and take
+/// six, are hardly faster on a core whose other thread has no tiles, and slower where it has (`docs/performance.md`).
 #[cfg(target_arch = "x86_64")]
 const ROWS: usize = 32;
 

@@ -4,6 +4,10 @@
 //! tile. Within a group the sums stay in tiles; at its end they go through a small buffer to float accumulators, while
 //! the tiles already work on the next group. Tiles of bf16 do the same with integer codes, which are exact there, so that
 //! weights lose nothing to rounding and decoding is a look-up.
+//!
+//! Every loop writes as few tile registers as it can, and writes each again as soon as its last product is issued. By what was
+//! measured (`docs/performance.md`, `benches/probes/tiles.c`), the two threads of a core share the registers that tiles are renamed
+//! to, all of those that either has written since it configured its tiles stay taken, and the rest is what loads run ahead with.
 use super::avx512::Avx512Vnni as V;
 use crate::kernel::generic::{
     self, group, regs, weight, Unpack, W_FLOAT, W_MUL1, W_MUL2, W_TABLE16, W_TABLE256, W_TABLE64,
@@ -191,10 +195,10 @@ macro_rules! tile_loop {
             concat!($dp, " tmm0, tmm4, tmm6"),
             "tileloadd tmm7, [{b1} + {s}]",
             concat!($dp, " tmm1, tmm4, tmm7"),
-            "tileloadd tmm5, [{a1} + {s}]",
+            "tileloadd tmm4, [{a1} + {s}]",
             $fetch1,
-            concat!($dp, " tmm2, tmm5, tmm6"),
-            concat!($dp, " tmm3, tmm5, tmm7"),
+            concat!($dp, " tmm2, tmm4, tmm6"),
+            concat!($dp, " tmm3, tmm4, tmm7"),
             "add {a0}, 1024", "add {a1}, 1024", "add {b0}, 1024", "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
@@ -203,7 +207,7 @@ macro_rules! tile_loop {
             b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
             n = inout(reg) $n => _, s = in(reg) 64usize, $($more)*,
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+            out("tmm4") _, out("tmm6") _, out("tmm7") _,
             options(nostack),
         )
     };
@@ -215,9 +219,9 @@ macro_rules! tile_loop {
             "tileloadd tmm4, [{a0} + {s}]",
             $fetch0,
             concat!($dp, " tmm0, tmm4, tmm6"),
-            "tileloadd tmm7, [{b1} + {s}]",
+            "tileloadd tmm6, [{b1} + {s}]",
             $fetch1,
-            concat!($dp, " tmm1, tmm4, tmm7"),
+            concat!($dp, " tmm1, tmm4, tmm6"),
             "add {a0}, 1024", "add {b0}, 1024", "add {b1}, 1024",
             "dec {n}",
             "jnz 2b",
@@ -225,7 +229,7 @@ macro_rules! tile_loop {
             a0 = inout(reg) $a0 => _,
             b0 = inout(reg) $b0 => _, b1 = inout(reg) $b1 => _,
             n = inout(reg) $n => _, s = in(reg) 64usize, $($more)*,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
             options(nostack),
         )
     };
@@ -508,17 +512,17 @@ unsafe fn grouped_body<const KIND: u8>(a: &TileGrp) {
     }
 }
 
-/// A single product from nothing, stored. Neighbours are given different tiles.
+/// A single product from nothing, stored.
 macro_rules! one_product {
-    ($c:tt, $x:tt, $w:tt, $a:expr, $b:expr, $o:expr) => {
+    ($a:expr, $b:expr, $o:expr) => {
         asm!(
-            concat!("tilezero ", $c),
-            concat!("tileloadd ", $w, ", [{b} + {s}]"),
-            concat!("tileloadd ", $x, ", [{a} + {s}]"),
-            concat!("tdpbssd ", $c, ", ", $x, ", ", $w),
-            concat!("tilestored [{o} + {s}], ", $c),
+            "tilezero tmm0",
+            "tileloadd tmm6, [{b} + {s}]",
+            "tileloadd tmm4, [{a} + {s}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tilestored [{o} + {s}], tmm0",
             a = in(reg) $a, b = in(reg) $b, o = in(reg) $o, s = in(reg) 64usize,
-            out($c) _, out($x) _, out($w) _,
+            out("tmm0") _, out("tmm4") _, out("tmm6") _,
             options(nostack),
         )
     };
@@ -537,13 +541,10 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp, m: usize) {
         let shift = a.parts.trailing_zeros();
         let (x, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));
         macro_rules! product {
-            ($i:expr, $c:tt, $x:tt, $w:tt) => {
+            ($i:expr) => {
                 if $i < count {
                     let (step, part) = ($i >> shift, $i & (a.parts - 1));
                     one_product!(
-                        $c,
-                        $x,
-                        $w,
                         x.add(step * 1024 + ((part * 64) >> shift)),
                         a.b[0].add(($i * 1024) >> shift),
                         ring.add($i % 4 * 256)
@@ -568,12 +569,12 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp, m: usize) {
                 }
             };
         }
-        product!(0, "tmm0", "tmm4", "tmm6");
-        product!(1, "tmm1", "tmm5", "tmm7");
+        product!(0);
+        product!(1);
         for i in (0..count).step_by(2) {
-            product!(i + 2, "tmm0", "tmm4", "tmm6");
+            product!(i + 2);
             add!(i);
-            product!(i + 3, "tmm1", "tmm5", "tmm7");
+            product!(i + 3);
             add!(i + 1);
         }
         for (r, f) in f.iter().enumerate() {

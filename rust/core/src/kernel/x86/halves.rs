@@ -5,27 +5,27 @@ use crate::kernel::generic;
 use crate::kernel::simd::Simd;
 use std::arch::asm;
 
-/// The products of a segment of `$n` steps from nothing, low halves before high ones. Neighbours are given different tiles.
+/// The products of a segment of `$n` steps from nothing, low halves before high ones.
 macro_rules! products {
-    ($low:tt, $high:tt, $x:tt, $a:expr, $b:expr, $n:expr, $o:expr) => {
+    ($a:expr, $b:expr, $n:expr, $o:expr) => {
         asm!(
-            concat!("tilezero ", $low),
-            concat!("tilezero ", $high),
+            "tilezero tmm0",
+            "tilezero tmm1",
             "2:",
-            concat!("tileloadd ", $x, ", [{a} + {s}]"),
+            "tileloadd tmm4, [{a} + {s}]",
             "tileloadd tmm6, [{b} + {s}]",
-            concat!("tdpbssd ", $low, ", ", $x, ", tmm6"),
-            "tileloadd tmm7, [{b} + {s} + 1024]",
-            concat!("tdpbssd ", $high, ", ", $x, ", tmm7"),
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tileloadd tmm6, [{b} + {s} + 1024]",
+            "tdpbssd tmm1, tmm4, tmm6",
             "add {a}, 1024",
             "add {b}, 2048",
             "dec {n}",
             "jnz 2b",
-            concat!("tilestored [{o} + {s}], ", $low),
-            concat!("tilestored [{o} + {s} + 1024], ", $high),
+            "tilestored [{o} + {s}], tmm0",
+            "tilestored [{o} + {s} + 1024], tmm1",
             a = inout(reg) $a => _, b = inout(reg) $b => _, n = inout(reg) $n => _,
             o = in(reg) $o, s = in(reg) 64usize,
-            out($low) _, out($high) _, out($x) _, out("tmm6") _, out("tmm7") _,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _,
             options(nostack),
         )
     };
@@ -59,11 +59,7 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
                     (i * per * 1024, i * per * 2048, per.min(a.steps - i * per))
                 };
                 let (x, w, o) = (rows.add(x), a.b[0].add(w), ring.add(i % 2 * 512));
-                if i % 2 == 0 {
-                    products!("tmm0", "tmm1", "tmm4", x, w, n, o);
-                } else {
-                    products!("tmm2", "tmm3", "tmm5", x, w, n, o);
-                }
+                products!(x, w, n, o);
             }
             if i > 0 {
                 let seg = a.seg0 + i - 1;

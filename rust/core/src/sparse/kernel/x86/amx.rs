@@ -76,7 +76,7 @@ macro_rules! run {
             i = inout(reg) $k.index.as_ptr() => _, b = inout(reg) $k.tiles => _, n = inout(reg) $k.index.len() => _,
             t = out(reg) _, f = inout(reg) $next, a = in(reg) $k.a, r = in(reg) $k.a_stride, s = in(reg) 64usize, c = in(reg) $k.c,
             l = in(reg) $k.ldc * 4, d = in(reg) $k.ldc * 64,
-            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm5") _, out("tmm7") _,
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm7") _,
             options(nostack),
         )
     };
@@ -108,8 +108,8 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool, next: *const
                         "tileloaddt1 tmm4, [{t} + {s}]",
                         "tdpbssd tmm0, tmm4, tmm7",
                         "add {t}, {r}",
-                        "tileloaddt1 tmm5, [{t} + {s}]",
-                        "tdpbssd tmm1, tmm5, tmm7"
+                        "tileloaddt1 tmm4, [{t} + {s}]",
+                        "tdpbssd tmm1, tmm4, tmm7"
                     ],
                     ["tilestored [{t} + {l}], tmm0", "add {t}, {d}", "tilestored [{t} + {l}], tmm1"]
                 ),
