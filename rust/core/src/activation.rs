@@ -307,6 +307,8 @@ unsafe fn quantise_one(
             let in_place = std::ptr::eq(src.as_ptr().cast(), x.row_ptr(m));
             let fetch = in_place && m + 1 < x.rows && !isa::streams_by_itself();
             let ahead = if fetch { x.row_stride as usize } else { 0 };
+            // The codes of the next of `mb` rows lie beside these, and were last read long ago.
+            let next = if fetch && plain && i + 1 < out.mb { BLOCK } else { 0 };
             // Sums of whole blocks are made on the way, where the codes stay as they are.
             summed = plain && factor.is_some() && segs.registers() == 16;
             if summed {
@@ -317,6 +319,7 @@ unsafe fn quantise_one(
                 k: g.k,
                 group: step,
                 ahead,
+                next,
                 scales: scales.as_mut_ptr(),
                 codes,
                 stride,
@@ -434,7 +437,7 @@ mod tests {
             for (k, seed) in
                 [(1, 1), (15, 2), (16, 3), (17, 4), (63, 5), (64, 6), (65, 7), (100, 8), (1328, 9), (4100, 10)]
             {
-                for group in [16, 32, 48, 64, 128, k] {
+                for group in [16, 32, 48, 64, 128, 192, k] {
                     for (shift, stride) in [(0, 64), (-9, 192), (-126, 64), (-133, 1024), (-146, 64), (100, 128)] {
                         let x = values(k, group, seed, shift);
                         let count = k.div_ceil(group);
@@ -445,6 +448,7 @@ mod tests {
                             k,
                             group,
                             ahead: 0,
+                            next: 64,
                             scales: scales.as_mut_ptr(),
                             codes: q.as_mut_ptr(),
                             stride,

@@ -1054,20 +1054,18 @@ impl Divisors {
         }
     }
 
-    /// `clip(rint(x/s), -127, 127)` for `R` times 16 floats, those of group `j[i]`; false where a product does not decide all.
+    /// `clip(rint(x/s), -127, 127)` for `R` times 16 floats by products with `inverse`; false where a product does not decide all.
     #[inline(always)]
-    unsafe fn quick<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R], out: &mut [S::I; R]) -> bool {
+    unsafe fn quick<S: Simd, const R: usize>(x: *const f32, inverse: [S::F; R], out: &mut [S::I; R]) -> bool {
         // SAFETY: the caller's floats and features.
         unsafe {
-            let abs = S::splat(0x7fff_ffff);
-            let (mut worst, mut divide) = (S::splatf(0.0), false);
+            let mut worst = S::splatf(0.0);
             for i in 0..R {
-                divide |= self.divide[j[i]];
-                let t = S::mulf(S::loadf(x.add(16 * i)), S::splatf(self.inverse[j[i]]));
+                let t = S::mulf(S::loadf(x.add(16 * i)), inverse[i]);
                 out[i] = S::rint(t);
-                worst = S::maxf(worst, S::from_bits(S::and(S::bits(S::subf(t, S::cvt(out[i]))), abs)));
+                worst = S::max_abs(worst, S::subf(t, S::cvt(out[i])));
             }
-            !divide && !S::any_gt(worst, S::splatf(0.5 - 1.0 / 32768.0))
+            !S::any_gt(worst, S::splatf(0.5 - 1.0 / 32768.0))
         }
     }
 
@@ -1088,15 +1086,47 @@ impl Divisors {
         }
     }
 
+    /// The codes of `R` times 16 floats, those of group `j[i]`.
     #[inline(always)]
     unsafe fn codes<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R]) -> [S::I; R] {
         // SAFETY: the caller's floats and features.
         unsafe {
-            let mut out = [S::splat(0); R];
-            if !self.quick::<S, R>(x, j, &mut out) {
+            let (mut out, mut inverse, mut divide) = ([S::splat(0); R], [S::splatf(0.0); R], false);
+            for i in 0..R {
+                inverse[i] = S::splatf(self.inverse[j[i]]);
+                divide |= self.divide[j[i]];
+            }
+            if divide || !Self::quick::<S, R>(x, inverse, &mut out) {
                 self.exact::<S, R>(x, j, &mut out);
             }
             out
+        }
+    }
+}
+
+/// Sums of the codes of every so many blocks of 64, while they are made; none where nobody asks.
+struct Sums<S: Simd> {
+    sum: S::I,
+    /// Blocks that `sum` holds.
+    blocks: usize,
+    out: *mut i32,
+}
+
+impl<S: Simd> Sums<S> {
+    /// Takes in the codes of a block, the last one of its row or not.
+    #[inline(always)]
+    unsafe fn add(&mut self, codes: [S::I; 4], blocks: usize, last: bool) {
+        if self.out.is_null() {
+            return;
+        }
+        // SAFETY: the caller's features; a sum for every `blocks` blocks.
+        unsafe {
+            self.sum = S::add(self.sum, S::add(S::add(codes[0], codes[1]), S::add(codes[2], codes[3])));
+            self.blocks += 1;
+            if self.blocks == blocks || last {
+                self.out.write(total::<S>(self.sum));
+                *self = Self { sum: S::splat(0), blocks: 0, out: self.out.add(1) };
+            }
         }
     }
 }
@@ -1112,6 +1142,8 @@ pub struct Quantise {
     pub group: usize,
     /// Bytes from `x` to floats that are asked for meanwhile, those of the row that comes next.
     pub ahead: usize,
+    /// Bytes from `codes` to those of that row, asked for to be written.
+    pub next: usize,
     /// A scale for each group, `absmax / 127`.
     pub scales: *mut f32,
     /// The codes, the last 64 whole.
@@ -1124,6 +1156,21 @@ pub struct Quantise {
     pub blocks: usize,
 }
 
+impl Quantise {
+    /// Asks for what belongs to 64 floats in the row that comes next.
+    #[inline(always)]
+    unsafe fn fetch<S: Simd>(&self, at: usize) {
+        for line in 0..4 {
+            // SAFETY: the caller's features; a prefetch may name any address.
+            unsafe { S::prefetch(self.x.wrapping_add(at + 16 * line).cast::<u8>().wrapping_add(self.ahead)) };
+        }
+        if self.next > 0 {
+            // SAFETY: likewise.
+            unsafe { S::prefetch_write(self.codes.wrapping_add(at / 64 * self.stride + self.next).cast()) };
+        }
+    }
+}
+
 /// Quantises a row of floats by groups; codes of a group whose scale is 0 are 0. Returns false at the first group that is not
 /// finite.
 ///
@@ -1134,7 +1181,9 @@ pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
     // SAFETY: as the contract says.
     unsafe {
         let &Quantise { x, k, group, .. } = a;
-        let (mut sum, mut sums, mut summed) = (S::splat(0), a.sums, 0);
+        let mut sums = Sums::<S> { sum: S::splat(0), blocks: 0, out: a.sums };
+        // Whole blocks are the rule: what holds for a whole group is not asked for each.
+        let whole = group.is_multiple_of(64) || group >= k;
         // Sixteen groups at a time, whose largest values wait for nothing: they begin with a block of codes.
         for g0 in (0..k.div_ceil(group)).step_by(16) {
             let count = 16.min(k.div_ceil(group) - g0);
@@ -1149,9 +1198,24 @@ pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
             let d = Divisors::new::<S>(&top);
             a.scales.add(g0).copy_from_nonoverlapping(d.scale.as_ptr(), count);
             let end = k.min((g0 + count) * group);
+            let mut at = g0 * group;
+            for j in 0..if whole { count } else { 0 } {
+                let (inverse, divide) = ([S::splatf(d.inverse[j]); 4], d.divide[j]);
+                let last = end.min((g0 + j + 1) * group);
+                while at + 64 <= last {
+                    a.fetch::<S>(at);
+                    let mut codes = [S::splat(0); 4];
+                    if divide || !Divisors::quick::<S, 4>(x.add(at), inverse, &mut codes) {
+                        d.exact::<S, 4>(x.add(at), [j; 4], &mut codes);
+                    }
+                    S::store_i8x4(a.codes.add(at / 64 * a.stride), codes);
+                    sums.add(codes, a.blocks, at + 64 >= k);
+                    at += 64;
+                }
+            }
             // The group of the next 16 floats, and how many of them it has left.
-            let (mut j, mut left) = (0, group);
-            for at in (g0 * group..end).step_by(64) {
+            let (mut j, mut left) = if whole { (count - 1, end - at) } else { (0, group) };
+            while at < end {
                 let mut of = [0; 4];
                 for of in &mut of {
                     if left == 0 {
@@ -1160,9 +1224,7 @@ pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
                     *of = j;
                     left = left.saturating_sub(16);
                 }
-                for line in 0..4 {
-                    S::prefetch(x.wrapping_add(at + 16 * line).cast::<u8>().wrapping_add(a.ahead));
-                }
+                a.fetch::<S>(at);
                 let to = a.codes.add(at / 64 * a.stride);
                 let mut codes = [S::splat(0); 4];
                 if at + 64 <= end {
@@ -1174,14 +1236,8 @@ pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
                         S::store_i8(to.add(16 * i), codes[i]);
                     }
                 }
-                if !sums.is_null() {
-                    sum = S::add(sum, S::add(S::add(codes[0], codes[1]), S::add(codes[2], codes[3])));
-                    summed += 1;
-                    if summed == a.blocks || at + 64 >= k {
-                        sums.write(total::<S>(sum));
-                        (sum, sums, summed) = (S::splat(0), sums.add(1), 0);
-                    }
-                }
+                sums.add(codes, a.blocks, at + 64 >= k);
+                at += 64;
             }
         }
         true

@@ -131,5 +131,6 @@ unsafe impl Simd for Scalar {
         any_gt(a: F, b: F) -> bool = a.iter().zip(b).any(|(x, y)| *x > y);
         prefetch(_p: *const u8) -> () = ();
         prefetch_l2(_p: *const u8) -> () = ();
+        prefetch_write(_p: *const u8) -> () = ();
     }
 }

@@ -93,6 +93,12 @@ pub unsafe trait Simd: 'static + Sized {
     unsafe fn divf(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn minf(a: Self::F, b: Self::F) -> Self::F;
     unsafe fn maxf(a: Self::F, b: Self::F) -> Self::F;
+    /// The greater of `a`, which is not negative, and the magnitude of `b`, neither of them NaN.
+    #[inline(always)]
+    unsafe fn max_abs(a: Self::F, b: Self::F) -> Self::F {
+        // SAFETY: the caller's features.
+        unsafe { Self::maxf(a, Self::from_bits(Self::and(Self::bits(b), Self::splat(0x7fff_ffff)))) }
+    }
     /// `a*b + c`, rounded once.
     unsafe fn fma(a: Self::F, b: Self::F, c: Self::F) -> Self::F;
     /// 32-bit logical right shift by 16, for rounding to bfloat16.
@@ -201,6 +207,8 @@ pub unsafe trait Simd: 'static + Sized {
     unsafe fn prefetch(p: *const u8) -> ();
     /// The same as far as the second-level cache.
     unsafe fn prefetch_l2(p: *const u8) -> ();
+    /// Fetches the cache line of `p` for writing soon.
+    unsafe fn prefetch_write(p: *const u8) -> ();
 }
 
 /// Writes the methods of a [`Simd`] implementation, one expression each.

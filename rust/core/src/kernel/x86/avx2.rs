@@ -266,6 +266,7 @@ macro_rules! common {
             };
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
             prefetch_l2(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
+            prefetch_write(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_ET0>(p.cast());
         }
     };
 }

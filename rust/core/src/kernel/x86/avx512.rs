@@ -277,6 +277,8 @@ macro_rules! common {
             divf(a: F, b: F) -> F = _mm512_div_ps(a, b);
             minf(a: F, b: F) -> F = _mm512_min_ps(a, b);
             maxf(a: F, b: F) -> F = _mm512_max_ps(a, b);
+            // The greater magnitude, without its sign.
+            max_abs(a: F, b: F) -> F = _mm512_range_ps::<0b1011>(a, b);
             fma(a: F, b: F, c: F) -> F = _mm512_fmadd_ps(a, b, c);
             shr32_16(a: I) -> I = _mm512_srli_epi32::<16>(a);
             shr32(a: I, n: usize) -> I = _mm512_srl_epi32(a, _mm_cvtsi32_si128(n as i32));
@@ -309,6 +311,7 @@ macro_rules! common {
             any_gt(a: F, b: F) -> bool = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0;
             prefetch(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T0>(p.cast());
             prefetch_l2(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_T1>(p.cast());
+            prefetch_write(p: *const u8) -> () = _mm_prefetch::<_MM_HINT_ET0>(p.cast());
         }
         #[inline(always)]
         unsafe fn octets<const SUMS: bool>(table: *const f32, at: *const u16, more: *const u16) -> [F; 8] {
