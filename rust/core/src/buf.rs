@@ -11,7 +11,7 @@ const ALIGN: usize = 64;
 /// Whether a buffer gets a mapping of its own on huge pages: a weight is read in many streams at once, and with pages of
 /// 4 KiB the translations of those streams fall out of the TLB, which costs a virtual machine two walks each.
 fn is_large(bytes: usize) -> bool {
-    cfg!(target_os = "linux") && bytes >= 2 * HUGE
+    cfg!(target_os = "linux") && bytes >= HUGE
 }
 
 /// Bytes of a huge page.
@@ -176,7 +176,10 @@ thread_local! {
 /// # Errors
 /// As [`Buf::zeroed`].
 fn take<T: Plain>(len: usize) -> Result<Buf<T>> {
-    let bytes = len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory(usize::MAX))?.next_multiple_of(ALIGN);
+    let bytes = len.checked_mul(size_of::<T>()).ok_or(Error::OutOfMemory(usize::MAX))?;
+    // What would fill a good part of a huge page gets the whole of it: it is kept, and weights and results pass through the same TLB.
+    let unit = if is_large(bytes.saturating_mul(4)) { HUGE } else { ALIGN };
+    let bytes = bytes.checked_next_multiple_of(unit).ok_or(Error::OutOfMemory(usize::MAX))?;
     let spare = SPARE.with(|s| {
         let mut s = s.try_borrow_mut().ok()?;
         let fit = (0..s.len()).filter(|&i| s[i].len >= bytes).min_by_key(|&i| s[i].len)?;
@@ -249,10 +252,20 @@ mod tests {
         assert!(Buf::<i32>::zeroed(0).unwrap().is_empty());
         assert!(matches!(Buf::<f32>::zeroed(usize::MAX / 2), Err(Error::OutOfMemory(_))));
         assert!(matches!(Buf::<u8>::zeroed(isize::MAX as usize - 64), Err(Error::OutOfMemory(_))));
-        for bytes in [2 * HUGE - 1, 2 * HUGE, 2 * HUGE + 1, 5 * HUGE + 4097] {
+        for bytes in [HUGE - 1, HUGE, HUGE + 1, 5 * HUGE + 4097] {
             let mut b = Buf::<u8>::zeroed(bytes).unwrap();
             assert!(b.iter().all(|&v| v == 0));
             b.fill(7);
+        }
+    }
+
+    #[test]
+    fn what_is_given_back_is_taken_again() {
+        for bytes in [64, HUGE / 4, HUGE / 4 + 1, HUGE + 1] {
+            let first = Taken::<u8>::new(bytes).unwrap().as_ptr();
+            let again = Taken::<f32>::new(bytes.div_ceil(4)).unwrap();
+            assert!(again.len() >= bytes.div_ceil(4));
+            assert_eq!(again.as_ptr().cast(), first);
         }
     }
 }
