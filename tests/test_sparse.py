@@ -212,22 +212,36 @@ def test_structures_that_skip_work(fmt: str, rng: np.random.Generator) -> None:
                     np.testing.assert_array_equal(got, want, err_msg=f"{isa} {compute} {m},{n},{k}")
 
 
+@pytest.mark.parametrize(
+    ("base", "compute"),
+    [
+        ("int8", "int8"),
+        ("int8", "int8_g32"),
+        ("int8", "int8_g128"),
+        ("int8_g256", "int8"),
+        ("int4_g128", "int8"),
+        ("int4_g128", "int8_g128"),
+        ("int4_g64", "int8_g32"),
+        ("int4_g32", "int8"),
+        ("int2_g16", "int8"),
+    ],
+)
 @pytest.mark.parametrize("m", [17, 64, 130, 300])
-def test_kept_tiles_of_many_rows(m: int, rng: np.random.Generator) -> None:
+def test_kept_tiles_of_many_rows(m: int, base: str, compute: str, rng: np.random.Generator) -> None:
     """Rows that fill their tiles and rows that do not, more than one window of K, some empty."""
     n, k = 72, 4800
     w = weights(rng, n, k, "block16x64", 0.3)
     w[16:32] = 0
     w[32:48, :4096] = 0
     w[48:64, 4096:] = 0
-    dense, q = nb.quantize(w, "int8"), nb.quantize(w, "int8_block16x64")
+    dense, q = nb.quantize(w, base), nb.quantize(w, f"{base}_block16x64")
     x = rng.standard_normal((m, k)).astype(np.float32)
     x[m // 2, 5] = np.inf
     for isa in levels()[1:] or levels():
         want, got = np.empty((2, m, n), np.float32)
-        _core.matmul(x, dense._storage.pack(1), want, "int8", None, 1, isa)
+        _core.matmul(x, dense._storage.pack(1), want, compute, None, 1, isa)
         for threads in (1, 3):
-            _core.matmul(x, q._storage.pack(1), got, "int8", None, threads, isa)
+            _core.matmul(x, q._storage.pack(1), got, compute, None, threads, isa)
             np.testing.assert_array_equal(got, want, err_msg=f"{isa} {threads}")
 
 

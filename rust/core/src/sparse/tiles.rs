@@ -167,29 +167,28 @@ impl TilePanels {
         Some(Summed::Values)
     }
 
-    /// A grouped product of activations with one scale a row, but for many rows on tiles of the CPU; see
-    /// [`super::Panels::grouped`].
+    /// A grouped product: on tiles of the CPU whatever the scales of activations are, elsewhere of activations with one scale a row;
+    /// see [`super::Panels::grouped`].
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
         let (w, mr, len) = (job.w, job.b.mr, job.segs.len);
-        let integers = w.bytes.is_none() && w.inner.is_none() && w.mul == 1 && plan::signed_bytes(w);
+        if w.bytes.is_some() || w.inner.is_some() || w.mul != 1 || !plan::signed_bytes(w) {
+            return false;
+        }
+        let most = (p0..p0 + np).map(|p| self.starts[p + 1] - self.starts[p]).max().unwrap_or(0);
+        let Ok(mut values) = Taken::<u8>::new(if self.signed() { 0 } else { most * 1024 }) else { return false };
+        #[cfg(target_arch = "x86_64")]
+        if job.b.path == Path::Tiles {
+            return self.grouped_tiles(Patch { job, at: a.at, c, ldc }, most, &mut values);
+        }
         // With one row, sums of groups of 32 cost what the dropped ones save (measured).
-        let lengths = len.is_multiple_of(BLOCK) || (len == 32 && mr > 1);
-        if job.b.path == Path::Tiles || !integers || !job.segs.act.is_empty() || !lengths {
+        if !job.segs.act.is_empty() || !(len.is_multiple_of(BLOCK) || (len == 32 && mr > 1)) {
             return false;
         }
         let kernels = kernel::table(job.t.isa).kept_grouped;
         let Some(f) = kernels.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two()) else { return false };
-        let most = (p0..p0 + np).map(|p| self.starts[p + 1] - self.starts[p]).max().unwrap_or(0);
-        let Ok(mut values) = Taken::<u8>::new(if self.signed() { 0 } else { most * 1024 }) else { return false };
         for p in 0..np {
-            let (index, mut tiles) = self.kept(p0 + p, 0..blocks);
-            if !self.signed() {
-                let unpack = job.t.unpack[self.bits];
-                // SAFETY: the buffer holds the tiles of every panel, which lie one after the other.
-                unsafe { unpack(tiles, values.as_mut_ptr(), index.len(), 0, self.zero, IN_ORDER) };
-                tiles = values.as_ptr();
-            }
+            let (index, tiles) = self.values(job.t, p0 + p, blocks, &mut values);
             for m in (0..rows).step_by(mr) {
                 let a = KeptGrouped {
                     index: index.as_ptr(),
@@ -204,6 +203,66 @@ impl TilePanels {
                 };
                 // SAFETY: tiles lie within K, there is a scale for each group, `c` has padded rows; the level is available.
                 unsafe { f(&a) };
+            }
+        }
+        true
+    }
+
+    /// The kept blocks of a panel along K, and their values as signed bytes: `values`, which has room for them, where they are not
+    /// such already.
+    fn values(&self, t: &Kernels, panel: usize, blocks: usize, values: &mut [u8]) -> (&[u32], *const u8) {
+        let (index, tiles) = self.kept(panel, 0..blocks);
+        if self.signed() {
+            return (index, tiles);
+        }
+        assert!(index.len() * 1024 <= values.len(), "no room for {} tiles", index.len());
+        // SAFETY: the buffer holds the tiles, which lie one after the other.
+        unsafe { (t.unpack[self.bits])(tiles, values.as_mut_ptr(), index.len(), 0, self.zero, IN_ORDER) };
+        (index, values.as_ptr())
+    }
+
+    /// As [`Self::grouped`], on tiles of the CPU, of panels that keep `most` tiles or fewer: 16 rows after the other meet what is
+    /// kept of a panel, which stays in the first-level cache.
+    #[cfg(target_arch = "x86_64")]
+    fn grouped_tiles(&self, a: Patch<f32>, most: usize, values: &mut [u8]) -> bool {
+        use super::kernel::x86::amx::{grouped, KeptSegments, Segment};
+        let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
+        let len = job.segs.len;
+        // Of longer groups the dense kernel loads less for each product: from two thirds kept on it has fewer tile instructions.
+        let many = len > BLOCK && 3 * self.len() > 2 * (self.starts.len() - 1) * blocks;
+        if many || (!len.is_multiple_of(BLOCK) && !matches!(len, 16 | 32)) {
+            return false;
+        }
+        let (parts, per) = ((BLOCK / len).max(1), (len / BLOCK).max(1));
+        let Ok(mut segments) = Taken::<Segment>::new(most * parts) else { return false };
+        // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles, activations come by 16 rows.
+        unsafe {
+            let _tiles = crate::kernel::x86::amx::Tiles::new(len.min(BLOCK));
+            for p in 0..np {
+                let (index, tiles) = self.values(job.t, p0 + p, blocks, values);
+                let mut count = 0;
+                let groups = index.chunk_by(|a, b| a / per as u32 == b / per as u32);
+                let mut first = 0;
+                for group in groups {
+                    let number = group[0] / per as u32 * parts as u32;
+                    for part in 0..parts as u32 {
+                        segments[count] = Segment { first, count: group.len() as u32, part, number: number + part };
+                        count += 1;
+                    }
+                    first += group.len() as u32;
+                }
+                let kept = KeptSegments {
+                    index,
+                    tiles,
+                    segments: &segments[..count],
+                    parts,
+                    scales: sum_scale_ptr(job.w, p0 + p),
+                    group: job.segs.group.as_ptr(),
+                };
+                for m in (0..rows).step_by(16) {
+                    let c = c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL);
+                    grouped(&kept, job.act.rows((m0 + m) / 16, 0), c, ldc);
+                }
             }
         }
         true

@@ -146,16 +146,16 @@ pub fn rows_ahead(m: usize, rows: usize, stride: usize) -> isize {
 
 /// Memory for `N` sums on their way from tiles to registers, not initialised.
 #[repr(align(64))]
-pub(super) struct Ring<const N: usize>(MaybeUninit<[i32; N]>);
+pub(crate) struct Ring<const N: usize>(MaybeUninit<[i32; N]>);
 
 impl<const N: usize> Ring<N> {
     #[inline(always)]
-    pub(super) const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self(MaybeUninit::uninit())
     }
 
     #[inline(always)]
-    pub(super) fn as_mut_ptr(&mut self) -> *mut i32 {
+    pub(crate) fn as_mut_ptr(&mut self) -> *mut i32 {
         self.0.as_mut_ptr().cast()
     }
 }

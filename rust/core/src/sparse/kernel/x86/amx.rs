@@ -3,7 +3,12 @@
 //! A kept tile of 16 x 64 is loaded once and multiplied with one or two tiles of activations; a list says where along K those
 //! are. Activations are loaded with the hint that they will not be wanted in the first-level cache: the tiles, which more rows
 //! meet next, then stay there. Values are signed bytes, so a tile that is left out takes nothing with it.
-use crate::kernel::x86::amx::fetch_far;
+use crate::buf::Plain;
+use crate::kernel::generic;
+use crate::kernel::simd::Simd;
+use crate::kernel::x86::amx::{fetch_far, Ring};
+use crate::kernel::x86::avx512::Avx512Vnni as V;
+use crate::kernel::{ActRows, ScalePtr};
 use std::arch::asm;
 
 /// Where operands lie.
@@ -126,4 +131,121 @@ pub(crate) unsafe fn multiply(k: &Kept, blocks: usize, fresh: bool, next: *const
         }
     }
     next
+}
+
+/// A stretch of K whose sums get one multiplication, where a panel keeps some of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Segment {
+    /// The first of its kept tiles.
+    pub first: u32,
+    /// How many.
+    pub count: u32,
+    /// Which part of the tile, where tiles are cut.
+    pub part: u32,
+    /// Its number along K.
+    pub number: u32,
+}
+// SAFETY: plain numbers.
+unsafe impl Plain for Segment {}
+
+/// The kept segments of a panel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct KeptSegments<'a> {
+    /// Blocks along K of the kept tiles.
+    pub index: &'a [u32],
+    /// The kept tiles, signed bytes, 1 KiB each.
+    pub tiles: *const u8,
+    /// Ascending along K.
+    pub segments: &'a [Segment],
+    /// Segments of a tile; 1 where they are whole tiles.
+    pub parts: usize,
+    /// The scales of the panel.
+    pub scales: ScalePtr,
+    /// The group of each segment.
+    pub group: *const u32,
+}
+
+/// The sums of one segment by 16 rows.
+#[inline(always)]
+unsafe fn segment(k: &KeptSegments, s: Segment, a: *const i8, out: *mut i32) {
+    let (first, part) = (s.first as usize, s.part as usize);
+    // SAFETY: the caller's pointers hold the kept tiles and their places of 16 rows; tiles are configured for a part.
+    unsafe {
+        asm!(
+            "tilezero tmm0",
+            "2:",
+            "mov {t:e}, dword ptr [{i}]",
+            "shl {t}, 10",
+            "add {t}, {a}",
+            "tileloadd tmm6, [{b} + {s}]",
+            "tileloaddt1 tmm4, [{t} + {s}]",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "add {b}, 1024",
+            "add {i}, 4",
+            "dec {n}",
+            "jnz 2b",
+            "tilestored [{o} + {s}], tmm0",
+            i = inout(reg) k.index.as_ptr().add(first) => _,
+            b = inout(reg) k.tiles.add(first * 1024 + part * (1024 / k.parts)) => _,
+            n = inout(reg) s.count as usize => _,
+            a = in(reg) a.add(part * (64 / k.parts)), o = in(reg) out, s = in(reg) 64usize, t = out(reg) _,
+            out("tmm0") _, out("tmm4") _, out("tmm6") _,
+            options(nostack),
+        );
+    }
+}
+
+/// 16 rows by the kept segments of a panel. Float sums stay in registers all the way, and take a segment's sums from a ring two
+/// segments after its products were begun.
+#[inline(always)]
+unsafe fn grouped_body<const ACT: bool>(k: &KeptSegments, act: ActRows, c: *mut f32, ldc: usize) {
+    // SAFETY: as the contract of `grouped` says.
+    unsafe {
+        let mut ring = Ring::<1024>::new();
+        let ring = ring.as_mut_ptr();
+        let mut f = [V::splatf(0.0); 16];
+        for (r, f) in f.iter_mut().enumerate() {
+            *f = V::loadf(c.add(r * ldc));
+        }
+        for i in 0..k.segments.len() + 2 {
+            if let Some(&s) = k.segments.get(i) {
+                segment(k, s, act.codes, ring.add(i % 4 * 256));
+            }
+            if i < 2 {
+                continue;
+            }
+            let number = k.segments[i - 2].number as usize;
+            let s = generic::scales::<V>(k.scales, *k.group.add(number) as usize * 16);
+            let rows = act.scales.wrapping_add(number * act.rows);
+            for (r, f) in f.iter_mut().enumerate() {
+                let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
+                *f = V::fma(V::cvt(V::load(ring.add((i - 2) % 4 * 256 + r * 16).cast())), s, *f);
+            }
+        }
+        for (r, f) in f.iter().enumerate() {
+            V::storef(c.add(r * ldc), *f);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")]
+unsafe fn grouped_entry<const ACT: bool>(k: &KeptSegments, act: ActRows, c: *mut f32, ldc: usize) {
+    // SAFETY: as the caller says.
+    unsafe { grouped_body::<ACT>(k, act, c, ldc) }
+}
+
+/// `c = fma(sum, scale, c)` for each kept segment, for 16 rows whose codes and scales, if groups of them have scales, `act` holds.
+///
+/// # Safety
+/// The pointers in `k` hold what [`KeptSegments`] says, `act` whole rows of K, `c` 16 rows; tiles are configured for a segment, or
+/// for 64 places.
+pub(crate) unsafe fn grouped(k: &KeptSegments, act: ActRows, c: *mut f32, ldc: usize) {
+    // SAFETY: as the contract says; CPUs with tiles have the features.
+    unsafe {
+        if act.scales.is_null() {
+            grouped_entry::<false>(k, act, c, ldc);
+        } else {
+            grouped_entry::<true>(k, act, c, ldc);
+        }
+    }
 }
