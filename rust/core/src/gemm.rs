@@ -1450,7 +1450,6 @@ impl Piece {
     /// # Safety
     /// `weights` are the floats of the piece, its panels `span` apart; activations lie by blocks of `mr` rows; `c` has the task's
     /// rows, `ldc` apart.
-    #[allow(clippy::too_many_arguments)]
     pub(crate) unsafe fn multiply(
         &self,
         t: &Kernels,

@@ -1054,18 +1054,19 @@ impl Divisors {
         }
     }
 
-    /// `clip(rint(x/s), -127, 127)` for `R` times 16 floats by products with `inverse`; false where a product does not decide all.
+    /// `clip(rint(x/s), -127, 127)` for `R` times 16 floats, those of group `j[i]`; false where a product does not decide all.
     #[inline(always)]
-    unsafe fn quick<S: Simd, const R: usize>(x: *const f32, inverse: [S::F; R], out: &mut [S::I; R]) -> bool {
+    unsafe fn quick<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R], out: &mut [S::I; R]) -> bool {
         // SAFETY: the caller's floats and features.
         unsafe {
-            let mut worst = S::splatf(0.0);
+            let (mut worst, mut divide) = (S::splatf(0.0), false);
             for i in 0..R {
-                let t = S::mulf(S::loadf(x.add(16 * i)), inverse[i]);
+                divide |= self.divide[j[i]];
+                let t = S::mulf(S::loadf(x.add(16 * i)), S::splatf(self.inverse[j[i]]));
                 out[i] = S::rint(t);
                 worst = S::max_abs(worst, S::subf(t, S::cvt(out[i])));
             }
-            !S::any_gt(worst, S::splatf(0.5 - 1.0 / 32768.0))
+            !divide && !S::any_gt(worst, S::splatf(0.5 - 1.0 / 32768.0))
         }
     }
 
@@ -1086,17 +1087,12 @@ impl Divisors {
         }
     }
 
-    /// The codes of `R` times 16 floats, those of group `j[i]`.
     #[inline(always)]
     unsafe fn codes<S: Simd, const R: usize>(&self, x: *const f32, j: [usize; R]) -> [S::I; R] {
         // SAFETY: the caller's floats and features.
         unsafe {
-            let (mut out, mut inverse, mut divide) = ([S::splat(0); R], [S::splatf(0.0); R], false);
-            for i in 0..R {
-                inverse[i] = S::splatf(self.inverse[j[i]]);
-                divide |= self.divide[j[i]];
-            }
-            if divide || !Self::quick::<S, R>(x, inverse, &mut out) {
+            let mut out = [S::splat(0); R];
+            if !self.quick::<S, R>(x, j, &mut out) {
                 self.exact::<S, R>(x, j, &mut out);
             }
             out
@@ -1200,14 +1196,10 @@ pub unsafe fn quantise_groups<S: Simd>(a: &Quantise) -> bool {
             let end = k.min((g0 + count) * group);
             let mut at = g0 * group;
             for j in 0..if whole { count } else { 0 } {
-                let (inverse, divide) = ([S::splatf(d.inverse[j]); 4], d.divide[j]);
                 let last = end.min((g0 + j + 1) * group);
                 while at + 64 <= last {
                     a.fetch::<S>(at);
-                    let mut codes = [S::splat(0); 4];
-                    if divide || !Divisors::quick::<S, 4>(x.add(at), inverse, &mut codes) {
-                        d.exact::<S, 4>(x.add(at), [j; 4], &mut codes);
-                    }
+                    let codes = d.codes::<S, 4>(x.add(at), [j; 4]);
                     S::store_i8x4(a.codes.add(at / 64 * a.stride), codes);
                     sums.add(codes, a.blocks, at + 64 >= k);
                     at += 64;

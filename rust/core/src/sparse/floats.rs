@@ -495,7 +495,6 @@ impl FloatPanels {
 
 /// A float product of a few rows, rounded to bfloat16 if `bf16`: `f(panel, count, rows)` for a power of two of them, `most` (1 or
 /// 4) or fewer, at a time.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn few_rows(
     x: &MatRef,
     w: &Packed,

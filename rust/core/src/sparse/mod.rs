@@ -228,8 +228,8 @@ impl Panels {
     }
 
     /// Activation rows up to which a product that could go over tiles of the CPU does not, where the panels say: these would have
-    /// to be decoded. Gaps at
-    /// 20 % kept, 4096 x 4096: 65 us for each row of activations against 1.4 ms for 64 by tiles and 3.4 ms for decoding (Xeon).
+    /// to be decoded. Gaps at 20 % kept, 4096 x 4096: 65 us for each row of activations against 1.4 ms for 64 by tiles and 3.4 ms
+    /// for decoding (Xeon).
     pub(crate) fn direct_rows(&self) -> Option<usize> {
         matches!(self, Self::Gaps(_)).then_some(64)
     }

@@ -170,23 +170,22 @@ impl TilePanels {
     /// A grouped product: on tiles of the CPU whatever the scales of activations are, elsewhere of activations with one scale a row;
     /// see [`super::Panels::grouped`].
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
-        let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
-        let (w, mr, len) = (job.w, job.b.mr, job.segs.len);
+        let (w, mr, len) = (a.job.w, a.job.b.mr, a.job.segs.len);
         if w.bytes.is_some() || w.inner.is_some() || w.mul != 1 || !plan::signed_bytes(w) {
             return false;
         }
-        let most = (p0..p0 + np).map(|p| self.starts[p + 1] - self.starts[p]).max().unwrap_or(0);
-        let Ok(mut values) = Taken::<u8>::new(if self.signed() { 0 } else { most * 1024 }) else { return false };
         #[cfg(target_arch = "x86_64")]
-        if job.b.path == Path::Tiles {
-            return self.grouped_tiles(Patch { job, at: a.at, c, ldc }, most, &mut values);
+        if a.job.b.path == Path::Tiles {
+            return self.grouped_tiles(a);
         }
         // With one row, sums of groups of 32 cost what the dropped ones save (measured).
-        if !job.segs.act.is_empty() || !(len.is_multiple_of(BLOCK) || (len == 32 && mr > 1)) {
+        if !a.job.segs.act.is_empty() || !(len.is_multiple_of(BLOCK) || (len == 32 && mr > 1)) {
             return false;
         }
-        let kernels = kernel::table(job.t.isa).kept_grouped;
+        let kernels = kernel::table(a.job.t.isa).kept_grouped;
         let Some(f) = kernels.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two()) else { return false };
+        let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
+        let Ok(mut values) = self.room(self.most(p0, np)) else { return false };
         for p in 0..np {
             let (index, tiles) = self.values(job.t, p0 + p, blocks, &mut values);
             for m in (0..rows).step_by(mr) {
@@ -208,6 +207,16 @@ impl TilePanels {
         true
     }
 
+    /// The most tiles that one of some panels keeps.
+    fn most(&self, p0: usize, np: usize) -> usize {
+        self.starts[p0..=p0 + np].windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+
+    /// Room for the values of as many tiles, where they need it: see [`Self::values`].
+    fn room(&self, tiles: usize) -> Result<Taken<u8>> {
+        Taken::new(if self.signed() { 0 } else { tiles * 1024 })
+    }
+
     /// The kept blocks of a panel along K, and their values as signed bytes: `values`, which has room for them, where they are not
     /// such already.
     fn values(&self, t: &Kernels, panel: usize, blocks: usize, values: &mut [u8]) -> (&[u32], *const u8) {
@@ -221,10 +230,10 @@ impl TilePanels {
         (index, values.as_ptr())
     }
 
-    /// As [`Self::grouped`], on tiles of the CPU, of panels that keep `most` tiles or fewer: 16 rows after the other meet what is
-    /// kept of a panel, which stays in the first-level cache.
+    /// As [`Self::grouped`], on tiles of the CPU: 16 rows after the other meet what is kept of a panel, which stays in the
+    /// first-level cache.
     #[cfg(target_arch = "x86_64")]
-    fn grouped_tiles(&self, a: Patch<f32>, most: usize, values: &mut [u8]) -> bool {
+    fn grouped_tiles(&self, a: Patch<f32>) -> bool {
         use super::kernel::x86::amx::{grouped, KeptSegments, Segment};
         let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
         let len = job.segs.len;
@@ -234,12 +243,14 @@ impl TilePanels {
             return false;
         }
         let (parts, per) = ((BLOCK / len).max(1), (len / BLOCK).max(1));
+        let most = self.most(p0, np);
+        let Ok(mut values) = self.room(most) else { return false };
         let Ok(mut segments) = Taken::<Segment>::new(most * parts) else { return false };
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles, activations come by 16 rows.
         unsafe {
             let _tiles = crate::kernel::x86::amx::Tiles::new(len.min(BLOCK));
             for p in 0..np {
-                let (index, tiles) = self.values(job.t, p0 + p, blocks, values);
+                let (index, tiles) = self.values(job.t, p0 + p, blocks, &mut values);
                 let mut count = 0;
                 let groups = index.chunk_by(|a, b| a / per as u32 == b / per as u32);
                 let mut first = 0;

@@ -512,20 +512,51 @@ unsafe fn grouped_body<const KIND: u8>(a: &TileGrp) {
     }
 }
 
-/// A single product from nothing, stored.
-macro_rules! one_product {
-    ($a:expr, $b:expr, $o:expr) => {
-        asm!(
-            "tilezero tmm0",
-            "tileloadd tmm6, [{b} + {s}]",
-            "tileloadd tmm4, [{a} + {s}]",
-            "tdpbssd tmm0, tmm4, tmm6",
-            "tilestored [{o} + {s}], tmm0",
-            a = in(reg) $a, b = in(reg) $b, o = in(reg) $o, s = in(reg) 64usize,
-            out("tmm0") _, out("tmm4") _, out("tmm6") _,
-            options(nostack),
-        )
-    };
+/// Float sums of 16 rows of activations by one panel, in registers.
+pub(crate) struct RowSums(pub(super) [__m512; 16]);
+
+impl RowSums {
+    /// Reads them from rows `ldc` apart.
+    #[inline(always)]
+    pub(crate) unsafe fn load(c: *const f32, ldc: usize) -> Self {
+        // SAFETY: the caller has the features, `c` 16 rows.
+        unsafe {
+            let mut f = [V::splatf(0.0); 16];
+            for (r, f) in f.iter_mut().enumerate() {
+                *f = V::loadf(c.add(r * ldc));
+            }
+            Self(f)
+        }
+    }
+
+    /// Adds the integer sums of a segment times a scale for each column: those of a group of the panel, and, with `ACT`, a scale for
+    /// each row.
+    #[inline(always)]
+    pub(crate) unsafe fn add<const ACT: bool>(
+        &mut self,
+        sums: *const i32,
+        scales: ScalePtr,
+        group: u32,
+        rows: *const f32,
+    ) {
+        // SAFETY: the caller has the features, 16 rows of sums side by side, the group its scales.
+        unsafe {
+            let s = generic::scales::<V>(scales, group as usize * 16);
+            for (r, f) in self.0.iter_mut().enumerate() {
+                let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
+                *f = V::fma(V::cvt(V::load(sums.add(r * 16).cast())), s, *f);
+            }
+        }
+    }
+
+    /// Writes them to rows `ldc` apart.
+    #[inline(always)]
+    pub(crate) unsafe fn store(&self, c: *mut f32, ldc: usize) {
+        for (r, f) in self.0.iter().enumerate() {
+            // SAFETY: as for `load`.
+            unsafe { V::storef(c.add(r * ldc), *f) };
+        }
+    }
 }
 
 /// 16 rows from `m` on by one panel of signed values whose segments are one product each (64 places or fewer). What bounds these
@@ -540,46 +571,30 @@ unsafe fn short_body<const ACT: bool>(a: &TileGrp, m: usize) {
         let count = a.steps * a.parts;
         let shift = a.parts.trailing_zeros();
         let (x, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));
-        macro_rules! product {
-            ($i:expr) => {
-                if $i < count {
-                    let (step, part) = ($i >> shift, $i & (a.parts - 1));
-                    one_product!(
-                        x.add(step * 1024 + ((part * 64) >> shift)),
-                        a.b[0].add(($i * 1024) >> shift),
-                        ring.add($i % 4 * 256)
-                    );
-                }
-            };
+        let mut f = RowSums::load(c, a.ldc);
+        for i in 0..count + 2 {
+            if i < count {
+                let (step, part) = (i >> shift, i & (a.parts - 1));
+                asm!(
+                    "tilezero tmm0",
+                    "tileloadd tmm6, [{b} + {s}]",
+                    "tileloadd tmm4, [{a} + {s}]",
+                    "tdpbssd tmm0, tmm4, tmm6",
+                    "tilestored [{o} + {s}], tmm0",
+                    a = in(reg) x.add(step * 1024 + ((part * 64) >> shift)),
+                    b = in(reg) a.b[0].add((i * 1024) >> shift),
+                    o = in(reg) ring.add(i % 4 * 256), s = in(reg) 64usize,
+                    out("tmm0") _, out("tmm4") _, out("tmm6") _,
+                    options(nostack),
+                );
+            }
+            if i >= 2 {
+                let seg = a.seg0 + i - 2;
+                let rows = act.scales.wrapping_add(seg * act.rows);
+                f.add::<ACT>(ring.add((i - 2) % 4 * 256), a.scales[0], *a.seg_group.add(seg), rows);
+            }
         }
-        let mut f = [V::splatf(0.0); 16];
-        for (r, f) in f.iter_mut().enumerate() {
-            *f = V::loadf(c.add(r * a.ldc));
-        }
-        macro_rules! add {
-            ($i:expr) => {
-                if $i < count {
-                    let seg = a.seg0 + $i;
-                    let s = generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16);
-                    let rows = act.scales.wrapping_add(seg * act.rows);
-                    for (r, f) in f.iter_mut().enumerate() {
-                        let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
-                        *f = V::fma(V::cvt(V::load(ring.add($i % 4 * 256 + r * 16).cast())), s, *f);
-                    }
-                }
-            };
-        }
-        product!(0);
-        product!(1);
-        for i in (0..count).step_by(2) {
-            product!(i + 2);
-            add!(i);
-            product!(i + 3);
-            add!(i + 1);
-        }
-        for (r, f) in f.iter().enumerate() {
-            V::storef(c.add(r * a.ldc), *f);
-        }
+        f.store(c, a.ldc);
     }
 }
 

@@ -1,5 +1,5 @@
 //! Tiles of integers beyond a byte: two products for each step, of the low and of the high halves, put together in int32.
-use super::amx::{Ring, TileFn, TileGrp};
+use super::amx::{Ring, RowSums, TileFn, TileGrp};
 use super::avx512::Avx512Vnni as V;
 use crate::kernel::generic;
 use crate::kernel::simd::Simd;
@@ -46,10 +46,7 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
             (_, per) => (a.steps.div_ceil(per), per),
         };
         let (rows, act, c) = (a.a.add(m / 16 * a.a_stride), a.act_at(m), a.c.add(m * a.ldc));
-        let mut f = [V::splatf(0.0); 16];
-        for (r, f) in f.iter_mut().enumerate() {
-            *f = V::loadf(c.add(r * a.ldc));
-        }
+        let mut f = RowSums::load(c, a.ldc);
         for i in 0..=count {
             if i < count {
                 let (x, w, n) = if per == 0 {
@@ -69,7 +66,7 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
                     generic::scales::<V>(a.scales[0], *a.seg_group.add(seg) as usize * 16)
                 };
                 let scales = act.scales.wrapping_add(seg * act.rows);
-                for (r, f) in f.iter_mut().enumerate() {
+                for (r, f) in f.0.iter_mut().enumerate() {
                     let at = ring.add((i - 1) % 2 * 512 + r * 16);
                     let d = V::add(V::load(at.cast()), V::shl32(V::load(at.add(256).cast()), 4));
                     *f = if RAW {
@@ -81,9 +78,7 @@ unsafe fn body<const ACT: bool, const RAW: bool>(a: &TileGrp, m: usize) {
                 }
             }
         }
-        for (r, f) in f.iter().enumerate() {
-            V::storef(c.add(r * a.ldc), *f);
-        }
+        f.store(c, a.ldc);
     }
 }
 

@@ -1,7 +1,7 @@
 //! Kernels for x86-64, one file per instruction set.
 pub mod amx;
 mod avx2;
-pub(crate) mod avx512;
+mod avx512;
 #[cfg(feature = "emulated-tiles")]
 pub(crate) mod emulate;
 pub mod halves;

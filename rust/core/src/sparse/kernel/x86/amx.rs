@@ -4,10 +4,7 @@
 //! are. Activations are loaded with the hint that they will not be wanted in the first-level cache: the tiles, which more rows
 //! meet next, then stay there. Values are signed bytes, so a tile that is left out takes nothing with it.
 use crate::buf::Plain;
-use crate::kernel::generic;
-use crate::kernel::simd::Simd;
-use crate::kernel::x86::amx::{fetch_far, Ring};
-use crate::kernel::x86::avx512::Avx512Vnni as V;
+use crate::kernel::x86::amx::{fetch_far, Ring, RowSums};
 use crate::kernel::{ActRows, ScalePtr};
 use std::arch::asm;
 
@@ -203,28 +200,18 @@ unsafe fn grouped_body<const ACT: bool>(k: &KeptSegments, act: ActRows, c: *mut 
     unsafe {
         let mut ring = Ring::<1024>::new();
         let ring = ring.as_mut_ptr();
-        let mut f = [V::splatf(0.0); 16];
-        for (r, f) in f.iter_mut().enumerate() {
-            *f = V::loadf(c.add(r * ldc));
-        }
+        let mut f = RowSums::load(c, ldc);
         for i in 0..k.segments.len() + 2 {
             if let Some(&s) = k.segments.get(i) {
                 segment(k, s, act.codes, ring.add(i % 4 * 256));
             }
-            if i < 2 {
-                continue;
-            }
-            let number = k.segments[i - 2].number as usize;
-            let s = generic::scales::<V>(k.scales, *k.group.add(number) as usize * 16);
-            let rows = act.scales.wrapping_add(number * act.rows);
-            for (r, f) in f.iter_mut().enumerate() {
-                let s = if ACT { V::mulf(s, V::splatf(*rows.add(r))) } else { s };
-                *f = V::fma(V::cvt(V::load(ring.add((i - 2) % 4 * 256 + r * 16).cast())), s, *f);
+            if i >= 2 {
+                let number = k.segments[i - 2].number as usize;
+                let rows = act.scales.wrapping_add(number * act.rows);
+                f.add::<ACT>(ring.add((i - 2) % 4 * 256), k.scales, *k.group.add(number), rows);
             }
         }
-        for (r, f) in f.iter().enumerate() {
-            V::storef(c.add(r * ldc), *f);
-        }
+        f.store(c, ldc);
     }
 }
 
