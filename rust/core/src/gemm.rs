@@ -594,7 +594,7 @@ impl IntJob<'_> {
                     return;
                 }
                 self.w.unpack(self.t, panel, block, blocks, 0, 0, ahead, out);
-                (self.t.look_up)(out, blocks, bytes.as_ptr(), sub);
+                (self.t.look_up)(out, blocks, bytes.as_ptr(), sub, self.w.bits <= 4);
             }
             return;
         }

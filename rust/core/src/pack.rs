@@ -690,7 +690,8 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
     let format = q.format;
     let floats = plain.map(|kind| FloatPanels::new(q, &geometry, kind, threads)).transpose()?;
     let mask = if plain.is_some() { None } else { q.mask };
-    let sparse = mask.map(|m| Panels::new(q, m, &geometry, &scales, threads)).transpose()?;
+    let signed = signed_values(q, sub, bytes.as_deref(), byte_top);
+    let sparse = mask.map(|m| Panels::new(q, m, &geometry, &scales, signed.as_ref(), threads)).transpose()?;
     Ok(Packed {
         format,
         n: q.rows,
@@ -715,6 +716,21 @@ pub fn pack(q: &QView, threads: usize) -> Result<Packed> {
         segments,
         backward: AtomicBool::new(false),
     })
+}
+
+/// What each code is worth in integer products, where that fits a signed byte and a dropped entry is worth 0 (so codes are not of odd
+/// integers).
+fn signed_values(q: &QView, sub: i32, bytes: Option<&[u8; 64]>, top: i32) -> Option<[i8; 256]> {
+    let e = q.format.element;
+    let constant = matches!(q.zeros, ZerosRef::None) && !matches!(q.scales, ScalesRef::I8(_));
+    let odd = matches!(e.map, ValueMap::Affine { mul: 2, .. });
+    if !constant || odd || !e.has_integers() || top > 255 {
+        return None;
+    }
+    let worth = |u: usize| bytes.map_or(u as i32, |b| i32::from(b[u % 64])) - sub;
+    let codes = 1usize << e.bits;
+    let fit = (0..codes).all(|u| i8::try_from(worth(u)).is_ok());
+    (fit && worth(usize::from(e.zero_code())) == 0).then(|| std::array::from_fn(|u| worth(u % codes) as i8))
 }
 
 /// The segments of integer products: two-level weights have one scale per row.

@@ -212,19 +212,22 @@ pub unsafe fn look_up_halves<S: Simd>(codes: *const u8, out: *mut u8, n: usize, 
     }
 }
 
-/// Replaces codes of at most six bits, in `n` KiB, by `table[u] - sub` (wrapping).
+/// Replaces codes of at most six bits, or four where they are `small`, in `n` KiB, by `table[u] - sub` (wrapping).
 ///
 /// # Safety
 /// `bytes` has the codes, `table` 64 bytes; the CPU has the features of `S`.
 #[inline(always)]
-pub unsafe fn look_up_all<S: Simd>(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
+pub unsafe fn look_up_all<S: Simd>(bytes: *mut u8, n: usize, table: *const u8, sub: u8, small: bool) {
     // SAFETY: as the contract says.
     unsafe {
         let sub = S::splat8(sub);
-        let t = S::table64(table);
-        for i in 0..16 * n {
-            let p = bytes.add(64 * i);
-            S::store(p, S::sub8(S::look64(&t, S::load(p)), sub));
+        let registers = (0..16 * n).map(|i| bytes.add(64 * i));
+        if small {
+            let t = byte_table::<S>(table);
+            registers.for_each(|p| S::store(p, S::sub8(look_up::<S, true>(&t, S::load(p)), sub)));
+        } else {
+            let t = S::table64(table);
+            registers.for_each(|p| S::store(p, S::sub8(S::look64(&t, S::load(p)), sub)));
         }
     }
 }

@@ -221,7 +221,7 @@ pub struct Kernels {
     /// `unpack[bits]`.
     pub unpack: [unsafe fn(*const u8, *mut u8, usize, u8, u8, usize); 9],
     /// See [`generic::look_up_all`].
-    pub look_up: unsafe fn(*mut u8, usize, *const u8, u8),
+    pub look_up: unsafe fn(*mut u8, usize, *const u8, u8, bool),
     /// See [`generic::look_up_halves`].
     pub look_up_halves: unsafe fn(*const u8, *mut u8, usize, *const u8, u8),
     /// See [`generic::unpack_inner`]; for codes of 2, 3 and 4 bits.
@@ -312,9 +312,9 @@ macro_rules! instantiate {
                 unsafe { generic::unpack::<$v, U>(src, dst, n, dbl, sub, ahead) }
             }
             $(#[$feature])*
-            unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8) {
+            unsafe fn look_up(bytes: *mut u8, n: usize, table: *const u8, sub: u8, small: bool) {
                 // SAFETY: as above.
-                unsafe { generic::look_up_all::<$v>(bytes, n, table, sub) }
+                unsafe { generic::look_up_all::<$v>(bytes, n, table, sub, small) }
             }
             $(#[$feature])*
             unsafe fn look_up_halves(codes: *const u8, out: *mut u8, n: usize, table: *const u8, sub: u8) {

@@ -132,7 +132,13 @@ impl Patch<'_, i32> {
 
     /// Calls `f` with what `of` says of a panel, and as many rows as the plan takes at a time, given the values of all rows of the
     /// weight added up.
-    fn each<P: Copy>(&mut self, sums: &[i32], prefetch: bool, of: impl Fn(usize) -> P, f: impl Fn(P, ValueRows)) {
+    fn each<P: Copy>(
+        &mut self,
+        sums: &[i32],
+        prefetch: bool,
+        mut of: impl FnMut(usize) -> P,
+        f: impl Fn(P, ValueRows),
+    ) {
         let &mut Patch { job, at: Region { p0, np, m0, rows, .. }, ref mut c, ldc } = self;
         for p in 0..np {
             let panel = of(p0 + p);
@@ -151,15 +157,22 @@ impl Patch<'_, i32> {
 }
 
 impl Panels {
-    /// Rearranges a sparse matrix.
+    /// Rearranges a sparse matrix; `values` is what codes are worth in integer products, where dropped ones are worth 0 and all fit.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`].
-    pub(crate) fn new(q: &QView, mask: &Mask, g: &Geometry, scales: &PanelScales, threads: usize) -> Result<Self> {
+    pub(crate) fn new(
+        q: &QView,
+        mask: &Mask,
+        g: &Geometry,
+        scales: &PanelScales,
+        values: Option<&[i8; 256]>,
+        threads: usize,
+    ) -> Result<Self> {
         let stored = !matches!(q.zeros, crate::ZerosRef::None);
         let zero = q.format.element.zero_code();
         if !stored && tiles::TilePanels::serves(mask.structure(), g) {
-            return tiles::TilePanels::new(q, mask, g, zero, threads).map(Self::Tiles);
+            return tiles::TilePanels::new(q, mask, g, values, threads).map(Self::Tiles);
         }
         if rows::RowPanels::serves(q, g) {
             return rows::RowPanels::new(q, g, zero, scales, threads).map(Self::Rows);

@@ -1,19 +1,21 @@
 //! Kept tiles: where whole blocks of a panel are kept or dropped, the kept ones alone, and a list of which they are.
 //!
-//! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Integer tiles of 8 bits hold their
-//! values as signed bytes, so that a product may leave dropped tiles out: there is no zero code to account for.
+//! A tile is a block of a dense panel, 16 rows by 64 of K, in the same order of codes. Products over their values, signed bytes, leave
+//! dropped tiles out: there is no zero code to account for. Tiles of `int8` are stored as such, others become so panel by panel.
 use super::kernel::{self, KeptGrouped, KeptRaw};
 use super::mask::Mask;
 use super::{Patch, Structure, Summed};
 use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
-use crate::gemm::{sum_scale_ptr, Region};
+use crate::gemm::{sum_scale_ptr, IntJob, Region};
 use crate::kernel::generic::IN_ORDER;
 use crate::kernel::Kernels;
 use crate::pack::{pack_block, Geometry, Shared, BLOCK, PANEL};
-use crate::plan::{self, Path};
+use crate::plan::Path;
 use crate::pool;
 use crate::qtensor::{zeros_vec, QView};
+
+use std::ops::Range;
 
 /// Rows of activations that meet a kept tile at a time: 32 take four tile registers. 64, which fetch a kept tile half as often and take
 /// six, are hardly faster on a core whose other thread has no tiles, and slower where it has (`docs/performance.md`).
@@ -37,7 +39,9 @@ pub struct TilePanels {
     index: Vec<u32>,
     /// Where the tiles of each panel begin in `index`, and the end.
     starts: Vec<usize>,
-    /// The values of each row added up, where they are signed bytes.
+    /// Whether values are signed bytes, dropped ones 0.
+    summed: bool,
+    /// The values of each row added up, where they are.
     sums: Vec<i32>,
 }
 
@@ -48,11 +52,12 @@ impl TilePanels {
         r.is_multiple_of(PANEL as u32) && c.is_multiple_of(BLOCK as u32) && g.is_plain()
     }
 
-    /// Rearranges a sparse matrix whose zero code is constant.
+    /// Rearranges a sparse matrix whose zero code is constant; see [`super::Panels::new`].
     ///
     /// # Errors
     /// [`Error::OutOfMemory`].
-    pub fn new(q: &QView, mask: &Mask, g: &Geometry, zero: u8, threads: usize) -> Result<Self> {
+    pub fn new(q: &QView, mask: &Mask, g: &Geometry, values: Option<&[i8; 256]>, threads: usize) -> Result<Self> {
+        let zero = q.format.element.zero_code();
         let bits = usize::from(q.format.element.bits);
         let (panels, bytes) = (q.rows.div_ceil(PANEL), 128 * bits);
         let (r, c) = mask.structure().unit(q.rows, q.cols);
@@ -69,8 +74,8 @@ impl TilePanels {
         let count = index.len();
         let offset = if bits == 8 && zero == 128 { 128 } else { 0 };
         let mut data = Buf::<u8>::zeroed(count.checked_mul(bytes).ok_or(Error::OutOfMemory(usize::MAX))?)?;
-        let mut sums = zeros_vec::<i32>(if offset == 128 { panels * PANEL } else { 0 })?;
-        let out_sums = (offset == 128).then_some(Shared(sums.as_mut_ptr()));
+        let mut sums = zeros_vec::<i32>(if values.is_some() { panels * PANEL } else { 0 })?;
+        let out_sums = Shared(sums.as_mut_ptr());
         let out = Shared(data.as_mut_ptr());
         let (index_ref, starts_ref) = (&index, &starts);
         pool::try_run(threads, panels, None, |p| {
@@ -80,10 +85,10 @@ impl TilePanels {
             for i in 0..PANEL.min(q.rows - p * PANEL) {
                 let row = &mut codes[i * g.kp..][..g.k];
                 q.unpack_row(p * PANEL + i, 0, row);
-                if let Some(sums) = &out_sums {
-                    let sum = row.iter().map(|&u| i32::from(u) - i32::from(zero)).fold(0, i32::wrapping_add);
+                if let Some(values) = values {
+                    let sum = row.iter().map(|&u| i32::from(values[usize::from(u)])).fold(0, i32::wrapping_add);
                     // SAFETY: the rows of panel p belong to this task.
-                    unsafe { *sums.get().add(p * PANEL + i) = sum };
+                    unsafe { *out_sums.get().add(p * PANEL + i) = sum };
                 }
             }
             for u in codes.iter_mut() {
@@ -96,11 +101,11 @@ impl TilePanels {
             }
             Ok(())
         })?;
-        Ok(Self { bits, offset, zero, data, index, starts, sums })
+        Ok(Self { bits, offset, zero, data, index, starts, summed: values.is_some(), sums })
     }
 
     /// The blocks along K of the kept tiles of a panel that lie in a range, and the first of their codes.
-    pub fn kept(&self, panel: usize, blocks: std::ops::Range<usize>) -> (&[u32], *const u8) {
+    pub fn kept(&self, panel: usize, blocks: Range<usize>) -> (&[u32], *const u8) {
         let all = &self.index[self.starts[panel]..self.starts[panel + 1]];
         let from = all.partition_point(|&b| (b as usize) < blocks.start);
         let to = all.partition_point(|&b| (b as usize) < blocks.end);
@@ -108,7 +113,7 @@ impl TilePanels {
     }
 
     /// The first kept tiles of a panel in a range that follow each other: block and count.
-    pub(crate) fn run(&self, panel: usize, blocks: std::ops::Range<usize>) -> Option<(usize, usize)> {
+    pub(crate) fn run(&self, panel: usize, blocks: Range<usize>) -> Option<(usize, usize)> {
         let kept = self.kept(panel, blocks).0;
         let first = *kept.first()?;
         Some((first as usize, kept.iter().zip(first..).take_while(|(b, next)| *b == next).count()))
@@ -122,8 +127,8 @@ impl TilePanels {
         }
     }
 
-    /// Whether tiles are signed bytes, to be multiplied as they are.
-    pub fn signed(&self) -> bool {
+    /// Whether stored tiles are signed bytes, to be multiplied as they are.
+    fn signed(&self) -> bool {
         self.offset == 128
     }
 
@@ -144,21 +149,22 @@ impl TilePanels {
 
     /// An ungrouped product by the kept tiles alone; see [`super::Panels::raw`].
     pub(crate) fn raw(&self, a: &mut Patch<i32>) -> Option<Summed> {
-        if !self.signed() || !a.is_whole() {
+        if !self.summed || !a.is_whole() {
             return None;
         }
+        let (job, Region { p0, np, blocks, .. }) = (a.job, a.at);
+        let mut values = self.room(p0, np).ok()?;
         #[cfg(target_arch = "x86_64")]
-        if a.job.b.path == Path::Tiles {
-            self.tiles(a);
+        if job.b.path == Path::Tiles {
+            self.tiles(a, &mut values);
             return Some(Summed::Values);
         }
-        let (job, blocks) = (a.job, a.at.blocks);
         let mr = job.b.mr;
         let f = kernel::table(job.t.isa).kept.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two())?;
         a.each(
             &self.sums,
-            job.prefetch() > 0,
-            |p| self.kept(p, 0..blocks),
+            self.signed() && job.prefetch() > 0,
+            |p| self.values(job, p, 0..blocks, &mut values),
             |(index, tiles), rows| {
                 // SAFETY: tiles lie within K, `c` has padded rows; the level is available.
                 unsafe { f(&KeptRaw { index: index.as_ptr(), count: index.len(), tiles, rows }) };
@@ -167,34 +173,32 @@ impl TilePanels {
         Some(Summed::Values)
     }
 
-    /// A grouped product: on tiles of the CPU whatever the scales of activations are, elsewhere of activations with one scale a row;
-    /// see [`super::Panels::grouped`].
+    /// A grouped product; see [`super::Panels::grouped`].
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         let (w, mr, len) = (a.job.w, a.job.b.mr, a.job.segs.len);
-        if w.bytes.is_some() || w.inner.is_some() || w.mul != 1 || !plan::signed_bytes(w) {
+        if !self.summed {
             return false;
         }
         #[cfg(target_arch = "x86_64")]
         if a.job.b.path == Path::Tiles {
             return self.grouped_tiles(a);
         }
-        // With one row, sums of groups of 32 cost what the dropped ones save (measured).
-        if !a.job.segs.act.is_empty() || !(len.is_multiple_of(BLOCK) || (len == 32 && mr > 1)) {
+        if !len.is_multiple_of(BLOCK) && !matches!(len, 16 | 32) {
             return false;
         }
         let kernels = kernel::table(a.job.t.isa).kept_grouped;
         let Some(f) = kernels.get(mr.trailing_zeros() as usize).filter(|_| mr.is_power_of_two()) else { return false };
         let Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, c, ldc } = a;
-        let Ok(mut values) = self.room(self.most(p0, np)) else { return false };
+        let Ok(mut values) = self.room(p0, np) else { return false };
         for p in 0..np {
-            let (index, tiles) = self.values(job.t, p0 + p, blocks, &mut values);
+            let (index, tiles) = self.values(job, p0 + p, 0..blocks, &mut values);
             for m in (0..rows).step_by(mr) {
                 let a = KeptGrouped {
                     index: index.as_ptr(),
                     count: index.len(),
                     tiles,
                     len,
-                    groups: w.sum_groups(),
+                    group: job.segs.group.as_ptr(),
                     scales: sum_scale_ptr(w, p0 + p),
                     act: job.act.rows((m0 + m) / mr, 0),
                     c: c.as_mut_ptr().wrapping_add(m * ldc + p * PANEL),
@@ -212,21 +216,30 @@ impl TilePanels {
         self.starts[p0..=p0 + np].windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
     }
 
-    /// Room for the values of as many tiles, where they need it: see [`Self::values`].
-    fn room(&self, tiles: usize) -> Result<Taken<u8>> {
-        Taken::new(if self.signed() { 0 } else { tiles * 1024 })
+    /// Room for the values of one of some panels, where they need it: see [`Self::values`].
+    fn room(&self, p0: usize, np: usize) -> Result<Taken<u8>> {
+        Taken::new(if self.signed() { 0 } else { self.most(p0, np) * 1024 })
     }
 
-    /// The kept blocks of a panel along K, and their values as signed bytes: `values`, which has room for them, where they are not
-    /// such already.
-    fn values(&self, t: &Kernels, panel: usize, blocks: usize, values: &mut [u8]) -> (&[u32], *const u8) {
-        let (index, tiles) = self.kept(panel, 0..blocks);
+    /// The kept blocks of a panel that lie in a range along K, and their values as signed bytes: `values`, which has room for them,
+    /// where they are not such already.
+    fn values(&self, job: &IntJob, panel: usize, blocks: Range<usize>, values: &mut [u8]) -> (&[u32], *const u8) {
+        let (index, tiles) = self.kept(panel, blocks);
         if self.signed() {
             return (index, tiles);
         }
         assert!(index.len() * 1024 <= values.len(), "no room for {} tiles", index.len());
-        // SAFETY: the buffer holds the tiles, which lie one after the other.
-        unsafe { (t.unpack[self.bits])(tiles, values.as_mut_ptr(), index.len(), 0, self.zero, IN_ORDER) };
+        let (t, n, out) = (job.t, index.len(), values.as_mut_ptr());
+        let sub = job.w.sum_sub() as u8;
+        // SAFETY: the buffer holds the tiles, which lie one after the other; tables have 64 entries.
+        unsafe {
+            if let Some(bytes) = &job.w.bytes {
+                (t.unpack[self.bits])(tiles, out, n, 0, 0, IN_ORDER);
+                (t.look_up)(out, n, bytes.as_ptr(), sub, self.bits <= 4);
+            } else {
+                (t.unpack[self.bits])(tiles, out, n, 0, sub, IN_ORDER);
+            }
+        }
         (index, values.as_ptr())
     }
 
@@ -243,14 +256,13 @@ impl TilePanels {
             return false;
         }
         let (parts, per) = ((BLOCK / len).max(1), (len / BLOCK).max(1));
-        let most = self.most(p0, np);
-        let Ok(mut values) = self.room(most) else { return false };
-        let Ok(mut segments) = Taken::<Segment>::new(most * parts) else { return false };
+        let Ok(mut values) = self.room(p0, np) else { return false };
+        let Ok(mut segments) = Taken::<Segment>::new(self.most(p0, np) * parts) else { return false };
         // SAFETY: the plan chose tiles, so permission was granted; `c` has whole tiles, activations come by 16 rows.
         unsafe {
             let _tiles = crate::kernel::x86::amx::Tiles::new(len.min(BLOCK));
             for p in 0..np {
-                let (index, tiles) = self.values(job.t, p0 + p, blocks, &mut values);
+                let (index, tiles) = self.values(job, p0 + p, 0..blocks, &mut values);
                 let mut count = 0;
                 let groups = index.chunk_by(|a, b| a / per as u32 == b / per as u32);
                 let mut first = 0;
@@ -282,7 +294,7 @@ impl TilePanels {
     /// As [`Self::raw`], of many rows on tiles of the CPU. All rows meet a panel before the next panel: what is kept of it stays in
     /// the first-level cache, past which the activations stream.
     #[cfg(target_arch = "x86_64")]
-    fn tiles(&self, a: &mut Patch<i32>) {
+    fn tiles(&self, a: &mut Patch<i32>, values: &mut [u8]) {
         use super::kernel::x86::amx::{multiply, Kept};
         let &mut Patch { job, at: Region { p0, np, m0, rows, blocks, .. }, ldc, .. } = a;
         let c = a.c.as_mut_ptr();
@@ -293,9 +305,10 @@ impl TilePanels {
             let _tiles = crate::kernel::x86::amx::Tiles::new(64);
             for k in (0..blocks).step_by(window) {
                 for p in 0..np {
-                    let (index, tiles) = self.kept(p0 + p, k..blocks.min(k + window));
+                    let (index, tiles) = self.values(job, p0 + p, k..blocks.min(k + window), values);
                     // Where the tiles lie that come next; after the task's last, those of the panel that follows.
                     let mut next = match p + 1 < np {
+                        _ if !self.signed() => tiles,
                         true => self.kept(p0 + p + 1, k..blocks).1,
                         false if k + window < blocks => self.kept(p0, k + window..blocks).1,
                         false => tiles.wrapping_add(index.len() * 1024),

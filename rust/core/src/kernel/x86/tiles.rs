@@ -25,7 +25,7 @@ macro_rules! entries {
 }
 entries! {
     /// See [`generic::look_up_all`].
-    look_up[](bytes: *mut u8, n: usize, table: *const u8, sub: u8) = generic::look_up_all::<V>(bytes, n, table, sub);
+    look_up[](bytes: *mut u8, n: usize, table: *const u8, sub: u8, small: bool) = generic::look_up_all::<V>(bytes, n, table, sub, small);
     /// See [`generic::look_up_halves`].
     look_up_halves[](codes: *const u8, out: *mut u8, n: usize, table: *const u8, sub: u8) =
         generic::look_up_halves::<V>(codes, out, n, table, sub);

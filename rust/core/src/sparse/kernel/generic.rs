@@ -279,14 +279,27 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
     }
 }
 
-/// As [`kept`] with a scale for each group: `c = fma(f32(sum), scale, c)` for the groups that keep anything, in order. What the
-/// unsigned activations have too much is 128 times the sum of a group's weights, added up meanwhile.
+/// As [`kept`] with a scale for each segment: `c = fma(f32(sum), scale, c)` for those that keep anything, in order, where scale is
+/// that of the weight's group, times that of the activations where groups of them have one. What the unsigned activations have too
+/// much is 128 times the sum of a segment's weights, added up meanwhile.
 ///
 /// # Safety
 /// The pointers in `a` hold what [`KeptGrouped`] says; the CPU has the features of `S`.
 #[inline(always)]
 pub unsafe fn kept_grouped<S: Simd, const MR: usize>(a: &KeptGrouped) {
     // SAFETY: as the contract says.
+    unsafe {
+        if a.act.scales.is_null() {
+            kept_grouped_body::<S, MR, false>(a);
+        } else {
+            kept_grouped_body::<S, MR, true>(a);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn kept_grouped_body<S: Simd, const MR: usize, const ACT: bool>(a: &KeptGrouped) {
+    // SAFETY: as the caller says.
     unsafe {
         let (top, ones) = (S::splat8(128), S::splat8(1));
         let mut x = Near([[0; 64]; MR]);
@@ -314,14 +327,18 @@ pub unsafe fn kept_grouped<S: Simd, const MR: usize>(a: &KeptGrouped) {
                         acc[m] = S::dot(acc[m], u, w);
                     }
                 }
-                // K may end within a block.
-                let group = ((64 * block + 64 / parts * part) / a.len).min(a.groups - 1);
-                // The group goes on in the next tile.
-                if parts == 1 && i + 1 < a.count && *a.index.add(i + 1) as usize * 64 / a.len == group {
+                let segment = (64 * block + 64 / parts * part) / a.len;
+                // It goes on in the next tile.
+                if parts == 1 && i + 1 < a.count && *a.index.add(i + 1) as usize * 64 / a.len == segment {
                     continue;
                 }
-                let (s, share) = (scales::<S>(a.scales, group * PANEL), S::shl32(sum, 7));
+                let s = scales::<S>(a.scales, *a.group.add(segment) as usize * PANEL);
+                let share = S::shl32(sum, 7);
                 for m in 0..MR {
+                    let s = match ACT {
+                        true => S::mulf(s, S::splatf(*a.act.scales.add(segment * a.act.rows + m))),
+                        false => s,
+                    };
                     f[m] = S::fma(S::cvt(S::sub(acc[m], share)), s, f[m]);
                     acc[m] = S::splat(0);
                 }

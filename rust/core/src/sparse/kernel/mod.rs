@@ -118,10 +118,10 @@ pub struct KeptGrouped {
     pub count: usize,
     /// The tiles.
     pub tiles: *const u8,
-    /// Places of a group: 32, or a multiple of 64.
+    /// Places of a segment, which gets one multiplication: 16, 32, or a multiple of 64.
     pub len: usize,
-    /// Groups along K.
-    pub groups: usize,
+    /// The group of each segment.
+    pub group: *const u32,
     /// The scales of the panel, `[groups][16]`.
     pub scales: ScalePtr,
     /// Activations from K = 0 on.
