@@ -63,6 +63,12 @@ CASES = [
     Case("int4 bsr32", "int4", "bsr32", "group32", "int8", 1, True, (0.25, 0.5, 0.75), {0.5: 1.6}),
     Case("int8 block16x64", "int8", "block16x64", "block16x64", "int8", 256, False,
          (0.1, 0.25, 0.5, 0.75), {0.5: 1.7, 0.25: 3.0}),
+    Case("int4_g32 block16x64", "int4_g32", "block16x64", "block16x64", "int8", 256, False,
+         (0.1, 0.25, 0.5, 0.75), {0.5: 1.7, 0.25: 3.0}),
+    Case("int4_g128 block16x64", "int4_g128", "block16x64", "block16x64", "int8", 256, False,
+         (0.1, 0.25, 0.5, 0.75)),
+    Case("int4 block16x64", "int4", "block16x64", "block16x64", "int8", 256, False,
+         (0.25, 0.5)),
     Case("int8 block16x64", "int8", "block16x64", "block16x64", "int8", 32, False, (0.25, 0.5)),
 ]  # fmt: skip
 
@@ -90,7 +96,7 @@ def copies_of(q: QTensor, count: int) -> list[QTensor]:
 
 
 def rotating(tensors: list[QTensor], x: np.ndarray, compute: str) -> Callable[[], None]:
-    out = np.empty((*x.shape[:-1], tensors[0].shape[0]), np.float32)
+    out = nb.matmul(x, tensors[0].T, compute=compute)
     turn = 0
 
     def call() -> None:

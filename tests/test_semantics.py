@@ -220,6 +220,21 @@ def test_out(q: nb.QTensor, rng: np.random.Generator, dtype: type) -> None:
         np.testing.assert_array_equal(out, want, err_msg=name)
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_large_results_begin_with_a_line_of_the_cache(
+    q: nb.QTensor, rng: np.random.Generator, dtype: type
+) -> None:
+    rows = 2**20 // (q.shape[0] * np.dtype(dtype).itemsize) + 5
+    x = rng.standard_normal((rows, q.shape[1])).astype(dtype)
+    out = np.empty((rows, q.shape[0]), dtype)
+    np.matmul(x, q.T, out=out)
+    for y in (x @ q.T, nb.matmul(x, q.T, compute="f32"), np.matmul(x[None], q.T)[0]):
+        assert y.ctypes.data % 64 == 0
+        assert y.flags.c_contiguous
+        assert y.flags.writeable
+        np.testing.assert_array_equal(y, out)
+
+
 def test_out_takes_what_rounding_gave(q: nb.QTensor, rng: np.random.Generator) -> None:
     x = rng.standard_normal((5, K)).astype(np.float16)
     for dtype in (np.float32, np.float64, ml_dtypes.bfloat16):

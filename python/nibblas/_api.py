@@ -22,6 +22,16 @@ _DIRECT: dict[type, np.dtype[Any]] = {t: np.dtype(t) for t in (np.float32, np.fl
 _FLOAT32 = np.dtype(np.float32)
 _INTEGER = (np.dtype(np.int32), np.dtype(np.int64))
 _SIGNATURE = "(n?,k),(k,m?)->(n?,m?)"
+_LINE = 64
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """As `np.empty`; a large array begins with a line of the cache, as `matmul_plain` makes it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _core.LARGE:
+        return np.empty(shape, dtype)
+    memory = np.empty(nbytes + _LINE, np.uint8)
+    return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
 
 
 def quantize(
@@ -430,7 +440,7 @@ class _Result:
                 raise ValueError("The 'out' tuple must have exactly one entry per ufunc output")
             out = out[0]
         if out is None:
-            self.array = np.empty(shape, dtype)
+            self.array = _empty(shape, dtype)
             return
         if not isinstance(out, np.ndarray):
             raise TypeError(f"return arrays must be of ArrayType, got {_kind(out)}")
@@ -450,7 +460,7 @@ class _Result:
             and not any(i is not None and np.may_share_memory(out, i) for i in inputs)
         )
         self._final = out
-        self.array = out if direct else np.empty(shape, dtype)
+        self.array = out if direct else _empty(shape, dtype)
 
     @staticmethod
     def _check_shape(out: NDArray[Any], shape: tuple[int, ...], core: int) -> None:

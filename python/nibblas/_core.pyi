@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 __all__ = [
+    "LARGE",
     "Columns",
     "Delta",
     "Packed",
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 __version__: str
+LARGE: int
 
 _Row: TypeAlias = tuple[
     str,

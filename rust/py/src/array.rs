@@ -2,6 +2,7 @@
 //!
 //! bfloat16 has no fixed type number in NumPy; the Python side passes such arrays as their `uint16` bits.
 use nibblas_core::{MatMut, MatRef, Scalar};
+use numpy::npyffi::flags::NPY_ARRAY_CARRAY;
 use numpy::npyffi::flags::{NPY_ARRAY_ALIGNED, NPY_ARRAY_C_CONTIGUOUS, NPY_ARRAY_WRITEABLE};
 use numpy::npyffi::{PyArrayObject, PyArray_CheckExact, NPY_TYPES, PY_ARRAY_API};
 use numpy::{PyArrayDescrMethods, PyUntypedArray, PyUntypedArrayMethods};
@@ -255,12 +256,41 @@ pub fn plain_matrix<'a>(obj: &'a Bound<'_, PyAny>) -> Option<(MatRef<'a>, c_int,
     Some((m, num, nd as usize))
 }
 
-/// A new, uninitialised C-contiguous array.
+/// Bytes from which an array is large.
+pub const LARGE: usize = 1 << 20;
+
+/// Bytes of a line of the cache.
+const LINE: usize = 64;
+
+/// A new, uninitialised C-contiguous array of elements of `size` bytes. A large one begins with a line of the cache: NumPy's begin 16
+/// bytes into one, so that every 64 bytes of a result are stored to two.
 ///
 /// # Errors
 /// Whatever NumPy raises: MemoryError, or ValueError for sizes that overflow.
-pub fn empty<'py>(py: Python<'py>, dims: &mut [isize], type_num: c_int) -> PyResult<(Bound<'py, PyAny>, *mut u8)> {
-    // SAFETY: the arguments are those the C API asks for; a null result carries a Python exception.
+pub fn empty<'py>(
+    py: Python<'py>,
+    dims: &mut [isize],
+    type_num: c_int,
+    size: usize,
+) -> PyResult<(Bound<'py, PyAny>, *mut u8)> {
+    let bytes = dims.iter().try_fold(size, |n, &d| n.checked_mul(d as usize)).unwrap_or(0);
+    if bytes < LARGE || bytes > isize::MAX as usize - LINE {
+        return new(py, dims, type_num, None);
+    }
+    let (memory, start) = new(py, &mut [(bytes + LINE) as isize], NPY_TYPES::NPY_UBYTE as c_int, None)?;
+    new(py, dims, type_num, Some((memory, start.wrapping_add(start.align_offset(LINE)))))
+}
+
+/// A new C-contiguous array, in memory of its own or in some that an object keeps.
+fn new<'py>(
+    py: Python<'py>,
+    dims: &mut [isize],
+    type_num: c_int,
+    memory: Option<(Bound<'py, PyAny>, *mut u8)>,
+) -> PyResult<(Bound<'py, PyAny>, *mut u8)> {
+    let (keeper, at) = memory.map_or((None, std::ptr::null_mut()), |(keeper, at)| (Some(keeper), at));
+    // SAFETY: the arguments are those the C API asks for; a null result carries a Python exception, and a failure one too. Memory that
+    // is given has room for the array, and lives as long as it.
     unsafe {
         let ty = numpy::npyffi::get_type_object(py, numpy::npyffi::NpyTypes::PyArray_Type);
         let p = PY_ARRAY_API.PyArray_New(
@@ -270,12 +300,17 @@ pub fn empty<'py>(py: Python<'py>, dims: &mut [isize], type_num: c_int) -> PyRes
             dims.as_mut_ptr(),
             type_num,
             std::ptr::null_mut(),
-            std::ptr::null_mut(),
+            at.cast(),
             0,
-            0,
+            if at.is_null() { 0 } else { NPY_ARRAY_CARRAY },
             std::ptr::null_mut(),
         );
         let obj = Bound::from_owned_ptr_or_err(py, p)?;
+        if let Some(keeper) = keeper {
+            if PY_ARRAY_API.PyArray_SetBaseObject(py, p.cast(), keeper.into_ptr()) < 0 {
+                return Err(PyErr::fetch(py));
+            }
+        }
         let data = (*p.cast::<PyArrayObject>()).data.cast::<u8>();
         Ok((obj, data))
     }

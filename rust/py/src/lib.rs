@@ -17,6 +17,7 @@ mod threads;
 #[pymodule(gil_used = false)]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    m.add("LARGE", array::LARGE)?;
     threads::register(m)?;
     tensor::register(m)?;
     product::register(m)?;

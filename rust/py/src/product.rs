@@ -252,7 +252,7 @@ fn matmul_plain<'py>(
         return Ok(None);
     }
     let mut dims = [mx.rows as isize, w.rows() as isize];
-    let (y, data) = empty(py, &mut dims[2 - ndim..], type_num)?;
+    let (y, data) = empty(py, &mut dims[2 - ndim..], type_num, mx.scalar.size())?;
     if mx.rows == 0 || w.rows() == 0 {
         return Ok(Some(y));
     }
