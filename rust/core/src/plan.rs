@@ -122,7 +122,8 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         Blocking { path: Path::Bytes, mr: 1, np: 1, task_panels: 16, task_rows: m, window: 0, threads, tasks: 1 };
     // Half a tile of rows is enough where sums are stored seldom and need no correction.
     let few = w.sparse.is_none() && (raw || (segs.len > BLOCK && signed_bytes(w)));
-    let direct = w.sparse.as_ref().and_then(Panels::direct_rows).unwrap_or(if few { 4 } else { 8 });
+    let sparse = w.sparse.as_ref().filter(|_| !act);
+    let direct = sparse.and_then(Panels::direct_rows).unwrap_or(if few { 4 } else { 8 });
     if isa == Isa::Amx && m > direct && (raw || segs.len >= 16) {
         let b = Blocking { path: Path::Tiles, mr: 32, np: 2, task_panels: 16, task_rows: m.min(256), ..base };
         return b.cut(m, panels, n, k, threads, 2);
@@ -134,7 +135,7 @@ pub(crate) fn int8(m: usize, w: &Packed, segs: &Segments, act: bool, isa: Isa, t
         _ => t.max_mr,
     }
     .min(t.max_mr);
-    let mr = w.sparse.as_ref().filter(|_| m <= 4).and_then(Panels::few_rows).unwrap_or(mr);
+    let mr = if sparse.is_some_and(|p| p.by_row(m, isa)) { 1 } else { mr };
     // The sums of short groups and of eight rows do not fit the registers: four rows twice, the second time from the cache.
     let mr = if m <= 8 && !raw && segs.registers() < 16 && w.bits == 4 && w.sparse.is_none() { mr.min(4) } else { mr };
     let inner = w.inner.as_ref().filter(|_| raw && w.geometry.kp <= crate::gemm::int32_limit(w));

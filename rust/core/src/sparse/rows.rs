@@ -13,7 +13,6 @@ use crate::buf::{Buf, Taken};
 use crate::error::{Error, Result};
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::{IntJob, Region};
-#[cfg(target_arch = "x86_64")]
 use crate::isa::Isa;
 use crate::pack::{Geometry, PanelScales, Shared, PANEL};
 #[cfg(target_arch = "x86_64")]
@@ -26,6 +25,9 @@ use crate::sparse::{Patch, Summed};
 
 /// Values of a group.
 pub const RUN: usize = 32;
+/// Rows of activations up to which a product takes one after the other: of half of 4096 x 4096, 0.1 ms each (0.18 with scales of
+/// groups) against 2.2 ms for decoding (Zen 4).
+pub const DIRECT: usize = 16;
 /// Bytes of a slot's codes.
 const SLOT: usize = PANEL * RUN / 2;
 /// Bytes that a group of activations takes in a kernel's table.
@@ -180,10 +182,15 @@ impl RowPanels {
         self.codes.len() + small + self.starts.len() * size_of::<usize>()
     }
 
+    /// Whether a level of the instruction set has kernels for one row.
+    pub(crate) fn is_fast(isa: Isa) -> bool {
+        isa >= Isa::Avx512Vnni
+    }
+
     /// Whether there is a kernel for a product: one row of activations with one scale, and the instructions.
     #[cfg(target_arch = "x86_64")]
     fn serves_job(job: &IntJob) -> bool {
-        job.b.path != Path::Tiles && job.b.mr == 1 && job.t.isa >= Isa::Avx512Vnni && job.segs.act.is_empty()
+        job.b.path != Path::Tiles && job.b.mr == 1 && Self::is_fast(job.t.isa) && job.segs.act.is_empty()
     }
 
     /// An ungrouped product of one row at a time; see [`super::Panels::raw`].
@@ -245,36 +252,42 @@ impl RowPanels {
     /// # Safety
     /// `out` has 1024 bytes for each block.
     pub(crate) unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, dbl: u8, sub: u8, out: *mut u8) {
-        let map = |u: u8| (u + (u & dbl)).wrapping_sub(sub);
+        let value = (self.zero + (self.zero & dbl)).wrapping_sub(sub);
         // SAFETY: the caller's buffer.
         let out = unsafe { std::slice::from_raw_parts_mut(out, blocks * 1024) };
-        out.fill(map(self.zero));
+        out.fill(value);
+        // Fours of places, `[group][4 of its 32 places][row]`.
+        let fours = out.as_chunks_mut::<4>().0;
         let (first, last) = (2 * block, 2 * (block + blocks));
+        let [dbl, sub] = [dbl, sub].map(|v| u32::from_ne_bytes([v; 4]));
+        let first_slot = self.starts[panel];
         for i in 0..PANEL {
-            let at = |slot: usize| (self.starts[panel] + slot) * PANEL + i;
             let kept = self.kept[panel * PANEL + i] as usize;
-            let (mut slot, mut end) = (0, kept);
-            while slot < end {
-                let middle = usize::midpoint(slot, end);
-                if usize::from(self.index[at(middle)]) / PLACE < first {
-                    slot = middle + 1;
-                } else {
-                    end = middle;
-                }
+            let group = |slot: usize| usize::from(self.index[(first_slot + slot) * PANEL + i]) / PLACE;
+            let (mut from, mut end) = (0, kept);
+            while from < end {
+                let middle = usize::midpoint(from, end);
+                (from, end) = if group(middle) < first { (middle + 1, end) } else { (from, middle) };
             }
-            for slot in slot..kept {
-                let j = usize::from(self.index[at(slot)]) / PLACE;
+            let (byte, shift) = byte_of(i);
+            for slot in from..kept {
+                let j = group(slot);
                 if j >= last {
                     break;
                 }
-                let (byte, shift) = byte_of(i);
-                let codes = &self.codes[(self.starts[panel] + slot) * SLOT + byte..][..RUN];
-                // Byte 4*row + k % 4 of register k / 4.
-                let to = &mut out[(j - first) * RUN / 4 * 64..][..RUN / 4 * 64];
-                for (t, &u) in codes.iter().enumerate() {
-                    to[t / 4 * 64 + 4 * i + t % 4] = map(u >> shift & 15);
+                let codes = &self.codes[(first_slot + slot) * SLOT + byte..][..RUN];
+                let to = &mut fours[(j - first) * RUN / 4 * PANEL..][..RUN / 4 * PANEL];
+                for (four, to) in codes.as_chunks::<4>().0.iter().zip(to.chunks_exact_mut(PANEL)) {
+                    let u = u32::from_ne_bytes(*four) >> shift & 0x0f0f_0f0f;
+                    to[i] = sub_bytes(u + (u & dbl), sub).to_ne_bytes();
                 }
             }
         }
     }
+}
+
+/// Each byte of `a` less that of `b`, wrapping.
+fn sub_bytes(a: u32, b: u32) -> u32 {
+    const TOP: u32 = 0x8080_8080;
+    ((a | TOP) - (b & !TOP)) ^ ((a ^ !b) & TOP)
 }
