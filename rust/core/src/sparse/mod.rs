@@ -263,7 +263,7 @@ impl Panels {
                 Self::Bits(p) => p.unpack(kernel::table(t.isa), panel, block, blocks, fill, out),
                 Self::Gaps(p) => p.unpack(t.isa, panel, block, blocks, fill.sub, out),
                 Self::Tiles(p) => p.unpack(t, panel, block, blocks, fill.dbl, fill.sub, out),
-                Self::Rows(p) => p.unpack(panel, block, blocks, fill.dbl, fill.sub, out),
+                Self::Rows(p) => p.unpack(panel, block, blocks, fill.sub, out),
             }
         }
     }

@@ -247,47 +247,51 @@ impl RowPanels {
         false
     }
 
-    /// Decodes blocks of a panel to bytes, dropped groups too.
+    /// Decodes blocks of a panel to bytes less `sub`, at most 128, dropped groups too.
     ///
     /// # Safety
     /// `out` has 1024 bytes for each block.
-    pub(crate) unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, dbl: u8, sub: u8, out: *mut u8) {
-        let value = (self.zero + (self.zero & dbl)).wrapping_sub(sub);
+    pub(crate) unsafe fn unpack(&self, panel: usize, block: usize, blocks: usize, sub: u8, out: *mut u8) {
+        const CODES: u64 = 0x0f0f_0f0f_0f0f_0f0f;
+        const TOP: u64 = 0x8080_8080_8080_8080;
         // SAFETY: the caller's buffer.
         let out = unsafe { std::slice::from_raw_parts_mut(out, blocks * 1024) };
-        out.fill(value);
+        out.fill(self.zero.wrapping_sub(sub));
         // Fours of places, `[group][4 of its 32 places][row]`.
         let fours = out.as_chunks_mut::<4>().0;
         let (first, last) = (2 * block, 2 * (block + blocks));
-        let [dbl, sub] = [dbl, sub].map(|v| u32::from_ne_bytes([v; 4]));
-        let first_slot = self.starts[panel];
+        let slots = self.starts[panel]..self.starts[panel + 1];
+        let index = self.index[slots.start * PANEL..slots.end * PANEL].as_chunks::<PANEL>().0;
+        let codes = self.codes[slots.start * SLOT..slots.end * SLOT].as_chunks::<SLOT>().0;
+        let sub = u64::from_ne_bytes([sub; 8]);
         for i in 0..PANEL {
             let kept = self.kept[panel * PANEL + i] as usize;
-            let group = |slot: usize| usize::from(self.index[(first_slot + slot) * PANEL + i]) / PLACE;
-            let (mut from, mut end) = (0, kept);
-            while from < end {
-                let middle = usize::midpoint(from, end);
-                (from, end) = if group(middle) < first { (middle + 1, end) } else { (from, middle) };
+            if kept == 0 {
+                continue;
             }
+            let group = |slot: usize| usize::from(index[slot][i]) / PLACE;
             let (byte, shift) = byte_of(i);
-            for slot in from..kept {
+            // A row that keeps groups evenly is found at once.
+            let mut slot = kept * first / (group(kept - 1) + 1).max(first);
+            while slot > 0 && group(slot - 1) >= first {
+                slot -= 1;
+            }
+            for slot in slot..kept {
                 let j = group(slot);
+                if j < first {
+                    continue;
+                }
                 if j >= last {
                     break;
                 }
-                let codes = &self.codes[(first_slot + slot) * SLOT + byte..][..RUN];
                 let to = &mut fours[(j - first) * RUN / 4 * PANEL..][..RUN / 4 * PANEL];
-                for (four, to) in codes.as_chunks::<4>().0.iter().zip(to.chunks_exact_mut(PANEL)) {
-                    let u = u32::from_ne_bytes(*four) >> shift & 0x0f0f_0f0f;
-                    to[i] = sub_bytes(u + (u & dbl), sub).to_ne_bytes();
+                let from = codes[slot][byte..byte + RUN].as_chunks::<8>().0;
+                for (eight, to) in from.iter().zip(to.as_chunks_mut::<{ 2 * PANEL }>().0) {
+                    let u = u64::from_le_bytes(*eight) >> shift & CODES;
+                    let [a, b, c, d, e, f, g, h] = (((u | TOP) - sub) ^ TOP).to_le_bytes();
+                    (to[i], to[PANEL + i]) = ([a, b, c, d], [e, f, g, h]);
                 }
             }
         }
     }
-}
-
-/// Each byte of `a` less that of `b`, wrapping.
-fn sub_bytes(a: u32, b: u32) -> u32 {
-    const TOP: u32 = 0x8080_8080;
-    ((a | TOP) - (b & !TOP)) ^ ((a ^ !b) & TOP)
 }

@@ -335,10 +335,7 @@ unsafe fn kept_grouped_body<S: Simd, const MR: usize, const ACT: bool>(a: &KeptG
                 let s = scales::<S>(a.scales, *a.group.add(segment) as usize * PANEL);
                 let share = S::shl32(sum, 7);
                 for m in 0..MR {
-                    let s = match ACT {
-                        true => S::mulf(s, S::splatf(*a.act.scales.add(segment * a.act.rows + m))),
-                        false => s,
-                    };
+                    let s = if ACT { S::mulf(s, S::splatf(*a.act.scales.add(segment * a.act.rows + m))) } else { s };
                     f[m] = S::fma(S::cvt(S::sub(acc[m], share)), s, f[m]);
                     acc[m] = S::splat(0);
                 }
