@@ -29,6 +29,8 @@ def test_results_too_large_to_exist() -> None:
         nb.matmul(q, x.T)
     with pytest.raises((ValueError, MemoryError)):
         np.broadcast_to(np.float32(1), (2**50, 0)) @ q.T
+    with pytest.raises(MemoryError, match=r"\(1099511627776, 1024\)"):
+        np.broadcast_to(np.float32(1), (2**40, 0)) @ q.T
 
 
 @pytest.mark.parametrize("rows", [2**31 - 1, 2**31, 2**31 + 5, 2**32, 2**32 + 3])

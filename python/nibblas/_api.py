@@ -30,7 +30,10 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _core.LARGE:
         return np.empty(shape, dtype)
-    memory = np.empty(nbytes + _LINE, np.uint8)
+    try:
+        memory = np.empty(nbytes + _LINE, np.uint8)
+    except (MemoryError, ValueError):
+        return np.empty(shape, dtype)  # says which shape there is no room for
     return np.ndarray(shape, dtype, memory, -memory.ctypes.data % _LINE)
 
 

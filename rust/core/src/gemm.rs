@@ -375,8 +375,7 @@ pub(crate) fn int8(
                 finish_sums(t, y, m0 + m, p0 * PANEL, &sums[m * ldc..], floats, &e, act.bad[m0 + m] != 0);
             }
         } else {
-            let c = grown(&mut s.floats, padded * ldc)?;
-            c[..padded * ldc].fill(0.0);
+            let c = &mut grown(&mut s.floats, padded * ldc)?[..padded * ldc];
             let at = Region { p0, np, m0, rows, b0: 0, blocks: w.geometry.blocks() };
             job.grouped(at, c, ldc, &mut s.bytes)?;
             for m in 0..rows {
@@ -790,6 +789,7 @@ impl IntJob<'_> {
         }
     }
 
+    /// A grouped product of a region over all of K, written to `c`, whose rows are those of whole tiles.
     fn grouped(&self, at: Region, c: &mut [f32], ldc: usize, bytes: &mut Option<Buf<u8>>) -> Result<()> {
         let Region { p0, np, m0, rows, blocks, .. } = at;
         if let Some(sparse) = &self.w.sparse {
@@ -797,6 +797,7 @@ impl IntJob<'_> {
                 return Ok(());
             }
         }
+        c.fill(0.0);
         #[cfg(target_arch = "x86_64")]
         if self.b.path == Path::Tiles {
             let close = close_panels(rows);

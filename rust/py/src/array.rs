@@ -274,11 +274,12 @@ pub fn empty<'py>(
     size: usize,
 ) -> PyResult<(Bound<'py, PyAny>, *mut u8)> {
     let bytes = dims.iter().try_fold(size, |n, &d| n.checked_mul(d as usize)).unwrap_or(0);
-    if bytes < LARGE || bytes > isize::MAX as usize - LINE {
-        return new(py, dims, type_num, None);
-    }
-    let (memory, start) = new(py, &mut [(bytes + LINE) as isize], NPY_TYPES::NPY_UBYTE as c_int, None)?;
-    new(py, dims, type_num, Some((memory, start.wrapping_add(start.align_offset(LINE)))))
+    let memory = (bytes >= LARGE)
+        .then(|| bytes.checked_add(LINE))
+        .flatten()
+        .and_then(|n| new(py, &mut [isize::try_from(n).ok()?], NPY_TYPES::NPY_UBYTE as c_int, None).ok());
+    // Where there is no room, NumPy says so of the shape.
+    new(py, dims, type_num, memory.map(|(memory, start)| (memory, start.wrapping_add(start.align_offset(LINE)))))
 }
 
 /// A new C-contiguous array, in memory of its own or in some that an object keeps.

@@ -213,7 +213,7 @@ impl Panels {
         }
     }
 
-    /// A grouped integer product, `c = fma(sum, scale, c)` for each kept group, where these panels have a kernel for it.
+    /// A grouped integer product, from 0 on `c = fma(sum, scale, c)` for each kept group, where these panels have a kernel for it.
     pub(crate) fn grouped(&self, a: Patch<f32>) -> bool {
         match self {
             Self::Rows(p) => p.grouped(a),

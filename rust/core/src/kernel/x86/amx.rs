@@ -516,6 +516,13 @@ unsafe fn grouped_body<const KIND: u8>(a: &TileGrp) {
 pub(crate) struct RowSums(pub(super) [__m512; 16]);
 
 impl RowSums {
+    /// All 0.
+    #[inline(always)]
+    pub(crate) unsafe fn zero() -> Self {
+        // SAFETY: the caller has the features.
+        unsafe { Self([V::splatf(0.0); 16]) }
+    }
+
     /// Reads them from rows `ldc` apart.
     #[inline(always)]
     pub(crate) unsafe fn load(c: *const f32, ldc: usize) -> Self {

@@ -279,7 +279,7 @@ pub unsafe fn kept<S: Simd, const MR: usize>(a: &KeptRaw) {
     }
 }
 
-/// As [`kept`] with a scale for each segment: `c = fma(f32(sum), scale, c)` for those that keep anything, in order, where scale is
+/// As [`kept`] with a scale for each segment: from 0 on `c = fma(f32(sum), scale, c)` for those that keep anything, in order, where scale is
 /// that of the weight's group, times that of the activations where groups of them have one. What the unsigned activations have too
 /// much is 128 times the sum of a segment's weights, added up meanwhile.
 ///
@@ -304,9 +304,6 @@ unsafe fn kept_grouped_body<S: Simd, const MR: usize, const ACT: bool>(a: &KeptG
         let (top, ones) = (S::splat8(128), S::splat8(1));
         let mut x = Near([[0; 64]; MR]);
         let mut f = [S::splatf(0.0); MR];
-        for m in 0..MR {
-            f[m] = S::loadf(a.c.add(m * a.ldc));
-        }
         let (mut acc, mut sum) = ([S::splat(0); MR], S::splat(0));
         let parts = (64 / a.len).max(1);
         for i in 0..a.count {

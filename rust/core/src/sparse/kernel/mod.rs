@@ -126,7 +126,7 @@ pub struct KeptGrouped {
     pub scales: ScalePtr,
     /// Activations from K = 0 on.
     pub act: ActRows,
-    /// Float sums `[m][ldc]`, read and written.
+    /// Float sums `[m][ldc]`, written.
     pub c: *mut f32,
     /// Row stride of `c`.
     pub ldc: usize,

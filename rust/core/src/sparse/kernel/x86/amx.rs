@@ -200,7 +200,7 @@ unsafe fn grouped_body<const ACT: bool>(k: &KeptSegments, act: ActRows, c: *mut 
     unsafe {
         let mut ring = Ring::<1024>::new();
         let ring = ring.as_mut_ptr();
-        let mut f = RowSums::load(c, ldc);
+        let mut f = RowSums::zero();
         for i in 0..k.segments.len() + 2 {
             if let Some(&s) = k.segments.get(i) {
                 segment(k, s, act.codes, ring.add(i % 4 * 256));
@@ -221,7 +221,7 @@ unsafe fn grouped_entry<const ACT: bool>(k: &KeptSegments, act: ActRows, c: *mut
     unsafe { grouped_body::<ACT>(k, act, c, ldc) }
 }
 
-/// `c = fma(sum, scale, c)` for each kept segment, for 16 rows whose codes and scales, if groups of them have scales, `act` holds.
+/// From 0 on `c = fma(sum, scale, c)` for each kept segment, for 16 rows whose codes and scales, if groups of them have scales, `act` holds.
 ///
 /// # Safety
 /// The pointers in `k` hold what [`KeptSegments`] says, `act` whole rows of K, `c` 16 rows; tiles are configured for a segment, or

@@ -135,7 +135,7 @@ pub(crate) unsafe fn grouped(s: &Slots, table: *const u8, c: *mut f32) {
     // SAFETY: as the contract says.
     unsafe {
         let low = _mm512_set1_epi8(15);
-        let mut f = _mm512_loadu_ps(c);
+        let mut f = _mm512_setzero_ps();
         for i in 0..s.count {
             fetch!(s, i + NEAR, _MM_HINT_T0);
             _mm_prefetch::<_MM_HINT_T0>(s.scales.wrapping_add(16 * (i + NEAR)).cast());
